@@ -1,0 +1,104 @@
+"""What ``--dry-run`` promises, against real bundles and the published sizes of the models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from wanx.bundle import Bundle
+from wanx.config import PRESETS
+from wanx.export.components import expected_tensors
+from wanx.export.estimate import estimate
+from wanx.export.exporter import plan
+from wanx.export.options import ExportOptions, resolve
+from wanx.models.checkpoint import Checkpoint
+from wanx.models.tensor_source import SafetensorsTensor
+from wanx.models.weights import ComponentWeights
+
+# Millions of parameters and numbers of tensors, counted in the published checkpoints.
+DIT_SIZES = {
+    "t2v-1.3B": (1418.996800, 825),
+    "t2v-14B": (14288.491584, 1095),
+    "i2v-14B": (16394.878784, 1303),
+    "flf2v-14B": (16395.536704, 1304),
+    "vace-1.3B": (2153.972032, 1264),
+    "vace-14B": (17337.592896, 1331),
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_sizes_of_a_real_export(
+    precision: str, checkpoint: Path, bundles: Callable[[str], Bundle], tmp_path: Path
+) -> None:
+    options = ExportOptions(source=checkpoint, output=tmp_path / "bundle", precision=precision)
+    _, needs = plan(options)
+    assert list(tmp_path.iterdir()) == []
+    bundle = bundles(precision)
+    for group, size in needs.weight_bytes.items():
+        tensors = load_file(bundle.root / "weights" / f"{group}.safetensors")
+        assert size == sum(tensor.nbytes for tensor in tensors.values())
+    # The disk is checked against it, so it may not be too small.
+    assert bundle.size_bytes <= needs.bundle_bytes <= 1.05 * bundle.size_bytes + (32 << 20)
+    assert 0 < needs.seconds < 600
+
+
+def full_size_checkpoint(preset: str, dtype: str) -> Checkpoint:
+    """The headers of a checkpoint without its data."""
+    width = {"BF16": 2, "F32": 4}[dtype]
+    components = {}
+    for group, shapes in expected_tensors(PRESETS[preset]).items():
+        components[group] = ComponentWeights(
+            component=group,
+            tensors={
+                name: SafetensorsTensor(
+                    name=name,
+                    dtype=dtype,
+                    shape=shape,
+                    nbytes=width * math.prod(shape),
+                    file=Path("weights.safetensors"),
+                    offset=0,
+                )
+                for name, shape in shapes.items()
+            },
+            files=(Path("weights.safetensors"),),
+        )
+    return Checkpoint(
+        source=Path("checkpoint"),
+        layout="original",
+        config=PRESETS[preset],
+        components=components,
+        tokenizer=Path("tokenizer.json"),
+    )
+
+
+@pytest.mark.parametrize("preset", DIT_SIZES)
+def test_published_numbers_of_parameters(preset: str) -> None:
+    tensors = expected_tensors(PRESETS[preset])
+    count = {group: sum(map(math.prod, shapes.values())) for group, shapes in tensors.items()}
+    millions, number = DIT_SIZES[preset]
+    assert count["dit"] == round(millions * 1e6)
+    assert len(tensors["dit"]) == number
+    assert round(count["text_encoder"] / 1e6) == 5681
+    assert len(tensors["text_encoder"]) == 242
+    assert round(count["vae"] / 1e5) == 1269
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+def test_full_size(dtype: str, tmp_path: Path) -> None:
+    """T2V-14B at bf16: 28.6 GB and umT5-xxl's 11.4 GB, whatever they were published in."""
+    checkpoint = full_size_checkpoint("t2v-14B", dtype)
+    options = ExportOptions(source="t2v-14B", output=tmp_path, precision="bf16")
+    needs = estimate(resolve(options, checkpoint))
+    assert round(needs.weight_bytes["dit"] / 1e8) == 286
+    assert round(needs.weight_bytes["text_encoder"] / 1e8) == 114
+    total = sum(needs.weight_bytes.values())
+    assert total < needs.bundle_bytes < 1.01 * total
+    # Weights pass in chunks, so memory is far below them.
+    assert needs.peak_memory_bytes <= 1.5e9
+    small = estimate(resolve(options, full_size_checkpoint("t2v-1.3B", dtype)))
+    assert small.peak_memory_bytes < needs.peak_memory_bytes
+    assert small.seconds < needs.seconds

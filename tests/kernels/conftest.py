@@ -1,0 +1,128 @@
+"""Runs the ONNX function of an op in ONNX Runtime, and the checks that every op has to pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+from onnxscript import OnnxFunction
+from torch import Tensor
+
+from wanx.kernels.registry import DECOMPOSITIONS
+
+TYPES = {
+    torch.float32: TensorProto.FLOAT,
+    torch.float16: TensorProto.FLOAT16,
+    torch.bfloat16: TensorProto.BFLOAT16,
+}
+# Largest relative error of rounding to nearest.
+ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+def _run_onnx(
+    function: OnnxFunction, inputs: Sequence[Tensor], outputs: int = 1, **attributes: Any
+) -> list[Tensor]:
+    """Run a model of one node; narrow types are cast inside, as numpy has no bfloat16."""
+    names = [f"x{i}" for i in range(len(inputs))]
+    results = [f"y{i}" for i in range(outputs)]
+    casts = [
+        helper.make_node("Cast", [f"{name}.wide"], [name], to=TYPES[value.dtype])
+        for name, value in zip(names, inputs, strict=True)
+    ]
+    node = helper.make_node(
+        function.name, names, [f"{name}.raw" for name in results], domain="wanx", **attributes
+    )
+    widen = [helper.make_node("Cast", [f"{n}.raw"], [n], to=TensorProto.FLOAT) for n in results]
+    graph = helper.make_graph(
+        [*casts, node, *widen],
+        "op",
+        [
+            helper.make_tensor_value_info(f"{name}.wide", TensorProto.FLOAT, value.shape)
+            for name, value in zip(names, inputs, strict=True)
+        ],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, value.shape)
+            for name, value in zip(results, inputs, strict=False)
+        ],
+    )
+    model = helper.make_model(
+        graph,
+        functions=[function.to_function_proto()],
+        opset_imports=[helper.make_opsetid("", 23), helper.make_opsetid("wanx", 1)],
+        ir_version=10,
+    )
+    onnx.checker.check_model(model)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    feeds = {f"{n}.wide": v.float().numpy() for n, v in zip(names, inputs, strict=True)}
+    return [torch.from_numpy(value) for value in session.run(results, feeds)]
+
+
+@pytest.fixture
+def run_onnx() -> Callable[..., list[Tensor]]:
+    return _run_onnx
+
+
+@pytest.fixture
+def assert_rounded_once() -> Callable[[Tensor, Tensor], None]:
+    """Check that ``out`` is the exact result, off by fp32 arithmetic and one rounding at most."""
+
+    def check(out: Tensor, exact: Tensor) -> None:
+        assert exact.dtype == torch.float64
+        rms = exact.square().mean().sqrt()
+        allowed = ROUNDOFF[out.dtype] * exact.abs() + 1e-5 * rms
+        excess = (out.double() - exact).abs() - allowed
+        assert excess.max() <= 0, f"{excess.max() / rms:.2e} RMS beyond one rounding"
+
+    return check
+
+
+@pytest.fixture
+def check_op() -> Callable[..., None]:
+    """Check what the seam promises of an op: schema, fake, ONNX function, forward and backward."""
+
+    def check(
+        overload: Any,
+        arguments: tuple[Any, ...],
+        public: Callable[..., Any],
+        formula: Callable[..., Any],
+    ) -> None:
+        torch.library.opcheck(overload, arguments)
+        assert overload in DECOMPOSITIONS
+        out = overload(*arguments)
+        tensors = [a for a in arguments if isinstance(a, Tensor)]
+        for index in range(len(tensors)):
+            # One input at a time: a frozen network may need the gradient of any single one.
+            leaf = tensors[index].clone().requires_grad_()
+            inputs = [*tensors[:index], leaf, *tensors[index + 1 :]]
+            differentiable = public(*inputs)
+            torch.testing.assert_close(differentiable, out)
+            _total(differentiable).backward()
+            exact = tensors[index].double().requires_grad_()
+            doubles = [t.double() for t in tensors]
+            _total(formula(*doubles[:index], exact, *doubles[index + 1 :])).backward()
+            assert leaf.grad is not None
+            assert exact.grad is not None
+            torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            frozen = public(*(t.clone().requires_grad_() for t in tensors))
+        torch.testing.assert_close(frozen, out)
+
+    return check
+
+
+def _total(out: Any) -> Tensor:
+    """A scalar whose gradient reaches every element differently."""
+    parts = out if isinstance(out, tuple) else (out,)
+    return sum(
+        (part * torch.linspace(-1, 1, part.numel(), dtype=part.dtype).view_as(part)).sum()
+        for part in parts
+    )

@@ -1,0 +1,299 @@
+"""What a pipeline promises its caller: order of work, callbacks, files, and clean failures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+import wanx
+import wanx.runtime.pipeline as pipeline_module
+from wanx.bundle import Bundle
+from wanx.errors import CancelledError, UsageError, WanxError
+from wanx.runtime.pipeline import Pipeline
+from wanx.runtime.provenance import read_metadata
+from wanx.runtime.sessions.base import Session
+
+PROMPT = "a red circle moving right"
+SMALL: dict[str, Any] = {"width": 48, "height": 32, "frames": 5, "steps": 3, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def pipeline(bundle_fp32: Bundle) -> Pipeline:
+    return wanx.load(bundle_fp32.root, threads=1)
+
+
+def frames_of(pipeline: Pipeline, **options: Any) -> NDArray[np.uint8]:
+    frames = pipeline(PROMPT, **SMALL | options).frames
+    assert frames is not None
+    return frames
+
+
+class Watch:
+    """Sees every session that a pipeline opens, and may replace what one returns."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.runs: list[str] = []
+        self.open: list[str] = []
+        self.replace: Callable[[str, int, dict[str, Any]], dict[str, Any]] = lambda *a: a[-1]
+        opener = pipeline_module.open_session
+
+        def open_session(bundle: Bundle, component: str, *, threads: int | None) -> Session:
+            assert self.open == [], "two components in memory at once"
+            assert threads == 1
+            session = opener(bundle, component, threads=threads)
+            self.open.append(component)
+            run, close = session.run, session.close
+
+            def watched_run(feeds: Any, state: Any = None) -> dict[str, Any]:
+                self.runs.append(component)
+                return self.replace(component, self.runs.count(component), run(feeds, state))
+
+            def watched_close() -> None:
+                self.open.remove(component)
+                close()
+
+            monkeypatch.setattr(session, "run", watched_run, raising=False)
+            monkeypatch.setattr(session, "close", watched_close, raising=False)
+            return session
+
+        monkeypatch.setattr(pipeline_module, "open_session", open_session)
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    return Watch(monkeypatch)
+
+
+@pytest.mark.parametrize(("guide_scale", "branches"), [(0.0, 1), (1.0, 1), (0.5, 2), (5.0, 2)])
+def test_number_of_branches(
+    guide_scale: float, branches: int, pipeline: Pipeline, watch: Watch
+) -> None:
+    """Components are loaded one after the other, and only what is needed is run."""
+    frames_of(pipeline, guide_scale=guide_scale)
+    assert watch.runs == [
+        *["text_encoder"] * branches,
+        *["dit"] * branches * SMALL["steps"],
+        "vae_decoder_first",
+        "vae_decoder_rest",
+    ]
+    assert watch.open == []
+
+
+def test_seeds(pipeline: Pipeline) -> None:
+    first, again, other = (frames_of(pipeline, seed=seed) for seed in (1, 1, 2))
+    assert np.array_equal(first, again)
+    assert np.abs(first.astype(int) - other).mean() > 1
+
+
+def test_a_drawn_seed_is_told(pipeline: Pipeline) -> None:
+    options = {key: value for key, value in SMALL.items() if key != "seed"}
+    drawn = pipeline(PROMPT, **options)
+    assert drawn.options.seed >= 0
+    again = pipeline(PROMPT, **options, seed=drawn.options.seed)
+    assert again.frames is not None
+    assert np.array_equal(drawn.frames, again.frames)
+    assert pipeline(PROMPT, **options).options.seed != drawn.options.seed
+
+
+def test_callbacks_and_stages(pipeline: Pipeline) -> None:
+    steps: list[tuple[int, int, tuple[int, ...]]] = []
+    told: dict[str, list[tuple[int, int, str]]] = {}
+    result = pipeline(
+        PROMPT,
+        **SMALL,
+        on_step=lambda step, total, latent: steps.append((step, total, latent.shape)),
+        progress=lambda stage, *work: told.setdefault(stage, []).append(work),
+    )
+    assert steps == [(step, 3, (16, 2, 4, 6)) for step in (1, 2, 3)]
+    assert told == {
+        "encode text": [(done, 2, "steps") for done in range(3)],
+        "denoise": [(done, 3, "steps") for done in range(4)],
+        "decode": [(done, 2, "steps") for done in range(3)],
+    }
+    assert [stage.name for stage in result.stages] == ["text", "denoise", "decode"]
+    assert all(stage.load_seconds > 0 and stage.seconds > 0 for stage in result.stages)
+    assert result.path is None
+    assert result.frames is not None
+    assert result.frames.shape == (5, 32, 48, 3)
+    assert result.options.prompt == PROMPT
+
+
+def test_a_video_file(pipeline: Pipeline, tmp_path: Path) -> None:
+    path = tmp_path / "video.mp4"
+    result = pipeline(PROMPT, **SMALL, output=path, fps=8)
+    assert result.path == path
+    assert result.frames is None
+    assert [p.name for p in tmp_path.iterdir()] == ["video.mp4"]
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert (stream.width, stream.height, stream.average_rate) == (48, 32, 8)
+        assert len(list(container.decode(stream))) == 5
+    facts = read_metadata(path)
+    assert facts["prompt"] == PROMPT
+    assert facts["seed"] == "1"
+    assert facts["bundle"] == pipeline.bundle.hash
+    assert facts["precision"] == "fp32"
+
+
+def test_one_frame_is_an_image(pipeline: Pipeline, tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    pipeline(PROMPT, **SMALL | {"frames": 1}, output=path)
+    with Image.open(path) as image:
+        assert np.array_equal(np.asarray(image), frames_of(pipeline, frames=1)[0])
+    assert read_metadata(path)["prompt"] == PROMPT
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_cancelled_between_steps(
+    after: int, pipeline: Pipeline, watch: Watch, tmp_path: Path
+) -> None:
+    def cancelled() -> bool:
+        return watch.runs.count("dit") == 2 * after
+
+    with pytest.raises(CancelledError):
+        pipeline(PROMPT, **SMALL, output=tmp_path / "video.mp4", cancelled=cancelled)
+    assert watch.runs.count("dit") == 2 * after
+    assert "vae_decoder_first" not in watch.runs
+    assert watch.open == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("at", ["text_encoder", "vae_decoder_first", "vae_decoder_rest"])
+def test_cancelled_in_other_stages(
+    at: str, pipeline: Pipeline, watch: Watch, tmp_path: Path
+) -> None:
+    """While it decodes, the file is begun already; the one it was to replace stays."""
+    path = tmp_path / "video.mp4"
+    path.write_bytes(b"the old video")
+    with pytest.raises(CancelledError):
+        pipeline(PROMPT, **SMALL, output=path, cancelled=lambda: at in watch.runs)
+    assert watch.runs[-1] == at
+    assert watch.open == []
+    assert [p.name for p in tmp_path.iterdir()] == ["video.mp4"]
+    assert path.read_bytes() == b"the old video"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("bug")])
+def test_interrupted(
+    error: BaseException, pipeline: Pipeline, watch: Watch, tmp_path: Path
+) -> None:
+    def fail(component: str, count: int, outputs: dict[str, Any]) -> dict[str, Any]:
+        if component == "vae_decoder_rest":
+            raise error
+        return outputs
+
+    watch.replace = fail
+    with pytest.raises(type(error)):
+        pipeline(PROMPT, **SMALL, output=tmp_path / "video.mp4")
+    assert watch.open == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_velocity_that_is_not_finite(
+    value: float, pipeline: Pipeline, watch: Watch, tmp_path: Path
+) -> None:
+    def spoil(component: str, count: int, outputs: dict[str, Any]) -> dict[str, Any]:
+        if component == "dit" and count == 3:  # the first branch of the second step
+            outputs["velocity"][0, 2, 5] = value
+        return outputs
+
+    watch.replace = spoil
+    with pytest.raises(WanxError, match="not finite after step 2 of 3"):
+        pipeline(PROMPT, **SMALL, guide_scale=5.0, output=tmp_path / "video.mp4")
+    assert watch.runs.count("dit") == 4
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "spoil"),
+    [
+        ("NaN", lambda video: video * np.float32(np.nan)),
+        ("black", lambda video: np.full_like(video, -1)),
+        ("flat", lambda video: np.full_like(video, 0.5)),
+        ("frozen", lambda video: video[:, :, :1] * 0 + np.linspace(-1, 1, video.shape[-1])),
+    ],
+)
+def test_a_broken_video(
+    kind: str,
+    spoil: Callable[[Any], Any],
+    pipeline: Pipeline,
+    watch: Watch,
+    tmp_path: Path,
+) -> None:
+    def replace(component: str, count: int, outputs: dict[str, Any]) -> dict[str, Any]:
+        if component.startswith("vae"):
+            outputs["video"] = np.broadcast_to(spoil(outputs["video"]), outputs["video"].shape)
+        return outputs
+
+    watch.replace = replace
+    with pytest.raises(WanxError, match=kind):
+        pipeline(PROMPT, **SMALL, output=tmp_path / "video.mp4")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "output", "message"),
+    [
+        ({}, "missing/video.mp4", "does not exist"),
+        ({}, "video.png", "one frame"),
+        ({}, "video.txt", "extension"),
+        ({}, "http://host/video.mp4", "URL"),
+        ({"width": 50}, "video.mp4", "use 48 or 64"),
+        ({"frames": 6}, "video.mp4", "use 5 or 9"),
+        ({"steps": 0}, "video.mp4", "steps is 0"),
+        ({"solver": "euler"}, "video.mp4", "unipc or dpm"),
+        ({"shift": 0.0}, "video.mp4", "shift is 0"),
+        ({"guide_scale": math.nan}, "video.mp4", "guide scale is nan"),
+        ({"seed": -2}, "video.mp4", "seed is -2"),
+        ({"fps": 0}, "video.mp4", "fps is 0"),
+        ({"prompt": "a\0b"}, "video.mp4", "NUL"),
+        ({"negative_prompt": "\udc80"}, "video.mp4", "UTF-8"),
+    ],
+)
+def test_refused_before_anything_is_computed(
+    options: dict[str, Any],
+    output: str,
+    message: str,
+    pipeline: Pipeline,
+    watch: Watch,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=message) as caught:
+        pipeline(**{"prompt": PROMPT} | SMALL | options, output=output)
+    assert "\n" not in str(caught.value)
+    assert watch.runs == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_file_is_kept_when_asked(
+    pipeline: Pipeline, watch: Watch, tmp_path: Path
+) -> None:
+    path = tmp_path / "video.mp4"
+    path.write_bytes(b"the old video")
+    with pytest.raises(UsageError, match="exists"):
+        pipeline(PROMPT, **SMALL, output=path, overwrite=False)
+    assert watch.runs == []
+    assert path.read_bytes() == b"the old video"
+
+
+def test_a_prompt_is_needed(pipeline: Pipeline) -> None:
+    """This model, unlike the built-in one, has no prompt of its own; an empty one is a prompt."""
+    with pytest.raises(UsageError, match="no prompt"):
+        pipeline(**SMALL)
+    assert pipeline("", **SMALL).options.prompt == ""
+
+
+def test_unknown_options_fail(pipeline: Pipeline) -> None:
+    with pytest.raises(TypeError, match="stepz"):
+        pipeline(PROMPT, **SMALL, stepz=3)

@@ -1,0 +1,113 @@
+"""Valid sizes pass and have whole latents; wrong ones are answered with the nearest valid ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from wanx.config import PRESETS, ModelConfig, VAEConfig
+from wanx.errors import UsageError
+from wanx.runtime.sizes import check_size, latent_shape
+
+CONFIG = PRESETS["t2v-1.3B"]
+
+
+@pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)
+def test_defaults_are_valid(config: ModelConfig) -> None:
+    check_size(config.defaults.width, config.defaults.height, config.defaults.frames, config)
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [
+        ((832, 480, 81), (16, 21, 60, 104)),
+        ((1280, 720, 81), (16, 21, 90, 160)),
+        ((720, 1280, 1), (16, 1, 160, 90)),
+        ((16, 16, 5), (16, 2, 2, 2)),
+        ((48, 16, 9), (16, 3, 2, 6)),
+    ],
+)
+def test_latent_shape(size: tuple[int, int, int], shape: tuple[int, int, int, int]) -> None:
+    check_size(*size, CONFIG)
+    assert latent_shape(*size, CONFIG.vae) == shape
+
+
+def test_token_counts_of_the_reference() -> None:
+    for width, height, tokens in [(832, 480, 32_760), (1280, 720, 75_600)]:
+        _, time, rows, columns = latent_shape(width, height, 81, VAEConfig())
+        assert time * rows * columns // 4 == tokens
+
+
+def message(width: int, height: int, frames: int) -> str:
+    with pytest.raises(UsageError) as caught:
+        check_size(width, height, frames, CONFIG)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "nearest"),
+    [
+        (850, "848 or 864"),
+        (833, "832 or 848"),
+        (847, "832 or 848"),
+        (8, "16"),
+        (1, "16"),
+        (0, "16"),
+        (-16, "16"),
+        (-5, "16"),
+    ],
+)
+def test_wrong_width_or_height(value: int, nearest: str) -> None:
+    rule = "must be a multiple of 16 and at least 16"
+    assert message(value, 480, 81) == f"width {rule}, not {value}: use {nearest}"
+    assert message(832, value, 81) == f"height {rule}, not {value}: use {nearest}"
+
+
+@pytest.mark.parametrize(
+    ("value", "nearest"),
+    [
+        (80, "77 or 81"),
+        (82, "81 or 85"),
+        (2, "1 or 5"),
+        (4, "1 or 5"),
+        (0, "1"),
+        (-3, "1"),
+        (-7, "1"),
+    ],
+)
+def test_wrong_frames(value: int, nearest: str) -> None:
+    expected = f"frames must be 4n+1 and at least 1, not {value}: use {nearest}"
+    assert message(832, 480, value) == expected
+
+
+def test_every_wrong_value_is_named() -> None:
+    text = message(850, 481, 80)
+    assert "width" in text
+    assert "height" in text
+    assert "frames" in text
+    assert text.count("; ") == 2
+
+
+@pytest.mark.parametrize("patch", [(1, 2, 2), (2, 2, 4), (3, 1, 2)])
+@pytest.mark.parametrize("downsample", [(False, True, True), (True, False, False), (False,) * 3])
+def test_accepted_sizes_are_those_with_whole_patches(
+    patch: tuple[int, int, int], downsample: tuple[bool, ...]
+) -> None:
+    """Brute force over small sizes, for other strides and patches too."""
+    vae = replace(CONFIG.vae, temporal_downsample=downsample)
+    config = replace(CONFIG, vae=vae, dit=replace(CONFIG.dit, patch_size=patch))
+    accepted = 0
+    for width, height, frames in [(w, 32, f) for w in range(0, 70, 4) for f in range(-2, 27)]:
+        whole_latent = width > 0 < frames and width % 8 == 0 == (frames - 1) % vae.temporal_stride
+        _, *sizes = latent_shape(width, height, frames, vae)
+        whole_patches = all(size % side == 0 for size, side in zip(sizes, patch, strict=True))
+        try:
+            check_size(width, height, frames, config)
+        except UsageError:
+            assert not (whole_latent and whole_patches), (width, frames)
+        else:
+            assert (whole_latent, whole_patches) == (True, True), (width, frames)
+            accepted += 1
+    assert accepted > 0

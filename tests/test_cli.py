@@ -1,0 +1,326 @@
+"""The command line: what a person types, what they see, what is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from wanx.builtin import builtin_bundle
+from wanx.cli import main
+from wanx.runtime.provenance import read_metadata
+
+SMALL = ["--steps", "2", "--frames", "5", "--size", "64x64", "--seed", "3", "--threads", "1"]
+PROMPT = "a red circle moving right on a blue background"
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line that a failed command prints."""
+        assert "Traceback" not in self.err
+        (line,) = self.err.strip().splitlines()
+        return line
+
+
+Wanx = Callable[..., Outcome]
+
+
+@pytest.fixture
+def wanx(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Wanx:
+    """Run the command line in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["wanx", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+        captured = capsys.readouterr()
+        code = exit_info.value.code
+        return Outcome(0 if code is None else int(code), captured.out, captured.err)
+
+    return run
+
+
+def start(*arguments: object, cwd: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "wanx", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_run_writes_a_video_that_says_how_it_was_made(wanx: Wanx, tmp_path: Path) -> None:
+    result = wanx("run", "tiny", PROMPT, "-o", "v.mp4", *SMALL)
+    assert result.code == 0
+    assert "wrote" in result.out
+    assert "seed 3" in result.out
+    facts = read_metadata(tmp_path / "v.mp4")
+    assert facts["prompt"] == PROMPT
+    assert facts["seed"] == "3"
+    assert len(facts["bundle"]) == 64
+    assert [path.name for path in tmp_path.iterdir()] == ["v.mp4"]
+
+
+def test_bare_run_uses_the_builtin_model_and_never_overwrites(wanx: Wanx, tmp_path: Path) -> None:
+    for name in ("out.mp4", "out-1.mp4"):
+        result = wanx("run", *SMALL)
+        assert result.code == 0, result.err
+        assert (tmp_path / name).exists()
+
+
+def test_one_argument_is_a_bundle_or_a_prompt(wanx: Wanx, tmp_path: Path) -> None:
+    assert wanx("run", PROMPT, "-o", "p.gif", *SMALL).code == 0
+    assert read_metadata(tmp_path / "p.gif")["prompt"] == PROMPT
+    assert wanx("run", builtin_bundle(), "-o", "b.gif", *SMALL).code == 0
+    typo = wanx("run", "my-bundel", *SMALL)
+    assert typo.code == 2
+    assert "'my-bundel' is neither a bundle nor a prompt" in typo.error
+
+
+def test_run_json_lists_every_option_and_stage(wanx: Wanx) -> None:
+    result = wanx("run", "tiny", PROMPT, "--json", "-o", "v.webm", *SMALL)
+    facts = json.loads(result.out)
+    assert facts["output"].endswith("v.webm")
+    assert facts["options"]["steps"] == 2
+    assert facts["options"]["seed"] == 3
+    assert [stage["name"] for stage in facts["stages"]] == ["text", "denoise", "decode"]
+    assert result.err == ""
+
+
+def test_options_come_from_the_environment(wanx: Wanx, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANX_RUN_STEPS", "1")
+    monkeypatch.setenv("WANX_RUN_FRAMES", "1")
+    facts = json.loads(wanx("run", "tiny", PROMPT, "--json", "-o", "v.png", "--threads", "1").out)
+    assert facts["options"]["steps"] == 1
+    assert facts["options"]["frames"] == 1
+
+
+def test_a_seed_repeats_and_minus_one_draws(wanx: Wanx, tmp_path: Path) -> None:
+    few = ["--steps", "1", "--frames", "1", "--threads", "1", "--json"]
+    for name in ("a.png", "b.png"):
+        assert wanx("run", "tiny", PROMPT, "-o", name, "--seed", "7", *few).code == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    drawn = {
+        json.loads(wanx("run", "tiny", PROMPT, "-o", "c.png", "--seed", "-1", *few).out)["options"][
+            "seed"
+        ]
+        for _ in range(2)
+    }
+    assert len(drawn) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--size", "65x64"], "64 or 80"),
+        (["--size", "wide"], "WIDTHxHEIGHT"),
+        (["--frames", "16"], "13 or 17"),
+        (["--frames", "0"], "1"),
+        (["--steps", "0"], "1 to 1000"),
+        (["--shift", "-1"], "positive"),
+        (["--shift", "nan"], "positive"),
+        (["--guide-scale", "inf"], "finite"),
+        (["--solver", "euler"], "unipc"),
+        (["--seed", "-2"], "seed"),
+        (["--fps", "0"], "fps"),
+        (["-o", "video.avi"], ".mp4"),
+        (["-o", "no/such/folder.mp4"], "does not exist"),
+        (["-o", "http://host/v.mp4"], "URL"),
+        (["-o", "concat:v.mp4"], "URL"),
+        (["-o", "v.png"], "one frame"),
+    ],
+)
+def test_bad_options_are_one_line_and_leave_nothing(
+    wanx: Wanx, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    result = wanx("run", "tiny", PROMPT, *arguments)
+    assert result.code == 2
+    assert words in result.error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("prompt", ["", "-leading dash", "—", "a" * 100_000, "<script>&amp;"])
+def test_odd_prompts_run(wanx: Wanx, tmp_path: Path, prompt: str) -> None:
+    few = ["--steps", "1", "--frames", "1", "--threads", "1", "-o", "v.png"]
+    assert wanx("run", *few, "--", "tiny", prompt).code == 0
+    assert read_metadata(tmp_path / "v.png")["prompt"] == prompt
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [("a\0b", "NUL"), ("x" * (2**20 + 1), "1,048,577 bytes"), ("\udcff", "UTF-8")],
+)
+def test_impossible_prompts_are_refused(wanx: Wanx, prompt: str, words: str) -> None:
+    result = wanx("run", "tiny", prompt, *SMALL)
+    assert result.code == 2
+    assert words in result.error
+
+
+def test_an_output_that_looks_like_an_option_is_a_file(wanx: Wanx, tmp_path: Path) -> None:
+    few = ["--steps", "1", "--frames", "1", "--threads", "1"]
+    assert wanx("run", "tiny", PROMPT, "--output=-y.png", *few).code == 0
+    assert (tmp_path / "-y.png").exists()
+
+
+def test_inspect_verify_doctor(wanx: Wanx) -> None:
+    assert "vae_decoder_rest" in wanx("inspect", "tiny").out
+    facts = json.loads(wanx("inspect", "tiny", "--json").out)
+    assert facts["config"]["task"] == "t2v"
+    assert facts["size_bytes"] <= 15_000_000
+    assert "files are as the manifest says" in wanx("verify", "tiny").out
+    findings = json.loads(wanx("doctor", "--json").out)
+    assert all(finding["ok"] for finding in findings if finding["required"])
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """Copy the built-in bundle to where a test may damage it."""
+    return Path(shutil.copytree(builtin_bundle(), tmp_path / "bundle"))
+
+
+def test_a_flipped_bit_is_found_and_named(wanx: Wanx, bundle: Path) -> None:
+    path = bundle / "weights" / "dit.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    report = wanx("verify", bundle)
+    assert report.code == 5
+    assert "weights/dit.safetensors" in report.out
+    run = wanx("run", bundle, PROMPT, *SMALL)
+    assert run.code == 5
+    assert "weights/dit.safetensors" in run.error
+
+
+def test_a_missing_graph_is_named(wanx: Wanx, bundle: Path) -> None:
+    (bundle / "graphs" / "dit.onnx").unlink()
+    run = wanx("run", bundle, PROMPT, *SMALL)
+    assert run.code == 5
+    assert "graphs/dit.onnx" in run.error
+
+
+def test_a_newer_bundle_asks_for_an_upgrade(wanx: Wanx, bundle: Path) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 99}))
+    result = wanx("inspect", bundle)
+    assert result.code == 4
+    assert "upgrade wanx" in result.error
+
+
+def test_a_read_only_bundle_runs(wanx: Wanx, bundle: Path) -> None:
+    paths = [bundle, *bundle.rglob("*")]
+    for path in paths:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = sorted((path, path.stat().st_mtime_ns) for path in paths)
+    try:
+        assert wanx("run", bundle, PROMPT, "-o", "v.gif", *SMALL).code == 0
+        assert sorted((path, path.stat().st_mtime_ns) for path in paths) == before
+    finally:
+        for path in paths:
+            path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def test_two_runs_share_a_bundle(bundle: Path, tmp_path: Path) -> None:
+    runs = [start("run", bundle, PROMPT, "-o", f"{i}.gif", *SMALL, cwd=tmp_path) for i in (1, 2)]
+    for run in runs:
+        _, error = run.communicate(timeout=120)
+        assert run.returncode == 0, error
+    assert (tmp_path / "1.gif").read_bytes() == (tmp_path / "2.gif").read_bytes()
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_stopped_run_leaves_no_video(tmp_path: Path, sent: signal.Signals, code: int) -> None:
+    run = start(
+        "run", "tiny", PROMPT, "-o", "v.mp4", "--steps", "1000", "--threads", "1", cwd=tmp_path
+    )
+    time.sleep(4)
+    assert run.poll() is None, "the run ended before it could be stopped"
+    run.send_signal(sent)
+    _, error = run.communicate(timeout=60)
+    assert run.returncode == code
+    assert b"Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_stopped_export_shows_no_bundle(tmp_path: Path, sent: signal.Signals, code: int) -> None:
+    export = start("export", "-o", "bundle", cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".bundle*/graphs/*.onnx")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    export.send_signal(sent)
+    _, error = export.communicate(timeout=60)
+    assert export.returncode == code
+    assert b"Traceback" not in error
+    visible = [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")]
+    assert visible == []
+    if sent == signal.SIGINT:
+        assert list(tmp_path.glob(".bundle*/*")) == []
+
+
+def test_stopped_while_encoding_leaves_no_video(tmp_path: Path) -> None:
+    """A plain MP4 is unreadable when its writer dies, so it must not have the asked name yet."""
+    program = (
+        "import sys, time, numpy as np\n"
+        "from wanx.runtime.video import VideoWriter\n"
+        "with VideoWriter(sys.argv[1], 64, 64, metadata={}) as writer:\n"
+        "    writer.write(np.random.randint(0, 255, (9, 64, 64, 3), dtype=np.uint8))\n"
+        "    print('writing', flush=True); time.sleep(60)\n"
+    )
+    target = tmp_path / "v.mp4"
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, str(target)], stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "writing\n"
+    child.kill()
+    child.wait()
+    assert not target.exists()
+
+
+def test_debugging_shows_the_traceback(tmp_path: Path) -> None:
+    environment = os.environ | {"WANX_DEBUG": "1"}
+    command = [sys.executable, "-m", "wanx", "inspect", str(tmp_path / "nothing")]
+    result = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert result.returncode != 0
+    assert b"Traceback" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["no-such-folder"], "does not exist"),
+        (["--precision", "fp4"], "--precision fp4"),
+        (["--target", "tpu"], "--target tpu"),
+        (["--task", "i2v"], "t2v, not i2v"),
+    ],
+)
+def test_bad_exports_are_one_line(wanx: Wanx, tmp_path: Path, arguments: list, words: str) -> None:
+    result = wanx("export", *arguments)
+    assert result.code == 2
+    assert words in result.error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_says_what_an_export_takes(wanx: Wanx, tmp_path: Path) -> None:
+    facts = json.loads(wanx("export", "--precision", "bf16", "--dry-run", "--json").out)
+    stored = sum(path.stat().st_size for path in (builtin_bundle() / "weights").iterdir())
+    assert facts["weight_bytes"]["dit"] * 2 == pytest.approx(
+        (builtin_bundle() / "weights" / "dit.safetensors").stat().st_size, rel=0.02
+    )
+    assert sum(facts["weight_bytes"].values()) < stored
+    assert facts["seconds"] > 0
+    assert list(tmp_path.iterdir()) == []

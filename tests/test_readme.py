@@ -1,0 +1,60 @@
+"""The commands and the code of the README do what it says, on the built-in model."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+# The README speaks of a 14B; here the built-in model stands in for it, at its own size.
+STAND_INS = {
+    "/models/Wan2.1-T2V-14B": "tiny",
+    "--size 832x480 --frames 81 --steps 50": "--size 64x64 --frames 17 --steps 4",
+    "width=832, height=480, frames=81": "width=64, height=64, frames=17, steps=4",
+    "a cat surfing at sunset": "a red circle moving right on a blue background",
+}
+
+
+def stand_in(text: str) -> str:
+    for said, done in STAND_INS.items():
+        text = text.replace(said, done)
+    return text
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def run(command: list[str], folder: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, f"{shlex.join(command)}\n{result.stderr}"
+
+
+def test_commands_and_code_run_in_order(tmp_path: Path) -> None:
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    commands = [shlex.split(stand_in(line), comments=True) for line in lines]
+    wanx = [words for words in commands if words and words[0] == "wanx"]
+    assert {words[1] for words in wanx} == {"run", "export", "inspect", "verify", "doctor"}
+    for words in wanx:
+        run([sys.executable, "-m", *words], tmp_path)
+    assert (tmp_path / "out.mp4").stat().st_size > 0
+    assert (tmp_path / "cat.mp4").stat().st_size > 0
+    (code,) = blocks("python")
+    check = "\nassert video.frames.shape == (17, 64, 64, 3)\n"
+    run([sys.executable, "-c", stand_in(code) + check], tmp_path)
+
+
+def test_the_two_commands_are_targets_of_the_makefile() -> None:
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    for line in blocks("sh")[0].splitlines():
+        words = shlex.split(line, comments=True)
+        assert words[0] == "make"
+        assert re.search(rf"^{words[1]}:", makefile, re.M)

@@ -1,0 +1,131 @@
+"""Write a checkpoint of true size with random weights, to measure exports and runs with.
+
+The original layout: a sharded bf16 DiT, umT5-xxl and VAE as safetensors. The tokenizer is copied
+from a bundle, so prompts become ids of its small vocabulary; sizes and shapes are those of the
+real model.
+
+    python tools/synthesize.py t2v-1.3B /tmp/t2v-1.3B
+    python tools/synthesize.py t2v-14B /tmp/t2v-14B --small-text-encoder
+
+``--small-text-encoder`` leaves umT5 with one layer and a small vocabulary, where the disk cannot
+hold everything twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from wanx.builtin import builtin_bundle
+from wanx.config import PRESETS, ModelConfig
+from wanx.export.components import expected_tensors
+from wanx.manifest import TOKENIZER
+from wanx.safetensors_file import SafetensorsWriter
+
+SHARD_BYTES = 9_900_000_000
+STEMS = {
+    "dit": "diffusion_pytorch_model",
+    "text_encoder": "models_t5_umt5-xxl-enc-bf16",
+    "vae": "Wan2.1_VAE",
+}
+
+
+def synthesize(config: ModelConfig, folder: Path, seed: int = 0) -> None:
+    """Write a checkpoint of ``config`` into ``folder``."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(seed)
+    groups = expected_tensors(config)
+    # The checkpoint holds the patch embedding as a 3-D convolution.
+    groups["dit"]["patch_embedding.weight"] = (
+        config.dit.dim, config.dit.in_dim, *config.dit.patch_size
+    )  # fmt: skip
+    for group, shapes in groups.items():
+        # Only the DiT is published in shards.
+        shards = split(shapes) if group == "dit" else [shapes]
+        index = {}
+        for number, shard in enumerate(shards, 1):
+            stem = STEMS[group]
+            if len(shards) > 1:
+                stem += f"-{number:05d}-of-{len(shards):05d}"
+            path = folder / f"{stem}.safetensors"
+            write(path, shard, generator)
+            index |= dict.fromkeys(shard, path.name)
+            print(path, flush=True)
+        if len(shards) > 1:
+            text = json.dumps({"metadata": {}, "weight_map": index})
+            (folder / f"{STEMS[group]}.safetensors.index.json").write_text(text)
+    tokenizer = folder / "google" / "umt5-xxl"
+    tokenizer.mkdir(parents=True)
+    shutil.copy(builtin_bundle() / TOKENIZER, tokenizer)
+    (folder / "config.json").write_text(json.dumps(original_config(config)))
+
+
+def split(shapes: dict[str, tuple[int, ...]]) -> list[dict[str, tuple[int, ...]]]:
+    """Fill shards of at most ``SHARD_BYTES`` of bf16."""
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    filled = 0
+    for name, shape in shapes.items():
+        size = 2 * int(np.prod(shape))
+        if filled and filled + size > SHARD_BYTES:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = shape
+        filled += size
+    return shards
+
+
+def write(path: Path, shapes: dict[str, tuple[int, ...]], generator: np.random.Generator) -> None:
+    """Write one shard: norms near one, everything else scaled so that activations stay finite."""
+    block = generator.standard_normal(1 << 20, dtype=np.float32)
+    with SafetensorsWriter(path, [(name, "BF16", shape) for name, shape in shapes.items()]) as file:
+        for name, shape in shapes.items():
+            count = int(np.prod(shape))
+            is_norm = len(shape) == 1 and ("norm" in name or "gamma" in name)
+            fan_in = max(1, int(np.prod(shape[1:])))
+            scale = np.float32(0.02 if is_norm else fan_in**-0.5)
+            values = block * scale + np.float32(is_norm)
+            # bf16 is the upper half of a float32; truncating is good enough for random numbers.
+            raw = (values.view(np.uint32) >> 16).astype(np.uint16)
+            start = int(generator.integers(1 << 19))
+            written = 0
+            while written < count:
+                piece = raw[start : start + count - written]
+                file.write(piece.data)
+                written += len(piece)
+                start = int(generator.integers(1 << 19))
+
+
+def original_config(config: ModelConfig) -> dict[str, object]:
+    """The ``config.json`` of the original layout."""
+    dit = config.dit
+    return {
+        "_class_name": "WanModel", "model_type": config.task, "dim": dit.dim,
+        "ffn_dim": dit.ffn_dim, "freq_dim": dit.freq_dim, "num_heads": dit.num_heads,
+        "num_layers": dit.num_layers, "in_dim": dit.in_dim, "out_dim": dit.out_dim,
+        "text_len": dit.text_len, "eps": dit.eps,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("preset", choices=[n for n, c in PRESETS.items() if c.task == "t2v"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--small-text-encoder", action="store_true")
+    arguments = parser.parse_args()
+    config = PRESETS[arguments.preset]
+    if arguments.small_text_encoder:
+        text_encoder = replace(config.text_encoder, vocab_size=512, num_layers=1)
+        config = replace(config, text_encoder=text_encoder)
+    synthesize(config, arguments.folder)
+
+
+if __name__ == "__main__":
+    main()

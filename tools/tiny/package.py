@@ -1,0 +1,38 @@
+"""Export the trained checkpoint to the bundle that the package carries.
+
+python tools/tiny/package.py CHECKPOINT
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from wanx.builtin import builtin_bundle
+from wanx.bundle import open_bundle
+from wanx.config import PRESETS
+from wanx.export.exporter import check, write_bundle
+from wanx.export.options import ExportOptions, resolve
+from wanx.models.checkpoint import open_checkpoint
+
+
+def package(checkpoint: Path, output: Path) -> None:
+    """Write the bundle of ``checkpoint``, which is in the original layout, at fp32.
+
+    That layout has no room for the latent statistics and the defaults of a run, so the whole
+    configuration is the preset's.
+    """
+    found = replace(open_checkpoint(checkpoint), config=PRESETS["tiny"])
+    resolved = resolve(ExportOptions(output=output, precision="fp32"), found)
+    check(resolved)
+    write_bundle(resolved, "cpu", force=True)
+    print(f"{output}: {open_bundle(output).size_bytes / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--output", type=Path, default=builtin_bundle())
+    arguments = parser.parse_args()
+    package(arguments.checkpoint, arguments.output)

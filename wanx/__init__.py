@@ -1,0 +1,86 @@
+"""wanx: the deployment compiler for the Wan2.1 video diffusion models.
+
+>>> import wanx
+>>> pipeline = wanx.load()                            # the built-in tiny model, or a bundle
+>>> video = pipeline("a red circle moving right on a blue background", seed=0)
+>>> video.frames.shape
+(17, 64, 64, 3)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wanx.errors import (
+    CancelledError,
+    CorruptInputError,
+    EnvironmentMismatchError,
+    GateError,
+    UsageError,
+    WanxError,
+)
+
+if TYPE_CHECKING:
+    from wanx.bundle import Bundle
+    from wanx.runtime.pipeline import Pipeline
+
+__version__ = "0.1.0"
+__all__ = [
+    "CancelledError",
+    "CorruptInputError",
+    "EnvironmentMismatchError",
+    "GateError",
+    "UsageError",
+    "WanxError",
+    "export",
+    "load",
+]
+
+
+def load(bundle: str | Path | None = None, *, threads: int | None = None) -> Pipeline:
+    """Open a bundle to generate videos from.
+
+    Args:
+        bundle: folder made by :func:`export`; None is the built-in tiny model.
+        threads: threads of the processor; None takes all cores.
+
+    Raises:
+        WanxError: the bundle is missing, damaged or unsafe.
+    """
+    from wanx.builtin import builtin_bundle
+    from wanx.bundle import open_bundle
+    from wanx.runtime.pipeline import Pipeline
+
+    if bundle is None:
+        return Pipeline(open_bundle(builtin_bundle(), allow_hard_links=True), threads=threads)
+    return Pipeline(open_bundle(bundle), threads=threads)
+
+
+def export(
+    source: str | Path = "tiny",
+    output: str | Path | None = None,
+    *,
+    precision: str = "auto",
+    target: str = "cpu",
+    force: bool = False,
+) -> Bundle:
+    """Export a checkpoint to a bundle; see :class:`wanx.export.options.ExportOptions`.
+
+    Raises:
+        WanxError: the checkpoint, the options or the disk do not allow it.
+    """
+    from wanx.export import require_packages
+
+    require_packages()
+    from wanx.export.exporter import export as run_export
+    from wanx.export.options import ExportOptions
+
+    options = ExportOptions(
+        source=source,
+        output=None if output is None else Path(output),
+        precision=precision,
+        target=target,
+        force=force,
+    )
+    return run_export(options)

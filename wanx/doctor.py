@@ -1,0 +1,88 @@
+"""What this machine can do with wanx, found out by looking."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from wanx.builtin import builtin_bundle
+from wanx.bundle import open_bundle
+from wanx.errors import WanxError
+from wanx.export import PACKAGES
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at; a ``required`` one must be ``ok`` for a bundle to run."""
+
+    name: str
+    ok: bool
+    detail: str
+    required: bool = True
+
+
+def examine() -> list[Finding]:
+    """Look at the interpreter, the machine, the packages and the built-in bundle."""
+    return [
+        Finding("python", True, f"{platform.python_version()} on {platform.platform()}"),
+        Finding("processor", True, f"{os.cpu_count()} cores, {_memory()}"),
+        Finding("disk", True, f"{shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB free here"),
+        _checked("onnxruntime", _onnxruntime),
+        _checked("video", _video),
+        _checked("built-in model", _builtin),
+        _export(),
+    ]
+
+
+def _checked(name: str, look: Callable[[], str]) -> Finding:
+    try:
+        return Finding(name, True, look())
+    except (ImportError, OSError, WanxError) as error:
+        return Finding(name, False, f"{error}; reinstall wanx")
+
+
+def _memory() -> str:
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return "memory unknown"
+    return f"{total / 1e9:.0f} GB of memory"
+
+
+def _onnxruntime() -> str:
+    runtime = importlib.import_module("onnxruntime")
+    providers = ", ".join(
+        p.removesuffix("ExecutionProvider") for p in runtime.get_available_providers()
+    )
+    return f"{runtime.__version__} with {providers}"
+
+
+def _video() -> str:
+    av = importlib.import_module("av")
+    codecs = av.codec.codecs_available
+    missing = [codec for codec in ("libx264", "libvpx-vp9", "gif") if codec not in codecs]
+    if missing:
+        raise OSError(f"PyAV {av.__version__} lacks {', '.join(missing)}")
+    return f"PyAV {av.__version__} with H.264, VP9 and GIF"
+
+
+def _builtin() -> str:
+    bundle = open_bundle(builtin_bundle(), verify="full", allow_hard_links=True)
+    return f"{bundle.manifest.name} at {bundle.manifest.precision}, intact"
+
+
+def _export() -> Finding:
+    found = []
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            detail = f"{package} is not installed; pip install 'wanx[export]' to export"
+            return Finding("export", False, detail, required=False)
+    return Finding("export", True, ", ".join(found), required=False)

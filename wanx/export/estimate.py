@@ -1,0 +1,46 @@
+"""What an export will take, before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from wanx.export.options import ResolvedExport
+
+# Measured on two cores of an AMD EPYC of the Zen 4 generation; see docs/performance.md.
+_SECONDS_PER_BLOCK = 0.6
+_SECONDS_FIXED = 30.0
+_BYTES_PER_SECOND = 400e6
+_GRAPH_BYTES = 700_000_000
+_GRAPH_BYTES_PER_BLOCK = 6_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Sizes in bytes and time in seconds.
+
+    Attributes:
+        weight_bytes: what each group of weights takes in the bundle.
+        bundle_bytes: the whole bundle.
+        peak_memory_bytes: memory of the process; weights never count, they pass in chunks.
+        seconds: duration on a small machine.
+    """
+
+    weight_bytes: dict[str, int]
+    bundle_bytes: int
+    peak_memory_bytes: int
+    seconds: float
+
+
+def estimate(resolved: ResolvedExport) -> Estimate:
+    """Estimate an export from the sizes of its weights and the depth of its networks."""
+    config = resolved.checkpoint.config
+    weights = {group: resolved.weight_bytes(group) for group in resolved.checkpoint.components}
+    blocks = config.dit.num_layers + config.text_encoder.num_layers
+    total = sum(weights.values())
+    return Estimate(
+        weight_bytes=weights,
+        # Graphs and the tokenizer, which is 17 MB for umT5-xxl.
+        bundle_bytes=total + (32 << 20),
+        peak_memory_bytes=_GRAPH_BYTES + blocks * _GRAPH_BYTES_PER_BLOCK,
+        seconds=_SECONDS_FIXED + blocks * _SECONDS_PER_BLOCK + total / _BYTES_PER_SECOND,
+    )

@@ -1,0 +1,1 @@
+"""What makes a portable graph fast on one kind of runtime."""

@@ -1,0 +1,137 @@
+"""A component's ONNX graph, traced without its weights.
+
+The module is built under ``FakeTensorMode``: tensors have shapes and dtypes but no storage, so the
+14B takes no more memory than its graph. Every parameter leaves as an initialiser that has a name
+and no data; :mod:`wanx.export.attach` says where the data lies.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import Sequential
+from onnx_ir.passes import common as passes
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from wanx.export.components import ComponentSpec, GraphInput
+from wanx.kernels.registry import DECOMPOSITIONS, ONNX_FUNCTIONS
+
+OPSET = 23
+
+
+def trace(spec: ComponentSpec) -> ir.Model:
+    """Trace ``spec`` to an ONNX model in fp32 whose initialisers have no data yet.
+
+    Hot spots stay single nodes of the domain ``wanx``, with their bodies as model functions.
+    Constants that the module computes for itself (tables, statistics) are real initialisers.
+    """
+    with torch.device("meta"):
+        constants = {
+            name: buffer
+            for name, buffer in spec.build().named_buffers()
+            if buffer.device.type == "cpu"
+        }
+    with _quiet(), FakeTensorMode():
+        module = spec.build().eval().requires_grad_(False)
+        parameters = {name for name, _ in module.named_parameters()}
+        arguments: list[Any] = [_example(spec, item) for item in spec.inputs]
+        axes: list[Any] = [_dynamic_axes(item) for item in spec.inputs]
+        if spec.caches:
+            arguments.append([_example(spec, item) for item in spec.caches])
+            axes.append([_dynamic_axes(item) for item in spec.caches])
+        program = torch.export.export(
+            module, tuple(arguments), dynamic_shapes=tuple(axes), strict=False
+        )
+        program = program.run_decompositions(DECOMPOSITIONS)
+        exported = torch.onnx.export(
+            program,
+            tuple(arguments),
+            dynamo=True,
+            optimize=False,
+            opset_version=OPSET,
+            input_names=[item.name for item in (*spec.inputs, *spec.caches)],
+            output_names=list(spec.outputs),
+            verbose=False,
+        )
+    assert exported is not None
+    model = exported.model
+    for name, value in model.graph.initializers.items():
+        if name in constants:
+            value.const_value = ir.tensor(constants[name].numpy(), name=name)
+        elif name in parameters:
+            value.const_value = None
+    return _clean(model, spec)
+
+
+def _example(spec: ComponentSpec, item: GraphInput) -> torch.Tensor:
+    shape = [size if isinstance(size, int) else _axis_size(size, spec.axes) for size in item.shape]
+    return torch.zeros(shape, dtype=item.dtype)
+
+
+def _axis_size(axis: str, axes: dict[str, int]) -> int:
+    factor, _, name = axis.rpartition("*")
+    return int(factor or 1) * axes[name]
+
+
+def _dynamic_axes(item: GraphInput) -> dict[int, object]:
+    # Fixed sizes are inferred; how the caches' axes follow the latent's, the tracer finds itself.
+    return {i: torch.export.Dim.AUTO for i, size in enumerate(item.shape) if isinstance(size, str)}
+
+
+def _clean(model: ir.Model, spec: ComponentSpec) -> ir.Model:
+    used = {node.op_type for node in model.graph if node.domain == "wanx"}
+    for name in sorted(used):
+        function = ir.serde.deserialize_function(ONNX_FUNCTIONS[name].to_function_proto())
+        model.functions[function.identifier()] = function
+    model = Sequential(
+        passes.RemoveUnusedNodesPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.ClearMetadataAndDocStringPass(),
+    )(model).model
+    for name in [n for n, v in model.graph.initializers.items() if not v.uses()]:
+        del model.graph.initializers[name]
+    # Intermediate shapes are the tracer's symbols; every runtime infers its own.
+    for node in model.graph:
+        node.name = None
+        for output in node.outputs:
+            if not output.is_graph_output():
+                output.shape, output.type = None, None
+    axes: dict[str, str] = {}
+    for value, item in zip(model.graph.inputs, (*spec.inputs, *spec.caches), strict=True):
+        assert value.shape is not None
+        axes |= {str(old): str(new) for old, new in zip(value.shape, item.shape, strict=True)}
+        value.shape = ir.Shape(item.shape)
+    for value in model.graph.outputs:
+        assert value.shape is not None
+        value.shape = ir.Shape([_renamed(size, axes) for size in value.shape])
+    model.graph.name = spec.name
+    model.producer_name, model.producer_version = "wanx", None
+    return model
+
+
+def _renamed(size: int | ir.SymbolicDim, axes: dict[str, str]) -> int | str:
+    """Express an output's size by the names of the input axes, as in ``8*h``."""
+    if isinstance(size, int):
+        return size
+    return re.sub(r"\w+", lambda symbol: axes.get(symbol[0], symbol[0]), str(size))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # The exporter logs about optional packages and its own deprecations; nothing a user can act on.
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

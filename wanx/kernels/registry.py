@@ -1,0 +1,56 @@
+"""The seam between PyTorch and ONNX: which ONNX function stands for which ``wanx::`` op.
+
+An op called in a model becomes one node in the domain ``wanx``. The function registered here is its
+body in standard ONNX, so that every runtime can execute the graph; a target with a faster
+implementation drops the body and takes the name.
+
+Ops have no backward: when an input requires a gradient, the public functions of this package run
+the differentiable reference instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from onnxscript import OnnxFunction
+from onnxscript.values import Opset
+from torch import Tensor
+
+DOMAIN = Opset("wanx", 1)
+ONNX_FUNCTIONS: dict[str, OnnxFunction[..., Any]] = {}
+DECOMPOSITIONS: dict[torch._ops.OperatorBase, Callable[..., Any]] = {}
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether the differentiable reference has to run instead of the op."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def register(overload: torch._ops.OpOverload, function: OnnxFunction[..., Any]) -> None:
+    """Let the ONNX ``function`` stand for the torch op ``overload`` in graphs.
+
+    The function's inputs are the op's tensors and its attributes the op's other arguments, by the
+    same names. Each output of the op has the shape and dtype of the input at the same position.
+    """
+    arguments = overload._schema.arguments
+    outputs = len(overload._schema.returns)
+
+    def to_onnx_node(*values: Any) -> Tensor | tuple[Tensor, ...]:
+        named = list(zip(arguments, values, strict=True))
+        inputs = [value for _, value in named if isinstance(value, Tensor)]
+        attributes = {a.name: value for a, value in named if not isinstance(value, Tensor)}
+        like = inputs[:outputs]
+        nodes = torch.onnx.ops.symbolic_multi_out(
+            f"{DOMAIN.domain}::{function.name}",
+            inputs,
+            attributes,
+            dtypes=[t.dtype for t in like],
+            shapes=[t.shape for t in like],
+            version=DOMAIN.version,
+        )
+        return nodes[0] if outputs == 1 else tuple(nodes)
+
+    ONNX_FUNCTIONS[function.name] = function
+    DECOMPOSITIONS[overload] = to_onnx_node

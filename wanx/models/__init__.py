@@ -1,0 +1,4 @@
+"""The networks of Wan2.1 in PyTorch, written to be traced.
+
+Parameter names are the tensor names of the original checkpoints.
+"""

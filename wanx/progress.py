@@ -1,0 +1,31 @@
+"""How long work tells its caller how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+Unit = Literal["bytes", "steps"]
+
+
+class Progress(Protocol):
+    """Called with the work done so far; ``done == total`` ends a stage."""
+
+    def __call__(self, stage: str, done: int, total: int, unit: Unit) -> None:
+        """Take note that ``done`` of ``total`` units of ``stage`` are finished."""
+
+
+def silent(stage: str, done: int, total: int, unit: Unit) -> None:
+    """Report to nobody."""
+
+
+def byte_counter(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
+    """Turn a progress function into one that is told portions of bytes."""
+    done = 0
+
+    def count(portion: int) -> None:
+        nonlocal done
+        done += portion
+        progress(stage, done, total, "bytes")
+
+    return count

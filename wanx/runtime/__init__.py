@@ -1,0 +1,1 @@
+"""What turns a bundle into video, with neither PyTorch nor model code."""

@@ -1,0 +1,89 @@
+"""Decide before any computation whether the output can be written where the user wants it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from wanx.errors import UsageError, WanxError
+
+# Bytes per pixel of each format: twice a detailed scene at quality 8 for the two video codecs, and
+# a GIF or PNG that hardly compresses.
+BYTES_PER_PIXEL = {".mp4": 0.5, ".webm": 0.5, ".gif": 1.0, ".png": 3.0}
+_OVERHEAD = 2**20
+
+
+def resolve_output(path: str | os.PathLike[str]) -> Path:
+    """Turn the name of an output into an absolute path that no media library can misread.
+
+    FFmpeg reads ``concat:a.mp4`` or ``http://…`` as a protocol and tools read ``-y.mp4`` as an
+    option; an absolute path is neither.
+
+    Raises:
+        UsageError: The name looks like a protocol, holds a NUL character, or its extension is not
+            one of ``BYTES_PER_PIXEL``.
+    """
+    name = os.fspath(path)
+    if "\0" in name:
+        raise UsageError(f"the output name {name!r} holds a NUL character; remove it")
+    if ":" in os.path.splitdrive(name)[1].split("/")[0]:
+        raise UsageError(
+            f"the output name {name!r} looks like a URL or protocol and only files are written; "
+            f"for a file of that name write ./{name}"
+        )
+    folder, file = os.path.split(name)
+    if os.path.splitext(file)[1].lower() not in BYTES_PER_PIXEL:
+        raise UsageError(
+            f"the output {name!r} has no known extension; use one of {', '.join(BYTES_PER_PIXEL)}"
+        )
+    return Path(os.path.realpath(folder or "."), file)
+
+
+def check_output(
+    path: str | os.PathLike[str], *, width: int, height: int, frames: int, overwrite: bool = False
+) -> Path:
+    """Check that a video of this size can be written to ``path``.
+
+    Args:
+        path: The name the user gave.
+        width: Pixels.
+        height: Pixels.
+        frames: How many frames will be written.
+        overwrite: Whether a file of that name may be replaced.
+
+    Returns:
+        The absolute path.
+
+    Raises:
+        UsageError: The name is refused by ``resolve_output``, the folder is missing or cannot be
+            written to, something is in the way, or a ``.png`` is to hold several frames.
+        WanxError: The disk is too full for the size to expect.
+    """
+    target = resolve_output(path)
+    suffix = target.suffix.lower()
+    if suffix == ".png" and frames > 1:
+        raise UsageError(f"{path} can hold one frame, not {frames}; use .mp4, .webm or .gif")
+    if not target.parent.is_dir():
+        raise UsageError(f"the folder {target.parent} does not exist; create it first")
+    if os.path.lexists(target):
+        if not target.is_file():
+            raise UsageError(f"{path} exists and is not a regular file; choose another name")
+        if not overwrite:
+            raise UsageError(f"{path} exists; choose another name or allow overwriting")
+    try:
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+        free = shutil.disk_usage(target.parent).free
+    except OSError as error:
+        raise UsageError(
+            f"cannot write to the folder {target.parent}: {error.strerror}; choose another"
+        ) from None
+    expected = int(BYTES_PER_PIXEL[suffix] * width * height * frames) + _OVERHEAD
+    if free < expected:
+        raise WanxError(
+            f"{target.parent} has {free / 1e6:.1f} MB free and {path} may need "
+            f"{expected / 1e6:.1f} MB; free some space or choose another folder"
+        )
+    return target

@@ -1,0 +1,269 @@
+"""Prompt to video: encode the text, denoise the latent, decode the frames.
+
+The components of a bundle are loaded, run and freed in turn, so that the memory of a run is that
+of its largest component.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wanx.bundle import Bundle
+from wanx.errors import CancelledError, WanxError
+from wanx.progress import Progress, silent
+from wanx.runtime.guidance import branches, guide
+from wanx.runtime.health import FrameCheck
+from wanx.runtime.memory import peak_bytes, reset_peak
+from wanx.runtime.noise import randn
+from wanx.runtime.options import ResolvedRun, RunOptions, resolve
+from wanx.runtime.output import check_output
+from wanx.runtime.sampler import make_sampler
+from wanx.runtime.sessions import open_session
+from wanx.runtime.sessions.base import State
+from wanx.runtime.sizes import latent_shape
+from wanx.runtime.text import PromptTokenizer, clean_prompt, zero_pad
+from wanx.runtime.tokens import patchify, rope_tables, token_grid, unpatchify
+from wanx.runtime.video import VideoWriter
+
+Float32 = NDArray[np.float32]
+Pixels = NDArray[np.uint8]
+OnStep = Callable[[int, int, Float32], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What one part of a run took.
+
+    Attributes:
+        name: ``text``, ``denoise`` or ``decode``.
+        load_seconds: loading the component.
+        seconds: running it; for ``decode``, including the video encoder.
+        peak_bytes: peak resident memory of the process, mapped weights included.
+    """
+
+    name: str
+    load_seconds: float
+    seconds: float
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """The result of a run.
+
+    Attributes:
+        options: every option that was used, the drawn seed among them.
+        stages: what each part took.
+        path: the file, when one was asked for.
+        frames: the pixels ``[F, H, W, 3]``, when no file was asked for.
+    """
+
+    options: ResolvedRun
+    stages: tuple[Stage, ...]
+    path: Path | None
+    frames: Pixels | None
+
+
+@dataclass
+class _Clock:
+    loaded: float = 0.0
+    stages: list[Stage] = field(default_factory=list)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        reset_peak()
+        self.loaded = 0.0
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start - self.loaded
+        self.stages.append(
+            Stage(name=name, load_seconds=self.loaded, seconds=seconds, peak_bytes=peak_bytes())
+        )
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.loaded += time.perf_counter() - start
+
+
+class Pipeline:
+    """Generates videos from one bundle."""
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+        """Prepare to run ``bundle`` on ``threads`` threads (None: all cores)."""
+        self.bundle = bundle
+        self.config = bundle.manifest.config
+        self.threads = threads
+
+    def __call__(self, prompt: str | None = None, **options: Any) -> Generation:
+        """Generate a video in memory; keywords are those of :class:`RunOptions` and :meth:`run`."""
+        runtime = {k: options.pop(k) for k in _RUNTIME_KEYWORDS & options.keys()}
+        return self.run(RunOptions(prompt=prompt, **options), **runtime)
+
+    def run(
+        self,
+        options: RunOptions,
+        *,
+        output: str | Path | None = None,
+        overwrite: bool = True,
+        on_step: OnStep | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+        progress: Progress = silent,
+    ) -> Generation:
+        """Generate a video.
+
+        Args:
+            options: what to generate.
+            output: file to write, its format given by the extension; None returns the frames.
+            overwrite: whether a file of that name may be replaced.
+            on_step: called after each denoising step with its number (from 1), the number of
+                steps, and the latent ``[C, T, h, w]``.
+            cancelled: asked between steps and decoded frames; True ends the run.
+            progress: told how far each stage is.
+
+        Raises:
+            UsageError: an option or the output cannot be.
+            CancelledError: ``cancelled`` said so; no file was left behind.
+            WanxError: the output is not finite, black or frozen, or the machine cannot do it.
+        """
+        run = resolve(options, self.config)
+        path = None
+        if output is not None:
+            path = check_output(
+                output, width=run.width, height=run.height, frames=run.frames, overwrite=overwrite
+            )
+        clock = _Clock()
+        with clock.stage("text"):
+            contexts = self._encode_text(run, clock, progress)
+        _stop_if(cancelled)
+        with clock.stage("denoise"):
+            latent = self._denoise(run, contexts, clock, on_step, cancelled, progress)
+        with clock.stage("decode"):
+            frames = self._decode(latent, clock, cancelled, progress)
+            if path is None:
+                pixels = np.concatenate(list(frames))
+            else:
+                pixels = None
+                with VideoWriter(
+                    path, run.width, run.height, fps=run.fps, metadata=self.provenance(run)
+                ) as writer:
+                    for chunk in frames:
+                        writer.write(chunk)
+        return Generation(options=run, stages=tuple(clock.stages), path=path, frames=pixels)
+
+    def provenance(self, run: ResolvedRun) -> dict[str, str]:
+        """Say in the video's metadata how to make it again."""
+        import wanx
+
+        manifest = self.bundle.manifest
+        facts = {
+            "software": f"wanx {wanx.__version__}",
+            "model": manifest.name,
+            "precision": manifest.precision,
+            "bundle": self.bundle.hash,
+        }
+        return facts | {name: str(value) for name, value in asdict(run).items()}
+
+    def _encode_text(
+        self, run: ResolvedRun, clock: _Clock, progress: Progress
+    ) -> dict[str, Float32]:
+        tokenizer = PromptTokenizer(self.bundle.tokenizer_path)
+        prompts = {"conditional": run.prompt, "unconditional": run.negative_prompt}
+        needed = branches(run.guide_scale)
+        progress("encode text", 0, len(needed), "steps")
+        with clock.loading():
+            session = open_session(self.bundle, "text_encoder", threads=self.threads)
+        contexts: dict[str, Float32] = {}
+        length = self.config.dit.text_len
+        with session:
+            for done, branch in enumerate(needed, 1):
+                ids, mask = tokenizer.encode(clean_prompt(prompts[branch]), length)
+                # Padding is masked in T5, so leaving it out gives the same features for less.
+                features = session.run({"ids": ids[:, : int(mask.sum())]})["features"]
+                contexts[branch] = zero_pad(features[0], length)[None].astype(np.float32)
+                progress("encode text", done, len(needed), "steps")
+        return contexts
+
+    def _denoise(
+        self,
+        run: ResolvedRun,
+        contexts: dict[str, Float32],
+        clock: _Clock,
+        on_step: OnStep | None,
+        cancelled: Callable[[], bool],
+        progress: Progress,
+    ) -> Float32:
+        dit = self.config.dit
+        shape = latent_shape(run.width, run.height, run.frames, self.config.vae)
+        grid = token_grid(shape, dit.patch_size)
+        sampler = make_sampler(run.solver, run.steps, run.shift)
+        latent = randn(shape, run.seed)
+        progress("denoise", 0, run.steps, "steps")
+        with clock.loading():
+            session = open_session(self.bundle, "dit", threads=self.threads)
+        with session:
+            cos, sin = rope_tables(grid, dit.rope_dims)
+            session.bind({"rope_cos": cos, "rope_sin": sin})
+            for step, timestep in enumerate(sampler.timesteps, 1):
+                feeds = {
+                    "tokens": patchify(latent, dit.patch_size)[None],
+                    "timestep": np.array([timestep], dtype=np.float32),
+                }
+                velocities = {
+                    branch: session.run(feeds | {"context": context})["velocity"][0]
+                    for branch, context in contexts.items()
+                }
+                if len(velocities) == 1:
+                    (velocity,) = velocities.values()
+                else:
+                    velocity = guide(**velocities, scale=run.guide_scale)
+                velocity = unpatchify(velocity, grid, dit.patch_size)
+                latent = sampler.step(velocity, latent)
+                if not np.isfinite(latent).all():
+                    raise WanxError(
+                        f"the latent is not finite after step {step} of {run.steps}; check the "
+                        "bundle with `wanx verify` or export it at a higher precision"
+                    )
+                progress("denoise", step, run.steps, "steps")
+                if on_step is not None:
+                    on_step(step, run.steps, latent)
+                _stop_if(cancelled)
+        return latent
+
+    def _decode(
+        self, latent: Float32, clock: _Clock, cancelled: Callable[[], bool], progress: Progress
+    ) -> Iterator[Pixels]:
+        check = FrameCheck()
+        state: State = {}
+        count = latent.shape[1]
+        progress("decode", 0, count, "steps")
+        for name, chunks in (("first", range(1)), ("rest", range(1, count))):
+            if not chunks:
+                continue
+            with clock.loading():
+                session = open_session(self.bundle, f"vae_decoder_{name}", threads=self.threads)
+            with session:
+                for index in chunks:
+                    part = np.ascontiguousarray(latent[None, :, index : index + 1])
+                    video = session.run({"latent": part}, state)["video"]
+                    yield check.convert(video[0])
+                    progress("decode", index + 1, count, "steps")
+                    _stop_if(cancelled)
+        check.finish()
+
+
+_RUNTIME_KEYWORDS = {"output", "overwrite", "on_step", "cancelled", "progress"}
+
+
+def _stop_if(cancelled: Callable[[], bool]) -> None:
+    if cancelled():
+        raise CancelledError("the run was cancelled; no file was written")

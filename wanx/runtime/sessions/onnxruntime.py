@@ -1,0 +1,115 @@
+"""Sessions on ONNX Runtime, on the processor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wanx.bundle import Bundle
+from wanx.errors import CorruptInputError, WanxError
+from wanx.runtime.sessions.base import NEXT, Array, Session, State
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+
+def create_session(
+    graph: Path, root: Path, *, threads: int | None = None, fold: bool = True
+) -> onnxruntime.InferenceSession:
+    """Load a graph on ONNX Runtime's CPU provider.
+
+    Args:
+        graph: the ONNX file.
+        root: the folder that its locations of weights are relative to.
+        threads: of the processor; None takes all cores.
+        fold: compute constant expressions once. With weights stored in 16 bits that would compute
+            the Cast behind each of them and keep the wide copies.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # errors are raised as well as logged
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(root)
+    )
+    return onnxruntime.InferenceSession(
+        graph.read_bytes(),
+        options,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=None if fold else ["ConstantFolding"],
+    )
+
+
+class OnnxRuntimeSession(Session):
+    """A graph on ONNX Runtime's CPU provider."""
+
+    def __init__(self, bundle: Bundle, component: str, *, threads: int | None = None) -> None:
+        """Load ``component``; see :func:`wanx.runtime.sessions.open_session`."""
+        record = bundle.manifest.components[component]
+        self._name = component
+        with self._explained():
+            self._session: onnxruntime.InferenceSession | None = create_session(
+                bundle.root / record.engines.get("cpu", record.graph),
+                bundle.root,
+                threads=threads,
+                fold=all(dtype == "F32" for dtype in record.storage),
+            )
+        self._outputs = [output.name for output in self._session.get_outputs()]
+        self._inputs = {value.name for value in self._session.get_inputs()}
+        self._constants: dict[str, onnxruntime.OrtValue] = {}
+
+    def bind(self, constants: Mapping[str, Array]) -> None:
+        """Wrap the arrays once; on the processor nothing is copied."""
+        import onnxruntime
+
+        self._constants |= {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(value)
+            for name, value in constants.items()
+        }
+
+    def run(self, feeds: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
+        """Run the graph; see :meth:`Session.run`."""
+        import onnxruntime
+
+        assert self._session is not None, "the session is closed"
+        values = dict(self._constants)
+        if state is not None:
+            values |= {name: value for name, value in state.items() if name in self._inputs}
+        for name, array in feeds.items():
+            values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
+        with self._explained():
+            results = self._session.run_with_ort_values(self._outputs, values)
+        outputs = {}
+        for name, value in zip(self._outputs, results, strict=True):
+            if state is not None and name.endswith(NEXT):
+                state[name.removesuffix(NEXT)] = value
+            else:
+                outputs[name] = value.numpy()
+        return outputs
+
+    def close(self) -> None:
+        """Free the graph and its memory."""
+        self._session = None
+        self._constants.clear()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # ONNX Runtime's exceptions share no base of their own
+            if isinstance(error, WanxError):
+                raise
+            text = " ".join(str(error).split())
+            if isinstance(error, MemoryError) or "bad_alloc" in text or "allocat" in text.lower():
+                raise WanxError(
+                    f"not enough memory to run {self._name} ({text[:160]}); choose a smaller size "
+                    "or fewer frames"
+                ) from error
+            raise CorruptInputError(
+                f"ONNX Runtime cannot run {self._name}: {text[:240]}; check the bundle with "
+                "`wanx verify` or export it again"
+            ) from error

@@ -1,0 +1,126 @@
+"""From a prompt to the token ids and the padded embedding that the transformer attends to."""
+
+from __future__ import annotations
+
+import html
+import re
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wanx.errors import CorruptInputError, UsageError
+
+TEXT_LEN = 512
+PROMPT_BYTES = 2**20
+
+
+def check_prompt(text: str) -> None:
+    """Refuse a prompt that no tokenizer can take; an empty one is allowed and means "anything".
+
+    Raises:
+        UsageError: The text holds a NUL character or bytes that were not UTF-8 (they arrive from
+            the command line as lone surrogates), or is longer than ``PROMPT_BYTES`` in UTF-8.
+    """
+    try:
+        size = len(text.encode("utf-8"))
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the prompt is not valid UTF-8 at character {error.start} "
+            f"(U+{ord(text[error.start]):04X}); save or type it as UTF-8"
+        ) from None
+    if "\0" in text:
+        raise UsageError(
+            f"the prompt holds a NUL character at position {text.index(chr(0))}; remove it"
+        )
+    if size > PROMPT_BYTES:
+        raise UsageError(
+            f"the prompt is {size:,} bytes long and at most {PROMPT_BYTES:,} are accepted; "
+            f"only its first {TEXT_LEN} tokens would be used"
+        )
+
+
+def clean_prompt(text: str) -> str:
+    """Normalise a prompt as Wan2.1 was trained on: repair mojibake, unescape HTML, squeeze blanks.
+
+    HTML is unescaped twice because the captions came out of pages that had escaped it twice.
+    """
+    import ftfy
+
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", text.strip()).strip()
+
+
+class PromptTokenizer:
+    """The tokenizer of a bundle, read from its ``tokenizer.json``.
+
+    The end token comes from the file's post-processor. The file's own truncation and padding are
+    ignored: ``encode`` alone decides the length.
+
+    Raises:
+        CorruptInputError: The file is missing or unreadable, is no tokenizer, has no ``<pad>``
+            token, or has no post-processor that adds the end token the text encoder expects.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from tokenizers import Tokenizer
+
+        try:
+            self._tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise CorruptInputError(
+                f"cannot read {path}: {error.strerror}; export the bundle again"
+            ) from None
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise CorruptInputError(
+                f"{path} is not a tokenizer ({error}); export the bundle again"
+            ) from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._added = self._tokenizer.num_special_tokens_to_add(is_pair=False)
+        pad = self._tokenizer.token_to_id("<pad>")
+        if pad is None or self._added == 0:
+            missing = "<pad> token" if pad is None else "post-processor that adds an end token"
+            raise CorruptInputError(f"{path} has no {missing}; export the bundle again")
+        self._pad = int(pad)
+
+    def encode(
+        self, prompt: str, max_length: int = TEXT_LEN
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Encode one cleaned prompt, cut and padded to ``max_length`` tokens.
+
+        A prompt that is too long loses its last words, never the end token.
+
+        Returns:
+            Token ids and mask, both int64 [1, max_length]; the mask is 1 on words and end token.
+        """
+        assert max_length > self._added
+        encoding = self._tokenizer.encode(prompt, add_special_tokens=False)
+        encoding.truncate(max_length - self._added)
+        words = self._tokenizer.post_process(encoding).ids
+        ids = np.full((1, max_length), self._pad, dtype=np.int64)
+        ids[0, : len(words)] = words
+        mask = (np.arange(max_length) < len(words)).astype(np.int64)[None]
+        return ids, mask
+
+
+def zero_pad(
+    embedding: NDArray[np.floating], length: int = TEXT_LEN, *, tokens: int | None = None
+) -> NDArray[np.floating]:
+    """Keep the rows of real tokens and follow them by zeros.
+
+    The transformer attends to the zero rows unmasked, so they are part of the numerics.
+
+    Args:
+        embedding: Output of the text encoder, [n, d].
+        length: Rows of the result.
+        tokens: How many leading rows are real, that is ``mask.sum()``; all of them by default.
+
+    Returns:
+        [length, d], of the type of ``embedding``.
+    """
+    real = embedding[:tokens]
+    assert len(real) <= length
+    padded = np.zeros((length, embedding.shape[1]), dtype=embedding.dtype)
+    padded[: len(real)] = real
+    return padded
