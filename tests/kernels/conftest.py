@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from onnxscript import OnnxFunction
 from torch import Tensor
 
-from wanx.kernels.registry import DECOMPOSITIONS
+from wanx.kernels.registry import NODES
 
 TYPES = {
     torch.float32: TensorProto.FLOAT,
@@ -96,7 +96,7 @@ def check_op() -> Callable[..., None]:
         formula: Callable[..., Any],
     ) -> None:
         torch.library.opcheck(overload, arguments)
-        assert overload in DECOMPOSITIONS
+        assert overload in NODES
         out = overload(*arguments)
         tensors = [a for a in arguments if isinstance(a, Tensor)]
         for index in range(len(tensors)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -33,15 +33,22 @@ class ComponentSpec:
     ``weights`` names the group of tensors that it reads, which several graphs may share.
     ``axes`` gives each dynamic axis a size to trace with; an axis such as ``"2*h"`` is derived.
     ``caches`` follow the inputs in the graph; the module takes them as one list.
+    ``build`` makes the module; where ``blocks`` is not 0, the module has a stack of that many equal
+    blocks, called ``blocks``, and ``build`` takes how many to make.
     """
 
     name: str
     weights: str
-    build: Callable[[], nn.Module]
+    build: Callable[..., nn.Module]
     inputs: tuple[GraphInput, ...]
     outputs: tuple[str, ...]
     axes: dict[str, int]
     caches: tuple[GraphInput, ...] = ()
+    blocks: int = 0
+
+    def module(self, blocks: int | None = None) -> nn.Module:
+        """Build the module, with fewer ``blocks`` where that is asked for."""
+        return self.build(blocks or self.blocks) if self.blocks else self.build()
 
 
 class DecoderFirst(WanVAE):
@@ -76,7 +83,8 @@ def text_encoder_spec(config: TextEncoderConfig) -> ComponentSpec:
     return ComponentSpec(
         name="text_encoder",
         weights="text_encoder",
-        build=lambda: UMT5Encoder(config),
+        build=lambda blocks: UMT5Encoder(replace(config, num_layers=blocks)),
+        blocks=config.num_layers,
         inputs=(GraphInput(name="ids", shape=(1, "n"), dtype=torch.int64),),
         outputs=("features",),
         axes={"n": 24},
@@ -89,7 +97,8 @@ def dit_spec(config: DiTConfig) -> ComponentSpec:
     return ComponentSpec(
         name="dit",
         weights="dit",
-        build=lambda: WanDiT(config),
+        build=lambda blocks: WanDiT(replace(config, num_layers=blocks)),
+        blocks=config.num_layers,
         inputs=(
             GraphInput(name="tokens", shape=(1, "L", config.token_dim)),
             GraphInput(name="timestep", shape=(1,)),

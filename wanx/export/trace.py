@@ -21,7 +21,8 @@ from onnx_ir.passes import common as passes
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wanx.export.components import ComponentSpec, GraphInput
-from wanx.kernels.registry import DECOMPOSITIONS, ONNX_FUNCTIONS
+from wanx.export.repeat import TRACED_BLOCKS, repeat_block
+from wanx.kernels.registry import ONNX_FUNCTIONS, OpsAsNodes
 
 OPSET = 23
 
@@ -33,23 +34,22 @@ def trace(spec: ComponentSpec) -> ir.Model:
     Constants that the module computes for itself (tables, statistics) are real initialisers.
     """
     with torch.device("meta"):
-        constants = {
-            name: buffer
-            for name, buffer in spec.build().named_buffers()
-            if buffer.device.type == "cpu"
-        }
+        whole = spec.module()
+    buffers = whole.named_buffers()
+    constants = {name: buffer for name, buffer in buffers if buffer.device.type == "cpu"}
+    parameters = {name for name, _ in whole.named_parameters()}
+    traced_blocks = min(spec.blocks, TRACED_BLOCKS)
     with _quiet(), FakeTensorMode():
-        module = spec.build().eval().requires_grad_(False)
-        parameters = {name for name, _ in module.named_parameters()}
+        module = spec.module(traced_blocks).eval().requires_grad_(False)
         arguments: list[Any] = [_example(spec, item) for item in spec.inputs]
         axes: list[Any] = [_dynamic_axes(item) for item in spec.inputs]
         if spec.caches:
             arguments.append([_example(spec, item) for item in spec.caches])
             axes.append([_dynamic_axes(item) for item in spec.caches])
-        program = torch.export.export(
-            module, tuple(arguments), dynamic_shapes=tuple(axes), strict=False
-        )
-        program = program.run_decompositions(DECOMPOSITIONS)
+        with OpsAsNodes():
+            program = torch.export.export(
+                module, tuple(arguments), dynamic_shapes=tuple(axes), strict=False
+            )
         exported = torch.onnx.export(
             program,
             tuple(arguments),
@@ -62,6 +62,8 @@ def trace(spec: ComponentSpec) -> ir.Model:
         )
     assert exported is not None
     model = exported.model
+    if spec.blocks > traced_blocks:
+        repeat_block(model.graph, "blocks", spec.blocks)
     for name, value in model.graph.initializers.items():
         if name in constants:
             value.const_value = ir.tensor(constants[name].numpy(), name=name)

@@ -17,10 +17,11 @@ import torch
 from onnxscript import OnnxFunction
 from onnxscript.values import Opset
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 DOMAIN = Opset("wanx", 1)
 ONNX_FUNCTIONS: dict[str, OnnxFunction[..., Any]] = {}
-DECOMPOSITIONS: dict[torch._ops.OperatorBase, Callable[..., Any]] = {}
+NODES: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
@@ -53,4 +54,21 @@ def register(overload: torch._ops.OpOverload, function: OnnxFunction[..., Any]) 
         return nodes[0] if outputs == 1 else tuple(nodes)
 
     ONNX_FUNCTIONS[function.name] = function
-    DECOMPOSITIONS[overload] = to_onnx_node
+    NODES[overload] = to_onnx_node
+
+
+class OpsAsNodes(TorchFunctionMode):
+    """While it is active, every registered op is traced as its ONNX node.
+
+    Decomposing the ops afterwards has the same result, and traces the whole program again.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call ``func``, or what emits its node."""
+        return NODES.get(func, func)(*args, **(kwargs or {}))

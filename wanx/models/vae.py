@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from wanx.config import VAEConfig
 from wanx.kernels.attention import attention
+from wanx.kernels.channel_norm import channel_norm
 
 
 class History:
@@ -70,10 +71,7 @@ class ChannelNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` ``[B, C, ...]`` over dimension 1 in fp32."""
-        # √C / max(‖x‖, ε) is 1 / √max(mean x², ε²/C), which needs one reduction and no division.
-        square = x.float().square().mean(1, keepdim=True)
-        inverse = torch.rsqrt(square.clamp_min(1e-24 / x.shape[1]))
-        return (x * inverse * self.gamma).to(x.dtype)
+        return channel_norm(x, self.gamma)
 
 
 class ResidualBlock(nn.Module):
