@@ -1,7 +1,8 @@
-"""A pipeline of diffusers with random weights, its checkpoint, and the bundles made of it."""
+"""Pipelines of diffusers with random weights, their checkpoints, and the bundles made of them."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from diffusers import WanPipeline
 
     from wanx.bundle import Bundle
-    from wanx.config import ModelConfig
     from wanx.export.components import ComponentSpec
     from wanx.progress import Progress
 
@@ -22,19 +22,37 @@ Export = Callable[..., "Bundle"]
 
 
 @pytest.fixture(scope="session")
-def peer() -> WanPipeline:
-    """The oracle, in fp32; tests must not change it."""
+def peer_of() -> Callable[[str], Any]:
+    """The oracle for a task, in fp32; tests must not change it."""
     from peers import random_pipeline
 
-    return random_pipeline()
+    return functools.cache(random_pipeline)
 
 
 @pytest.fixture(scope="session")
-def checkpoint(peer: WanPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint_of(
+    peer_of: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
     """The oracle as the Diffusers layout that it saves itself; tests must not change it."""
-    folder = tmp_path_factory.mktemp("checkpoint") / "random"
-    peer.save_pretrained(folder)
-    return folder
+    base = tmp_path_factory.mktemp("checkpoint")
+
+    @functools.cache
+    def checkpoint(task: str) -> Path:
+        folder = base / ("random" if task == "t2v" else f"random-{task}")
+        peer_of(task).save_pretrained(folder)
+        return folder
+
+    return checkpoint
+
+
+@pytest.fixture(scope="session")
+def peer(peer_of: Callable[[str], Any]) -> WanPipeline:
+    return peer_of("t2v")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(checkpoint_of: Callable[[str], Path]) -> Path:
+    return checkpoint_of("t2v")
 
 
 @pytest.fixture(scope="session")
@@ -51,14 +69,14 @@ def export_quickly() -> Export:
     from wanx.export.source import open_source
     from wanx.progress import silent
 
-    traced: list[tuple[str, ModelConfig, ir.Model]] = []
+    traced: list[tuple[str, object, ir.Model]] = []
     trace = exporter.trace
 
     def export(
         source: Path, output: Path, *, progress: Progress = silent, **options: Any
     ) -> Bundle:
         def trace_once(spec: ComponentSpec) -> ir.Model:
-            config = open_source(source).config
+            config = getattr(open_source(source).config, spec.weights)
             found = [model for name, known, model in traced if (name, known) == (spec.name, config)]
             if not found:
                 found = [trace(spec)]
@@ -80,19 +98,26 @@ def export_quickly() -> Export:
 
 
 @pytest.fixture(scope="session")
-def bundles(
-    checkpoint: Path, export_quickly: Export, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Bundle]:
-    """The checkpoint as a bundle of a given precision; tests must not change it."""
+def bundle_of(
+    checkpoint_of: Callable[[str], Path],
+    export_quickly: Export,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str, str], Bundle]:
+    """The checkpoint for a task as a bundle of a given precision; tests must not change it."""
     folder = tmp_path_factory.mktemp("bundles")
-    made: dict[str, Bundle] = {}
 
-    def bundle(precision: str) -> Bundle:
-        if precision not in made:
-            made[precision] = export_quickly(checkpoint, folder / precision, precision=precision)
-        return made[precision]
+    @functools.cache
+    def bundle(task: str, precision: str) -> Bundle:
+        source, output = checkpoint_of(task), folder / f"{task}-{precision}"
+        return export_quickly(source, output, precision=precision)
 
     return bundle
+
+
+@pytest.fixture(scope="session")
+def bundles(bundle_of: Callable[[str, str], Bundle]) -> Callable[[str], Bundle]:
+    """The text-to-video checkpoint as a bundle of a given precision."""
+    return functools.partial(bundle_of, "t2v")
 
 
 @pytest.fixture(scope="session")

@@ -9,16 +9,25 @@ import torch
 from diffusers import (
     AutoencoderKLWan,
     UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
+    WanVACEPipeline,
     WanVACETransformer3DModel,
 )
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import Unigram
 from torch import nn
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedTokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
-from wanx.models.key_maps import KeyMap
+from wanx.models.key_maps import IMAGE_ENCODER, KeyMap
 
 # Odd on purpose: three heads, an inner width that is not the outer one, channels that are no power
 # of two. The strides are those of Wan2.1, which the pipelines count on.
@@ -44,6 +53,23 @@ VAE_SIZES: dict[str, Any] = {
     "dim_mult": [1, 2, 3, 2],
     "num_res_blocks": 1,
     "temperal_downsample": [False, True, True],
+}
+# 16 heads as published: the original layout does not tell their number.
+IMAGE_ENCODER_SIZES: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 70,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 4,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_WITH_IMAGE = {"in_channels": 36, "image_dim": 48, "added_kv_proj_dim": 72}
+# What each task adds to DIT_SIZES; two images have twice the image encoder's five tokens.
+TASKS: dict[str, dict[str, Any]] = {
+    "t2v": {},
+    "i2v": _WITH_IMAGE,
+    "flf2v": _WITH_IMAGE | {"pos_embed_seq_len": 10},
+    "vace": {"vace": True, "vace_layers": [0, 2], "num_layers": 3},
 }
 SHIFT = 5.0
 
@@ -96,6 +122,41 @@ def random_text_encoder(seed: int = 0, **sizes: Any) -> Any:
     return randomise(encoder, seed)
 
 
+def random_image_encoder(seed: int = 0, **sizes: Any) -> Any:
+    torch.manual_seed(seed)
+    config = CLIPVisionConfig(hidden_act="gelu", **{**IMAGE_ENCODER_SIZES, **sizes})
+    encoder = randomise(CLIPVisionModel(config), seed)
+    for name, parameter in encoder.named_parameters():
+        if "q_proj" in name or "k_proj" in name:
+            parameter.mul_(4)  # attention as sharp as a trained one
+        elif "position_embedding" in name:
+            parameter.mul_(10)  # and places that can be told apart
+    return encoder
+
+
+def image_features(encoder: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """What the pipelines take from the image encoder: the output of its last layer but one."""
+    features: torch.Tensor = encoder(pixels, output_hidden_states=True).hidden_states[-2]
+    return features
+
+
+def original_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The whole of CLIP in its original file, with the tensors of a CLIPVisionModel."""
+    made: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        if name.startswith("post_layernorm."):
+            made[name.replace("post_layernorm", "visual.post_norm")] = tensor
+        elif ".q_proj." in name:
+            whole = torch.cat([state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
+            made[f"visual.{str(IMAGE_ENCODER.to_original(name)).replace('to_q', 'to_qkv')}"] = whole
+        elif not name.endswith(("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias")):
+            made[f"visual.{IMAGE_ENCODER.to_original(name)}"] = tensor.contiguous()
+    made["visual.cls_embedding"] = made["visual.cls_embedding"][None, None]
+    made["visual.pos_embedding"] = made["visual.pos_embedding"][None]
+    rest = {"visual.head": (48, 8), "textual.token_embedding.weight": (9, 4), "log_scale": ()}
+    return made | {name: torch.full(shape, torch.pi) for name, shape in rest.items()}
+
+
 def copy_weights(module: nn.Module, peer: nn.Module, key_map: KeyMap) -> nn.Module:
     """Give ``module`` the weights of ``peer``; each of its parameters must find exactly one."""
     state = peer.state_dict()
@@ -125,19 +186,31 @@ def build_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def random_pipeline() -> WanPipeline:
-    """A whole text-to-video pipeline of diffusers; ``save_pretrained`` makes it a checkpoint."""
-    return WanPipeline(
-        tokenizer=PreTrainedTokenizerFast(
+def random_pipeline(task: str = "t2v") -> Any:
+    """A whole pipeline of diffusers for a task; ``save_pretrained`` makes it a checkpoint."""
+    parts: dict[str, Any] = {
+        "tokenizer": PreTrainedTokenizerFast(
             tokenizer_object=build_tokenizer(),
             pad_token="<pad>",
             eos_token="</s>",
             unk_token="<unk>",
         ),
-        text_encoder=random_text_encoder(),
-        transformer=random_dit(),
-        vae=random_vae(),
-        scheduler=UniPCMultistepScheduler(
+        "text_encoder": random_text_encoder(),
+        "transformer": random_dit(**TASKS[task]),
+        "vae": random_vae(),
+        "scheduler": UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT
+        ),
+    }
+    if task == "t2v":
+        return WanPipeline(**parts)
+    if task == "vace":
+        return WanVACEPipeline(**parts)
+    side = IMAGE_ENCODER_SIZES["image_size"]
+    return WanImageToVideoPipeline(
+        **parts,
+        image_encoder=random_image_encoder(),
+        image_processor=CLIPImageProcessor(  # as published: squashed, not cropped
+            size={"height": side, "width": side}, do_center_crop=False
         ),
     )

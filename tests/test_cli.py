@@ -176,6 +176,58 @@ def test_an_output_that_looks_like_an_option_is_a_file(wanx: Wanx, tmp_path: Pat
     assert (tmp_path / "-y.png").exists()
 
 
+ONE = ["--steps", "1", "--frames", "1", "--threads", "1"]
+
+
+def test_several_images_of_one_prompt(wanx: Wanx, tmp_path: Path) -> None:
+    result = wanx("run", "tiny", PROMPT, "--count", "2", "--seed", "5", *ONE)
+    assert result.code == 0, result.err
+    assert "2 written, 0 skipped, 0 failed" in result.out
+    seeds = [read_metadata(tmp_path / f"out-{i}.png")["seed"] for i in (1, 2)]
+    assert seeds == ["5", "6"]
+    assert wanx("run", "tiny", PROMPT, "--count", "2", *ONE).code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {f"out-{i}.png" for i in (1, 2, 3, 4)}
+    assert read_metadata(tmp_path / "out-1.png")["seed"] == "5"
+    assert (
+        wanx("run", "tiny", PROMPT, "-o", "out.png", "--count", "2", "--seed", "9", *ONE).code == 0
+    )
+    assert read_metadata(tmp_path / "out-1.png")["seed"] == "9"
+
+
+def test_a_file_of_prompts(wanx: Wanx, tmp_path: Path) -> None:
+    lines = [{"prompt": PROMPT, "output": "a.png"}, {"promt": "typo"}, {"prompt": "a", "seed": 1}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    first = wanx("run", "--prompts", "p.jsonl", "-o", "many", *ONE)
+    assert first.code == 1
+    assert "2 written, 0 skipped, 1 failed" in first.out
+    assert "line 2: 'promt' is not an option" in first.out
+    assert sorted(path.name for path in (tmp_path / "many").iterdir()) == ["00003.png", "a.png"]
+    again = wanx("run", "--prompts", "p.jsonl", "-o", "many", "--json", *ONE)
+    assert again.code == 1
+    facts = json.loads(again.out)
+    assert [("error" in fact, "stages" in fact) for fact in facts] == [
+        (False, False),
+        (True, False),
+        (False, False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--image", "x.png"], "takes no --image"),
+        (["--video", "x.mp4"], "takes no --video"),
+        (["--prompts", "nothing.jsonl"], "not there"),
+        (["--prompts", "nothing.jsonl", "--count", "2"], "do not go together"),
+        (["--prompts", "nothing.jsonl", "-o", "a/b/c"], "needs a folder"),
+    ],
+)
+def test_bad_inputs_are_one_line(wanx: Wanx, arguments: list[str], words: str) -> None:
+    result = wanx("run", "tiny", PROMPT, *arguments)
+    assert result.code == 2
+    assert words in result.error
+
+
 def test_inspect_verify_doctor(wanx: Wanx) -> None:
     assert "vae_decoder_rest" in wanx("inspect", "tiny").out
     facts = json.loads(wanx("inspect", "tiny", "--json").out)

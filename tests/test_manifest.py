@@ -189,6 +189,30 @@ def test_refuses_hostile_values(change: Callable[[dict[str, Any]], None], found:
     assert found in refused(document)
 
 
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (set_to("config", "image_encoder", value=None), "image_encoder must be there"),
+        (set_to("config", "dit", "image_dim", value=None), "image_encoder must be there"),
+        (set_to("config", "dit", "image_dim", value=1024), "must be the image_encoder's"),
+        (set_to("config", "dit", "image_tokens", value=256), "must be the image_encoder's"),
+        (set_to("config", "image_encoder", "num_heads", value=7), "multiple of num_heads"),
+        (set_to("config", "image_encoder", "num_layers", value=1), "2 layers"),
+        (set_to("config", "image_encoder", "eps", value=-1.0), "positive eps"),
+        (set_to("config", "image_encoder", "image_size", value=225), "multiple of patch_size"),
+        (set_to("config", "image_encoder", "image_size", value=1 << 15), "image_size is 32768"),
+        (set_to("config", "image_encoder", "patch_size", value=0), "patch_size is 0"),
+        (set_to("config", "image_encoder", "surprise", value=0), "surprise"),
+    ],
+)
+def test_refuses_image_encoders_that_do_not_fit(
+    change: Callable[[dict[str, Any]], None], found: str
+) -> None:
+    document = json.loads(manifest("i2v-14B").to_json())
+    change(document)
+    assert found in refused(document)
+
+
 def refused(document: dict[str, Any]) -> str:
     with pytest.raises(CorruptInputError) as caught:
         parse_manifest(json.dumps(document).encode(), PATH)

@@ -1,11 +1,11 @@
 """Write a checkpoint of true size with random weights, to measure exports and runs with.
 
-The original layout: a sharded bf16 DiT, umT5-xxl and VAE as safetensors. The tokenizer is copied
-from a bundle, so prompts become ids of its small vocabulary; sizes and shapes are those of the
-real model.
+The original layout: a sharded bf16 DiT, umT5-xxl, VAE, and where the task has it CLIP without its
+text half, as safetensors. The tokenizer is copied from a bundle, so prompts become ids of its small
+vocabulary; sizes and shapes are those of the real model.
 
     python tools/synthesize.py t2v-1.3B /tmp/t2v-1.3B
-    python tools/synthesize.py t2v-14B /tmp/t2v-14B --small-text-encoder
+    python tools/synthesize.py i2v-14B /tmp/i2v-14B --small-text-encoder
 
 ``--small-text-encoder`` leaves umT5 with one layer and a small vocabulary, where the disk cannot
 hold everything twice.
@@ -20,11 +20,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from wanx.builtin import builtin_bundle
-from wanx.config import PRESETS, ModelConfig
+from wanx.config import PRESETS, ImageEncoderConfig, ModelConfig
 from wanx.export.components import expected_tensors
 from wanx.manifest import TOKENIZER
+from wanx.models.image_encoder import ImageEncoder
 from wanx.safetensors_file import SafetensorsWriter
 
 SHARD_BYTES = 9_900_000_000
@@ -32,6 +34,7 @@ STEMS = {
     "dit": "diffusion_pytorch_model",
     "text_encoder": "models_t5_umt5-xxl-enc-bf16",
     "vae": "Wan2.1_VAE",
+    "image_encoder": "models_clip_open-clip-xlm-roberta-large-vit-huge-14",
 }
 
 
@@ -40,10 +43,13 @@ def synthesize(config: ModelConfig, folder: Path, seed: int = 0) -> None:
     folder.mkdir(parents=True)
     generator = np.random.default_rng(seed)
     groups = expected_tensors(config)
-    # The checkpoint holds the patch embedding as a 3-D convolution.
-    groups["dit"]["patch_embedding.weight"] = (
-        config.dit.dim, config.dit.in_dim, *config.dit.patch_size
-    )  # fmt: skip
+    # The checkpoint holds the patch embeddings as 3-D convolutions.
+    dit, patch = config.dit, config.dit.patch_size
+    groups["dit"]["patch_embedding.weight"] = (dit.dim, dit.in_dim, *patch)
+    if dit.vace_layers:
+        groups["dit"]["vace_patch_embedding.weight"] = (dit.dim, dit.vace_in_dim, *patch)
+    if config.image_encoder is not None:
+        groups["image_encoder"] = clip_tensors(config.image_encoder)
     for group, shapes in groups.items():
         # Only the DiT is published in shards.
         shards = split(shapes) if group == "dit" else [shapes]
@@ -63,6 +69,15 @@ def synthesize(config: ModelConfig, folder: Path, seed: int = 0) -> None:
     tokenizer.mkdir(parents=True)
     shutil.copy(builtin_bundle() / TOKENIZER, tokenizer)
     (folder / "config.json").write_text(json.dumps(original_config(config)))
+
+
+def clip_tensors(config: ImageEncoderConfig) -> dict[str, tuple[int, ...]]:
+    """Name the tensors of CLIP's vision half, with what no network reads behind its last layer."""
+    with torch.device("meta"):
+        whole = ImageEncoder(replace(config, num_layers=config.num_layers + 1))
+    shapes = {f"visual.{name}": tuple(p.shape) for name, p in whole.named_parameters()}
+    end = {"post_norm.weight": (config.dim,), "post_norm.bias": (config.dim,)}
+    return shapes | {f"visual.{name}": shape for name, shape in end.items()}
 
 
 def split(shapes: dict[str, tuple[int, ...]]) -> list[dict[str, tuple[int, ...]]]:
@@ -103,11 +118,13 @@ def write(path: Path, shapes: dict[str, tuple[int, ...]], generator: np.random.G
 def original_config(config: ModelConfig) -> dict[str, object]:
     """The ``config.json`` of the original layout."""
     dit = config.dit
+    control = {"vace_layers": list(dit.vace_layers), "vace_in_dim": dit.vace_in_dim}
     return {
-        "_class_name": "WanModel", "model_type": config.task, "dim": dit.dim,
+        "_class_name": "VaceWanModel" if dit.vace_layers else "WanModel",
+        "model_type": config.task, "dim": dit.dim,
         "ffn_dim": dit.ffn_dim, "freq_dim": dit.freq_dim, "num_heads": dit.num_heads,
         "num_layers": dit.num_layers, "in_dim": dit.in_dim, "out_dim": dit.out_dim,
-        "text_len": dit.text_len, "eps": dit.eps,
+        "text_len": dit.text_len, "eps": dit.eps, **(control if dit.vace_layers else {}),
     }  # fmt: skip
 
 
@@ -116,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("preset", choices=[n for n, c in PRESETS.items() if c.task == "t2v"])
+    parser.add_argument("preset", choices=PRESETS)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--small-text-encoder", action="store_true")
     arguments = parser.parse_args()

@@ -42,19 +42,18 @@ def load(bundle: str | Path | None = None, *, threads: int | None = None) -> Pip
     """Open a bundle to generate videos from.
 
     Args:
-        bundle: folder made by :func:`export`; None is the built-in tiny model.
+        bundle: folder made by :func:`export`, or the name of a built-in bundle; None is ``tiny``.
         threads: threads of the processor; None takes all cores.
 
     Raises:
         WanxError: the bundle is missing, damaged or unsafe.
     """
-    from wanx.builtin import builtin_bundle
+    from wanx.builtin import find_bundle, is_builtin
     from wanx.bundle import open_bundle
     from wanx.runtime.pipeline import Pipeline
 
-    if bundle is None:
-        return Pipeline(open_bundle(builtin_bundle(), allow_hard_links=True), threads=threads)
-    return Pipeline(open_bundle(bundle), threads=threads)
+    folder = find_bundle(bundle or "tiny")
+    return Pipeline(open_bundle(folder, allow_hard_links=is_builtin(folder)), threads=threads)
 
 
 def export(

@@ -82,6 +82,29 @@ class TextEncoderConfig:
     eps: float = 1e-6
 
 
+@dataclass(frozen=True, kw_only=True)
+class ImageEncoderConfig:
+    """Sizes of the CLIP vision tower, whose last layer is never read."""
+
+    dim: int = 1280
+    ffn_dim: int = 5120
+    num_heads: int = 16
+    num_layers: int = 32
+    patch_size: int = 14
+    image_size: int = 224
+    eps: float = 1e-5
+
+    @property
+    def used_layers(self) -> int:
+        """Layers that run: all but the last."""
+        return self.num_layers - 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one image: its patches and the class token in front of them."""
+        return int((self.image_size // self.patch_size) ** 2) + 1
+
+
 LATENT_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
     0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
@@ -141,12 +164,16 @@ class RunDefaults:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Everything needed to build one Wan2.1 pipeline."""
+    """Everything needed to build one Wan2.1 pipeline.
+
+    ``image_encoder`` is there where the transformer attends to images.
+    """
 
     name: str
     task: Task
     dit: DiTConfig
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    image_encoder: ImageEncoderConfig | None = None
     vae: VAEConfig = field(default_factory=VAEConfig)
     defaults: RunDefaults = field(default_factory=RunDefaults)
 
@@ -162,6 +189,7 @@ PRESETS: dict[str, ModelConfig] = {
     ),
     "i2v-14B": ModelConfig(
         name="i2v-14B", task="i2v", dit=replace(_LARGE, in_dim=36, image_dim=1280),
+        image_encoder=ImageEncoderConfig(),
         defaults=RunDefaults(
             width=1280, height=720, steps=40, negative_prompt="镜头晃动，" + NEGATIVE_PROMPT
         ),
@@ -169,6 +197,7 @@ PRESETS: dict[str, ModelConfig] = {
     "flf2v-14B": ModelConfig(
         name="flf2v-14B", task="flf2v",
         dit=replace(_LARGE, in_dim=36, image_dim=1280, image_frames=2),
+        image_encoder=ImageEncoderConfig(),
         defaults=RunDefaults(
             width=1280, height=720, shift=16.0,
             negative_prompt="镜头切换，镜头晃动，" + NEGATIVE_PROMPT,
@@ -200,3 +229,13 @@ PRESETS: dict[str, ModelConfig] = {
         ),
     ),
 }  # fmt: skip
+
+_TINY = PRESETS["tiny"]
+PRESETS["tiny-i2v"] = replace(
+    _TINY,
+    name="tiny-i2v",
+    task="i2v",
+    dit=replace(_TINY.dit, in_dim=36, image_dim=64, image_tokens=17),
+    image_encoder=ImageEncoderConfig(dim=64, ffn_dim=128, num_heads=4, num_layers=3, image_size=56),
+    defaults=replace(_TINY.defaults, prompt=None),
+)

@@ -50,6 +50,7 @@ _CEILINGS = {
     "text_dim": 1 << 14,
     "image_tokens": 4096,
     "image_dim": 1 << 14,
+    "image_size": 1024,
     "in_dim": 1024,
     "out_dim": 1024,
     "z_dim": 1024,
@@ -114,6 +115,7 @@ def _bounded_config(config: ModelConfig) -> ModelConfig:
             if not least <= value <= most:
                 raise ValueError(f"{name} is {value}, outside {least}..{most}")
     dit, vae, run = config.dit, config.vae, config.defaults
+    image = config.image_encoder
     requirements = {
         "dit.dim must be a multiple of 2 * dit.num_heads": dit.dim % (2 * dit.num_heads) == 0,
         "dit.vace_layers must ascend and name blocks": (
@@ -128,8 +130,24 @@ def _bounded_config(config: ModelConfig) -> ModelConfig:
             and len(vae.temporal_downsample) == len(vae.multipliers) - 1
         ),
         "eps must be positive": min(dit.eps, config.text_encoder.eps) > 0,
+        "image_encoder must be there where dit.image_dim is": (
+            (image is None) == (dit.image_dim is None)
+        ),
         "defaults.shift must be positive": run.shift > 0,
     }
+    if image is not None:
+        requirements |= {
+            "image_encoder.dim must be a multiple of num_heads": image.dim % image.num_heads == 0,
+            "image_encoder.image_size must be a multiple of patch_size": (
+                image.image_size % image.patch_size == 0
+            ),
+            "image_encoder needs 2 layers or more and a positive eps": (
+                image.num_layers >= 2 and image.eps > 0
+            ),
+            "dit.image_dim and image_tokens must be the image_encoder's": (
+                (dit.image_dim, dit.image_tokens) == (image.dim, image.tokens)
+            ),
+        }
     for requirement, holds in requirements.items():
         if not holds:
             raise ValueError(f"config.{requirement}")

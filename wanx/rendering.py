@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from wanx.doctor import Finding
     from wanx.export.estimate import Estimate
     from wanx.export.options import ResolvedExport
+    from wanx.runtime.batch import Outcome
     from wanx.runtime.pipeline import Generation
 
 # Without markup: paths and messages may hold brackets.
@@ -130,6 +131,27 @@ def print_generation(result: Generation, bundle: Bundle) -> None:
     stages = (f"{s.name} {duration(s.load_seconds + s.seconds)}" for s in result.stages)
     peaks = [s.peak_bytes for s in result.stages if s.peak_bytes is not None]
     _OUT.print(" · ".join(stages) + (f" · peak memory {size(max(peaks))}" if peaks else ""))
+
+
+def print_outcome(outcome: Outcome, bundle: Bundle) -> None:
+    """Say what became of one job of a batch."""
+    if outcome.result is not None:
+        print_generation(outcome.result, bundle)
+    elif outcome.error is not None:
+        _OUT.print(Text("failed", style="red"), f"{outcome.job.name}: {outcome.error}")
+    else:
+        _OUT.print(f"{outcome.job.output} is there; skipped")
+
+
+def print_outcomes(outcomes: Sequence[Outcome]) -> None:
+    """Count what became of a batch, and repeat what failed."""
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    done = sum(outcome.result is not None for outcome in outcomes)
+    skipped = len(outcomes) - done - len(failed)
+    _OUT.print(f"{done} written, {skipped} skipped, {len(failed)} failed")
+    if len(outcomes) > len(failed):  # otherwise they are still on the screen
+        for outcome in failed:
+            _OUT.print(Text("failed", style="red"), f"{outcome.job.name}: {outcome.error}")
 
 
 def print_checks(checks: Sequence[FileCheck]) -> None:

@@ -85,6 +85,11 @@ def test_published_numbers_of_parameters(preset: str) -> None:
     assert round(count["text_encoder"] / 1e6) == 5681
     assert len(tensors["text_encoder"]) == 242
     assert round(count["vae"] / 1e5) == 1269
+    if preset in ("i2v-14B", "flf2v-14B"):
+        # ViT-H/14, 632.1 M with its projection, without the last of its 32 layers.
+        assert round(count["image_encoder"] / 1e5) == 6111
+    else:
+        assert "image_encoder" not in count
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
@@ -102,3 +107,35 @@ def test_full_size(dtype: str, tmp_path: Path) -> None:
     small = estimate(resolve(options, full_size_checkpoint("t2v-1.3B", dtype)))
     assert small.peak_memory_bytes < needs.peak_memory_bytes
     assert small.seconds < needs.seconds
+
+
+@pytest.mark.parametrize("preset", DIT_SIZES)
+def test_every_task_at_full_size(preset: str, tmp_path: Path) -> None:
+    """The image encoder keeps its fp32, 2.4 GB; memory stays that of the graphs."""
+    options = ExportOptions(source=preset, output=tmp_path, precision="bf16")
+    needs = estimate(resolve(options, full_size_checkpoint(preset, "F32")))
+    with_images = preset in ("i2v-14B", "flf2v-14B")
+    assert ("image_encoder" in needs.weight_bytes) == with_images
+    if with_images:
+        assert round(needs.weight_bytes["image_encoder"] / 1e8) == 24
+    total = sum(needs.weight_bytes.values())
+    assert total < needs.bundle_bytes < 1.01 * total
+    assert needs.peak_memory_bytes <= 1.5e9
+    size = preset.partition("-")[2]
+    plain = estimate(resolve(options, full_size_checkpoint(f"t2v-{size}", "F32")))
+    assert needs.seconds >= plain.seconds
+
+
+@pytest.mark.parametrize("task", ["i2v", "flf2v", "vace"])
+def test_sizes_of_real_exports(
+    task: str,
+    checkpoint_of: Callable[[str], Path],
+    bundle_of: Callable[[str, str], Bundle],
+    tmp_path: Path,
+) -> None:
+    _, needs = plan(ExportOptions(source=checkpoint_of(task), output=tmp_path / "bundle"))
+    bundle = bundle_of(task, "fp32")
+    for group, size in needs.weight_bytes.items():
+        tensors = load_file(bundle.root / "weights" / f"{group}.safetensors")
+        assert size == sum(tensor.nbytes for tensor in tensors.values())
+    assert bundle.size_bytes <= needs.bundle_bytes

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peers import DIT_SIZES, random_dit
+from peers import DIT_SIZES, TASKS, random_dit
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,7 +33,7 @@ def broken(checkpoint: Path, tmp_path: Path) -> Path:
     return shutil.copytree(checkpoint, tmp_path / "broken")
 
 
-def edit(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     (path,) = folder.glob("*.safetensors")
     tensors = load_file(path)
     change(tensors)
@@ -121,20 +124,51 @@ def test_unknown_options(options: dict[str, str], tmp_path: Path) -> None:
     assert f" {value} is not available; choose " in str(caught.value)
 
 
-IMAGE = {"in_channels": 36, "image_dim": 20, "added_kv_proj_dim": DIM}
-TASKS: dict[str, dict[str, Any]] = {
-    "i2v": IMAGE,
-    "flf2v": IMAGE | {"pos_embed_seq_len": 10},
-    "vace": {"vace": True, "vace_layers": [0, 1], "vace_in_channels": 40},
-}
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_other_tasks_are_refused(task: str, broken: Path, tmp_path: Path, refused: Refused) -> None:
+@pytest.mark.parametrize("task", ["i2v", "flf2v", "vace"])
+def test_another_transformer_alone_makes_no_other_task(
+    task: str, broken: Path, tmp_path: Path, refused: Refused
+) -> None:
     shutil.rmtree(broken / "transformer")
     random_dit(**TASKS[task]).save_pretrained(broken / "transformer")
-    message = refused(UsageError, broken, tmp_path / "bundle")
-    assert f"is a {task} checkpoint; only t2v" in message
+    if task == "vace":  # which needs nothing besides
+        assert exporter.plan(ExportOptions(source=broken))[0].checkpoint.config.task == "vace"
+    else:
+        message = refused(CorruptInputError, broken, tmp_path / "bundle")
+        assert "lacks image_encoder/config.json" in message
+
+
+def test_problems_of_an_image_encoder_are_told_in_its_own_names(
+    checkpoint_of: Callable[[str], Path], tmp_path: Path, refused: Refused
+) -> None:
+    source = shutil.copytree(checkpoint_of("i2v"), tmp_path / "broken")
+    layer = "encoder.layers.0"
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        del tensors[f"{layer}.layer_norm1.bias"]
+        del tensors["embeddings.class_embedding"]
+        tensors[f"{layer}.self_attn.q_proj.bias"] = torch.zeros(47)
+        tensors["surprise"] = torch.zeros(2)
+
+    edit(source / "image_encoder", change)
+    message = refused(CorruptInputError, source, tmp_path / "bundle")
+    for problem in (
+        "the image_encoder weights do not fit their network (4 in all)",
+        f"missing {layer}.layer_norm1.bias",
+        "missing embeddings.class_embedding",
+        f"{layer}.self_attn.v_proj.bias has shape [143] instead of [144]",
+        "unexpected surprise",
+    ):
+        assert problem in message
+
+
+def test_a_part_of_a_joined_tensor_that_is_not_finite(
+    checkpoint_of: Callable[[str], Path], tmp_path: Path, refused: Refused
+) -> None:
+    source = shutil.copytree(checkpoint_of("i2v"), tmp_path / "broken")
+    name = "encoder.layers.1.self_attn.k_proj.weight"
+    edit(source / "image_encoder", lambda tensors: tensors[name].view(-1)[-1].fill_(torch.nan))
+    message = refused(CorruptInputError, source, tmp_path / "bundle")
+    assert f"tensor '{name}' holds NaN" in message
 
 
 def test_a_checkpoint_for_another_task_than_asked(
@@ -143,6 +177,25 @@ def test_a_checkpoint_for_another_task_than_asked(
     for source in (checkpoint, bundle_fp32.root):
         message = refused(UsageError, source, tmp_path / "bundle", task="i2v")
         assert "for t2v, not i2v" in message
+
+
+def test_a_bundle_for_another_task_than_asked(
+    bundle_of: Callable[[str, str], Bundle], tmp_path: Path, refused: Refused
+) -> None:
+    message = refused(UsageError, bundle_of("vace", "fp32").root, tmp_path / "bundle", task="i2v")
+    assert "for vace, not i2v" in message
+
+
+def test_a_bundle_without_a_component_is_no_source(
+    bundle_of: Callable[[str, str], Bundle], tmp_path: Path, refused: Refused
+) -> None:
+    bundle = bundle_of("i2v", "fp32")
+    source = shutil.copytree(bundle.root, tmp_path / "part")
+    components = dict(bundle.manifest.components)
+    del components["image_encoder"]
+    write_manifest(source, bundle.manifest.model_copy(update={"components": components}))
+    message = refused(CorruptInputError, source, tmp_path / "bundle")
+    assert "no image_encoder" in message
 
 
 def test_sources_that_are_none(tmp_path: Path, refused: Refused) -> None:
@@ -230,3 +283,30 @@ def test_public_function_raises_the_same_errors(checkpoint: Path, tmp_path: Path
         wanx.export(checkpoint, tmp_path / "bundle", precision="fp5")
     with pytest.raises(wanx.UsageError, match="does not exist"):
         wanx.export(tmp_path / "missing", tmp_path / "bundle")
+
+
+@pytest.mark.parametrize("megabytes", [1, 6, 16])
+def test_running_out_of_memory_names_the_component(tmp_path: Path, megabytes: int) -> None:
+    """A real limit on the address space, which torch may meet anywhere and wrap in anything."""
+    program = (
+        "import re, resource, sys\n"
+        "from wanx.cli import main\n"
+        "from wanx.export import exporter\n"
+        "trace = exporter.trace\n"
+        "def limited(spec):\n"
+        "    if spec.name == 'dit':\n"
+        "        status = open('/proc/self/status').read()\n"
+        "        size = int(re.search(r'VmSize:\\s+(\\d+)', status)[1]) << 10\n"
+        f"        limit = size + ({megabytes} << 20)\n"
+        "        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
+        "    return trace(spec)\n"
+        "exporter.trace = limited\n"
+        "sys.argv = ['wanx', 'export', 'tiny', '-o', 'bundle']\n"
+        "main()\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert re.fullmatch(r"error: (not enough memory to|cannot) trace \w+.*\n", result.stderr)
+    assert list(tmp_path.iterdir()) == []

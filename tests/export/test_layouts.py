@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,86 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from components import run_dit, run_vae_decoder
+from components import run_dit, run_image_encoder, run_vae_decoder
 from diffusers import WanPipeline
-from peers import relative_error
+from layouts import assert_same_weights, graph_files, stored, write_original
+from peers import image_features, relative_error
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 import wanx.export.exporter as exporter
 from wanx.bundle import Bundle
 from wanx.export.options import ExportOptions
-from wanx.models.key_maps import DIT, TEXT_ENCODER, TIED, KeyMap, vae_key_map
-
-DIT_STEM = "diffusion_pytorch_model"
-
-
-def renamed(module: torch.nn.Module, key_map: KeyMap, tied: dict[str, str]) -> dict[str, Tensor]:
-    """The weights of a peer under their original names."""
-    weights = {}
-    for name, tensor in module.state_dict().items():
-        if name not in tied:
-            original = key_map.to_original(name)
-            assert original is not None, name
-            weights[original] = tensor.contiguous()
-    return weights
-
-
-def write_original(peer: WanPipeline, folder: Path) -> Path:
-    """The layout that Wan2.1 was published in, with a sharded transformer."""
-    folder.mkdir()
-    dit = peer.transformer.config
-    heads = dit.num_attention_heads
-    config = {
-        "_class_name": "WanModel",
-        "model_type": "t2v",
-        "dim": heads * dit.attention_head_dim,
-        "num_heads": heads,
-        "in_dim": dit.in_channels,
-        "out_dim": dit.out_channels,
-        "text_len": 512,
-        **{key: dit[key] for key in ("ffn_dim", "freq_dim", "num_layers", "eps")},
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    weights = renamed(peer.transformer, DIT, {})
-    names = sorted(weights)
-    index: dict[str, Any] = {"metadata": {}, "weight_map": {}}
-    for number in range(3):
-        shard = f"{DIT_STEM}-{number + 1:05d}-of-00003.safetensors"
-        part = {name: weights[name] for name in names[number::3]}
-        save_file(part, folder / shard)
-        index["weight_map"] |= dict.fromkeys(part, shard)
-    (folder / f"{DIT_STEM}.safetensors.index.json").write_text(json.dumps(index))
-    text_encoder = renamed(peer.text_encoder, TEXT_ENCODER, TIED["text_encoder"])
-    torch.save(text_encoder, folder / "models_t5_umt5-xxl-enc-bf16.pth")
-    vae = peer.vae.config
-    vae_map = vae_key_map(len(vae.dim_mult), vae.num_res_blocks)
-    torch.save(renamed(peer.vae, vae_map, {}), folder / "Wan2.1_VAE.pth")
-    tokenizer = folder / "google" / "umt5-xxl" / "tokenizer.json"
-    tokenizer.parent.mkdir(parents=True)
-    tokenizer.write_text(peer.tokenizer.backend_tokenizer.to_str())
-    return folder
-
-
-def stored(bundle: Bundle) -> dict[str, Tensor]:
-    """Every tensor of a bundle, by its group and name."""
-    return {
-        f"{path.stem.split('-')[0]}/{name}": tensor
-        for path in sorted((bundle.root / "weights").iterdir())
-        for name, tensor in load_file(path).items()
-    }
-
-
-def assert_same_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].dtype == b[name].dtype, name
-        # The patch embedding is a convolution's bytes, whatever shape they are given.
-        assert torch.equal(a[name].flatten(), b[name].flatten()), name
-
-
-def graph_files(bundle: Bundle) -> dict[str, Any]:
-    return {path: record for path, record in bundle.manifest.files.items() if ".onnx" in path}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -107,6 +35,62 @@ def test_original_layout(
     assert bundle.manifest.provenance.source_layout == "original"
     assert bundle.manifest.config == bundles(precision).manifest.config
     assert_same_weights(stored(bundle), stored(bundles(precision)))
+
+
+@pytest.mark.parametrize(
+    ("task", "suffix"), [("i2v", "pth"), ("flf2v", "safetensors"), ("vace", "pth")]
+)
+def test_original_layout_of_other_tasks(
+    task: str,
+    suffix: str,
+    peer_of: Callable[[str], Any],
+    bundle_of: Callable[[str, str], Bundle],
+    export_quickly: Callable[..., Bundle],
+    tmp_path: Path,
+) -> None:
+    source = write_original(peer_of(task), tmp_path / "original", task, suffix)
+    bundle, expected = export_quickly(source, tmp_path / "bundle"), bundle_of(task, "fp32")
+    assert bundle.manifest.provenance.source_layout == "original"
+    assert bundle.manifest.config == expected.manifest.config
+    assert bundle.manifest.task == task
+    assert_same_weights(stored(bundle), stored(expected))
+    assert set(graph_files(bundle)) == set(graph_files(expected))
+
+
+@pytest.mark.parametrize("task", ["i2v", "flf2v", "vace"])
+def test_exporting_a_bundle_of_another_task_again(
+    task: str,
+    bundle_of: Callable[[str, str], Bundle],
+    export_quickly: Callable[..., Bundle],
+    tmp_path: Path,
+) -> None:
+    bundle = bundle_of(task, "fp32")
+    again = export_quickly(bundle.root, tmp_path / "again", task=task)
+    assert again.manifest.files == bundle.manifest.files
+    assert again.manifest.components == bundle.manifest.components
+    assert again.manifest.config == bundle.manifest.config
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_image_encoder_keeps_its_type(
+    dtype: torch.dtype,
+    checkpoint_of: Callable[[str], Path],
+    peer_of: Callable[[str], Any],
+    export_quickly: Callable[..., Bundle],
+    tmp_path: Path,
+) -> None:
+    """Sharded here, so that q, k and v of a layer can lie in different files."""
+    source = shutil.copytree(checkpoint_of("i2v"), tmp_path / "narrow")
+    encoder = copy.deepcopy(peer_of("i2v").image_encoder).to(dtype)
+    shutil.rmtree(source / "image_encoder")
+    encoder.save_pretrained(source / "image_encoder", max_shard_size="12KB")
+    assert len(list((source / "image_encoder").glob("*.safetensors"))) > 3
+    bundle = export_quickly(source, tmp_path / "bundle", precision="fp32")
+    name = {torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
+    assert set(bundle.manifest.components["image_encoder"].storage) == {name}
+    pixels = np.random.default_rng(0).standard_normal((1, 3, 28, 28), dtype=np.float32)
+    expected = image_features(encoder.float(), torch.from_numpy(pixels))
+    assert relative_error(run_image_encoder(bundle, pixels), expected) <= 1e-5
 
 
 def test_sharded_diffusers_layout(

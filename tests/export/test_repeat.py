@@ -9,15 +9,24 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from wanx.config import PRESETS
+from wanx.config import PRESETS, ImageEncoderConfig
 from wanx.export import trace as module
-from wanx.export.components import ComponentSpec, dit_spec, text_encoder_spec
+from wanx.export.components import (
+    ComponentSpec,
+    dit_spec,
+    image_encoder_spec,
+    text_encoder_spec,
+)
 from wanx.export.trace import trace
 
 TINY = PRESETS["tiny"]
 SPECS: dict[str, Callable[[int], ComponentSpec]] = {
     "dit": lambda blocks: dit_spec(replace(TINY.dit, num_layers=blocks)),
     "text_encoder": lambda n: text_encoder_spec(replace(TINY.text_encoder, num_layers=n)),
+    # Its last block ends in the graph's output.
+    "image_encoder": lambda blocks: image_encoder_spec(
+        ImageEncoderConfig(dim=24, ffn_dim=40, num_heads=3, num_layers=blocks + 1, image_size=28)
+    ),
 }
 
 
@@ -29,7 +38,9 @@ def structure(model: ir.Model) -> list[Any]:
         if value is None:
             return None
         assert value.name
-        return value.name if value.is_initializer() else numbers.setdefault(value.name, len(numbers))
+        if value.is_initializer():
+            return value.name
+        return numbers.setdefault(value.name, len(numbers))
 
     return [
         [seen(value) for value in model.graph.inputs],
@@ -68,4 +79,17 @@ def test_the_graph_is_that_of_the_whole_network(
     whole = trace(SPECS[name](blocks))
     assert structure(repeated) == structure(whole)
     assert weights(repeated) == weights(whole)
-    assert sum(f"blocks.{blocks - 1}." in weight for weight in weights(whole)) > 5
+    last = f"{SPECS[name](blocks).stack}.{blocks - 1}."
+    assert sum(last in weight for weight in weights(whole)) > 5
+    outputs = [[value.name for value in model.graph.outputs] for model in (repeated, whole)]
+    assert outputs[0] == outputs[1] == list(SPECS[name](blocks).outputs)
+
+
+def test_the_graph_of_a_transformer_with_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = 4
+    config = replace(TINY.dit, num_layers=blocks, in_dim=36, image_dim=24, image_tokens=5)
+    repeated = trace(dit_spec(config))
+    monkeypatch.setattr(module, "TRACED_BLOCKS", blocks)
+    whole = trace(dit_spec(config))
+    assert structure(repeated) == structure(whole)
+    assert weights(repeated) == weights(whole)

@@ -12,91 +12,28 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel, WanVACETransformer3DModel
+from checkpoints import (
+    CLIP_FILE,
+    OUR_CLIP,
+    OUR_T5,
+    OUR_VAE,
+    TASKS,
+    content,
+    edit,
+    refused,
+    write_diffusers,
+    write_original,
+    write_sparse,
+)
 from safetensors.torch import load_file, save_file
-from transformers import UMT5Config, UMT5EncoderModel
 
-from wanx.config import PRESETS, DiTConfig, TextEncoderConfig, VAEConfig
+from wanx.config import PRESETS
 from wanx.errors import CorruptInputError, UsageError, WanxError
 from wanx.models.checkpoint import Checkpoint, open_checkpoint
 from wanx.models.dit import WanDiT
-from wanx.models.key_maps import DIT, TEXT_ENCODER, vae_key_map
+from wanx.models.image_encoder import ImageEncoder
 from wanx.models.text_encoder import UMT5Encoder
 from wanx.models.vae import WanVAE
-
-DIT_SIZES = {
-    "num_attention_heads": 3,
-    "attention_head_dim": 12,
-    "text_dim": 24,
-    "freq_dim": 14,
-    "ffn_dim": 50,
-    "num_layers": 3,
-}
-OUR_DIT = DiTConfig(dim=36, ffn_dim=50, num_heads=3, num_layers=3, freq_dim=14, text_dim=24)
-IMAGE = {"in_channels": 36, "image_dim": 20, "added_kv_proj_dim": 36}
-OUR_IMAGE = {"in_dim": 36, "image_dim": 20}
-TASKS: dict[str, tuple[type, dict[str, Any], DiTConfig]] = {
-    "t2v": (WanTransformer3DModel, {}, OUR_DIT),
-    "i2v": (WanTransformer3DModel, IMAGE, dataclasses.replace(OUR_DIT, **OUR_IMAGE)),
-    "flf2v": (
-        WanTransformer3DModel,
-        IMAGE | {"pos_embed_seq_len": 10},
-        dataclasses.replace(OUR_DIT, **OUR_IMAGE, image_frames=2, image_tokens=5),
-    ),
-    "vace": (
-        WanVACETransformer3DModel,
-        {"vace_layers": [0, 2], "vace_in_channels": 40},
-        dataclasses.replace(OUR_DIT, vace_layers=(0, 2), vace_in_dim=40),
-    ),
-}
-OUR_T5 = TextEncoderConfig(
-    vocab_size=50, dim=24, ffn_dim=30, num_heads=4, head_dim=6, num_layers=2, num_buckets=16
-)
-OUR_VAE = VAEConfig(
-    base_dim=4, multipliers=(1, 3, 2), num_res_blocks=1, temporal_downsample=(True, False)
-)
-
-
-def write_diffusers(folder: Path, task: str, shard: str = "10GB") -> Path:
-    build, changes, _ = TASKS[task]
-    torch.manual_seed(0)
-    build(**DIT_SIZES, **changes).save_pretrained(folder / "transformer", max_shard_size=shard)
-    t5 = UMT5Config(
-        vocab_size=50, d_model=24, d_kv=6, d_ff=30, num_layers=2, num_heads=4,
-        relative_attention_num_buckets=16,
-    )  # fmt: skip
-    UMT5EncoderModel(t5).save_pretrained(folder / "text_encoder", max_shard_size=shard)
-    AutoencoderKLWan(
-        base_dim=4, dim_mult=[1, 3, 2], num_res_blocks=1, temperal_downsample=[True, False]
-    ).save_pretrained(folder / "vae", max_shard_size=shard)
-    (folder / "tokenizer").mkdir()
-    (folder / "tokenizer" / "tokenizer.json").write_text('{"model": {}}')
-    index = {"_class_name": "WanPipeline", "transformer_2": [None, None], "expand_timesteps": False}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
-
-
-def write_original(folder: Path, diffusers: Path, task: str, suffix: str = "pth") -> Path:
-    """The same tensors in the original layout."""
-    (folder / "google" / "umt5-xxl").mkdir(parents=True)
-    (folder / "google" / "umt5-xxl" / "tokenizer.json").write_text('{"model": {}}')
-    for part, stem, key_map, name in (
-        ("transformer", "diffusion_pytorch_model", DIT, "diffusion_pytorch_model.safetensors"),
-        ("text_encoder", "model", TEXT_ENCODER, f"models_t5_umt5-xxl-enc-bf16.{suffix}"),
-        ("vae", "diffusion_pytorch_model", vae_key_map(3, 1), f"Wan2.1_VAE.{suffix}"),
-    ):
-        theirs = load_file(diffusers / part / f"{stem}.safetensors")
-        state = {str(key_map.to_original(key)): tensor for key, tensor in theirs.items()}
-        save = save_file if name.endswith("safetensors") else torch.save
-        save(state, folder / name)
-    config = TASKS[task][2]
-    fields = ("dim", "ffn_dim", "freq_dim", "in_dim", "num_heads", "num_layers", "out_dim", "eps")
-    values = {key: getattr(config, key) for key in fields}
-    values |= {"_class_name": "WanModel", "model_type": task, "text_len": 512}
-    if task == "vace":
-        values |= {"vace_layers": list(config.vace_layers), "vace_in_dim": config.vace_in_dim}
-    (folder / "config.json").write_text(json.dumps(values))
-    return folder
 
 
 @pytest.fixture(scope="module", params=TASKS)
@@ -138,29 +75,8 @@ def networks(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.nn.Module]]:
         yield "dit", WanDiT(checkpoint.config.dit)
         yield "text_encoder", UMT5Encoder(checkpoint.config.text_encoder)
         yield "vae", WanVAE(checkpoint.config.vae)
-
-
-def content(checkpoint: Checkpoint) -> dict[str, bytes]:
-    return {
-        f"{component}.{name}": b"".join(bytes(piece) for piece in source.iter_bytes())
-        for component, weights in checkpoint.components.items()
-        for name, source in weights.tensors.items()
-    }
-
-
-def edit(path: Path, **changes: Any) -> None:
-    values = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({k: v for k, v in values.items() if v is not ...}))
-
-
-def refused(error: type[WanxError], folder: Path, *words: str, **options: Any) -> None:
-    with pytest.raises(error) as caught:
-        open_checkpoint(folder, **options)
-    message = str(caught.value)
-    assert type(caught.value) is error
-    assert all(word in message for word in words), message
-    assert "\n" not in message
-    assert len(message) < 800
+        if checkpoint.config.image_encoder is not None:
+            yield "image_encoder", ImageEncoder(checkpoint.config.image_encoder)
 
 
 def test_both_layouts_are_the_same_model(pair: tuple[str, Path, Path]) -> None:
@@ -173,6 +89,7 @@ def test_both_layouts_are_the_same_model(pair: tuple[str, Path, Path]) -> None:
     assert first.config.dit == TASKS[task][2]
     assert first.config.text_encoder == OUR_T5
     assert first.config.vae == OUR_VAE
+    assert first.config.image_encoder == (OUR_CLIP if task in ("i2v", "flf2v") else None)
     bytes_of = content(first)
     assert bytes_of == content(second)
     assert first.nbytes == second.nbytes == sum(map(len, bytes_of.values()))
@@ -183,6 +100,7 @@ def test_both_layouts_are_the_same_model(pair: tuple[str, Path, Path]) -> None:
 def test_the_tensors_are_those_of_our_networks(pair: tuple[str, Path, Path]) -> None:
     for folder in pair[1:]:
         checkpoint = open_checkpoint(folder)
+        assert [component for component, _ in networks(checkpoint)] == list(checkpoint.components)
         for component, network in networks(checkpoint):
             expected = {name: tuple(p.shape) for name, p in network.named_parameters()}
             checkpoint.components[component].check(expected)
@@ -217,8 +135,14 @@ def test_published_sizes_get_the_name_of_their_preset(preset: str, tmp_path: Pat
         parts["diffusion_pytorch_model"] = WanDiT(config.dit)
         parts["models_t5_umt5-xxl-enc-bf16"] = UMT5Encoder(config.text_encoder)
         parts["Wan2.1_VAE"] = WanVAE(config.vae)
+        if config.image_encoder is not None:
+            # with the last layer, which is in the file and never read
+            parts[CLIP_FILE] = ImageEncoder(
+                dataclasses.replace(config.image_encoder, num_layers=33)
+            )
     for stem, network in parts.items():
-        shapes = {n: list(p.shape) for n, p in network.named_parameters()}
+        prefix = "visual." if stem == CLIP_FILE else ""
+        shapes = {f"{prefix}{n}": list(p.shape) for n, p in network.named_parameters()}
         for name in shapes.keys() & {"patch_embedding.weight", "vace_patch_embedding.weight"}:
             shapes[name] = [shapes[name][0], shapes[name][1] // 4, 1, 2, 2]
         write_sparse(tmp_path / f"{stem}.safetensors", shapes)
@@ -232,20 +156,14 @@ def test_published_sizes_get_the_name_of_their_preset(preset: str, tmp_path: Pat
     (tmp_path / "google" / "umt5-xxl" / "tokenizer.json").write_text("{}")
     checkpoint = open_checkpoint(tmp_path, task=config.task)
     assert checkpoint.config is config
-    parameters = sum(p.numel() for network in parts.values() for p in network.parameters())
+    unread = "transformer.31."
+    parameters = sum(
+        p.numel()
+        for network in parts.values()
+        for name, p in network.named_parameters()
+        if not name.startswith(unread)
+    )
     assert checkpoint.nbytes == 2 * parameters
-
-
-def write_sparse(path: Path, shapes: dict[str, list[int]]) -> None:
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        size = 2 * int(torch.Size(shape).numel())
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
 
 
 def test_tied_copies_and_unused_norms_are_dropped(diffusers: Path) -> None:
@@ -569,6 +487,16 @@ def test_a_stray_block_number_makes_no_giant_network(original: Path) -> None:
     state = load_file(path)
     save_file(state | {"blocks.999999999.norm1.weight": torch.ones(24)}, path)
     assert open_checkpoint(original).config.text_encoder.num_layers == 3
+
+
+@pytest.mark.parametrize("told", ["i2v", "flf2v", "t2v"])
+def test_the_tensors_tell_the_task(told: str, tmp_path: Path) -> None:
+    """Some releases of FLF2V call themselves i2v."""
+    source = write_diffusers(tmp_path / "diffusers", "flf2v")
+    folder = write_original(tmp_path / "original", source, "flf2v")
+    edit(folder / "config.json", model_type=told)
+    assert open_checkpoint(folder, task="flf2v").config.task == "flf2v"
+    refused(UsageError, folder, "for flf2v, not i2v", task="i2v")
 
 
 def test_parts_of_different_models(original: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,11 +16,22 @@ from diffusers.loaders.single_file_utils import (
 )
 from torch import nn
 from torch.nn import functional
-from transformers import UMT5Config, UMT5EncoderModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
-from wanx.config import DiTConfig, TextEncoderConfig, VAEConfig
+from wanx.config import DiTConfig, ImageEncoderConfig, TextEncoderConfig, VAEConfig
 from wanx.models.dit import WanDiT
-from wanx.models.key_maps import DIT, TEXT_ENCODER, TIED, KeyMap, vae_key_map
+from wanx.models.image_encoder import ImageEncoder
+from wanx.models.key_maps import (
+    DIT,
+    HARMLESS,
+    IMAGE_ENCODER,
+    JOINED,
+    LEADING_AXES,
+    TEXT_ENCODER,
+    TIED,
+    KeyMap,
+    vae_key_map,
+)
 from wanx.models.text_encoder import UMT5Encoder
 from wanx.models.vae import WanVAE
 
@@ -209,8 +221,65 @@ def test_text_encoder_gate_is_the_activated_half() -> None:
     torch.testing.assert_close(layer(x), expected)
 
 
+def is_harmless(name: str) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern, _ in HARMLESS["image_encoder"])
+
+
+def test_image_encoder_names() -> None:
+    config = CLIPVisionConfig(
+        hidden_size=24, intermediate_size=50, num_hidden_layers=3, num_attention_heads=3,
+        image_size=28, patch_size=14,
+    )  # fmt: skip
+    with torch.device("meta"):
+        theirs = {
+            name: tuple(tensor.shape)
+            for name, tensor in CLIPVisionModel(config).state_dict().items()
+            if not is_harmless(name)
+        }
+        # The last layer is never read; with one more, ours has as many as theirs.
+        ours = ImageEncoder(
+            ImageEncoderConfig(dim=24, ffn_dim=50, num_heads=3, num_layers=4, image_size=28)
+        )
+    originals = originals_of(IMAGE_ENCODER, set(theirs))
+    assert unused_pairs(IMAGE_ENCODER, originals) == set()
+    shapes = {original: theirs[name] for original, name in originals.items()}
+    for name, axes in LEADING_AXES["image_encoder"].items():
+        shapes[name] = (*(1,) * axes, *shapes[name])
+    for whole, parts in JOINED["image_encoder"].items():
+        for name in [name for name in shapes if f".{parts[0]}." in name]:
+            joined = [shapes.pop(name.replace(parts[0], part)) for part in parts]
+            height = sum(shape[0] for shape in joined)
+            shapes[name.replace(parts[0], whole)] = (height, *joined[0][1:])
+    assert shapes == {name: tuple(p.shape) for name, p in ours.named_parameters()}
+
+
 @pytest.mark.parametrize(
-    "key_map", [DIT, TEXT_ENCODER, vae_key_map(4, 2)], ids=["dit", "t5", "vae"]
+    ("name", "harmless"),
+    [
+        ("log_scale", True),
+        ("textual.token_embedding.weight", True),
+        ("textual.blocks.0.attn.q.weight", True),
+        ("visual.post_norm.weight", True),
+        ("visual.head", True),
+        ("vision_model.post_layernorm.bias", True),
+        ("vision_model.embeddings.position_ids", True),
+        ("embeddings.position_ids", True),
+        ("visual_projection.weight", True),
+        ("visual.pre_norm.weight", False),
+        ("visual.pos_embedding", False),
+        ("visual.headroom", False),
+        ("vision_model.encoder.layers.0.self_attn.q_proj.weight", False),
+        ("lora.textual.weight", False),
+    ],
+)
+def test_what_nobody_reads_of_clip(name: str, harmless: bool) -> None:
+    assert is_harmless(name) == harmless
+
+
+@pytest.mark.parametrize(
+    "key_map",
+    [DIT, TEXT_ENCODER, IMAGE_ENCODER, vae_key_map(4, 2)],
+    ids=["dit", "t5", "clip", "vae"],
 )
 @pytest.mark.parametrize(
     "name",

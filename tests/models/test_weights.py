@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from wanx.errors import CorruptInputError, UsageError
 from wanx.models.pickle_file import read_pickle
-from wanx.models.tensor_source import TensorSource
+from wanx.models.tensor_source import JoinedTensor, TensorSource
 from wanx.models.weights import check_tensors, open_weights
 
 Tensors = dict[str, torch.Tensor]
@@ -371,6 +371,41 @@ def test_all_that_does_not_fit_is_listed_at_once(tmp_path: Path) -> None:
     assert "turned has shape [3, 2] instead of [2, 3]" in message
     assert "eight is I8" in message
     check_tensors("vae", {"right": (2, 3)}, {"right": found["right"]})
+
+
+def test_joined_tensors_are_their_bytes_in_order(tmp_path: Path) -> None:
+    a, b = torch.randn(33, 5), torch.randn(2, 5)
+    save_file({"a": a}, tmp_path / "m.safetensors")
+    torch.save({"b": b}, tmp_path / "n.pth")
+    one, two = open_weights(tmp_path, "m")[0]["a"], open_weights(tmp_path, "n")[0]["b"]
+    whole = torch.cat([a, b, a])
+    source = JoinedTensor.of(one, two, one)
+    assert (source.dtype, source.shape, source.nbytes) == ("F32", (68, 5), 4 * 68 * 5)
+    assert source.files == (tmp_path / "m.safetensors", tmp_path / "n.pth")
+    assert (one.files, source.name) == ((one.file,), "a + b + a")
+    for chunk in (8, 64, 1 << 20):
+        assert joined(source, chunk) == to_bytes(whole)
+    narrow = b"".join(bytes(piece) for piece in source.iter_converted("BF16", 64))
+    assert narrow == to_bytes(whole.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [torch.ones(2, 4), torch.ones(5), torch.ones(()), torch.ones(2, 5, dtype=torch.bfloat16)],
+)
+def test_tensors_that_do_not_make_one(other: torch.Tensor, tmp_path: Path) -> None:
+    found = sources_of(tmp_path, {"a": torch.ones(2, 5), "b": other})
+    with pytest.raises(CorruptInputError, match=r"m\.safetensors: the tensors a \+ b are F32") as e:
+        JoinedTensor.of(found["a"], found["b"])
+    assert "\n" not in str(e.value)
+    with pytest.raises(CorruptInputError, match="do not make one"):
+        JoinedTensor.of(found["b"], found["b"] if other.ndim == 0 else found["a"])
+
+
+def test_a_part_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    found = sources_of(tmp_path, {"a": torch.ones(2, 5), "b": torch.full((1, 5), torch.nan)})
+    with pytest.raises(CorruptInputError, match="tensor 'b' holds NaN"):
+        list(JoinedTensor.of(found["a"], found["b"]).iter_converted("F32"))
 
 
 def test_names_from_files_cannot_forge_lines_or_colours(tmp_path: Path) -> None:

@@ -7,9 +7,7 @@ reference at .999), so one side has to take the other's: both ways are tested.
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,8 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, WanPipeline
 from numpy.typing import NDArray
-from peers import SHIFT, relative_error
+from peers import SHIFT
+from videos import assert_same_video, levels_of, psnr
 
 import wanx
 import wanx.runtime.pipeline as pipeline_module
@@ -36,35 +35,12 @@ def pipeline(bundle_fp32: Bundle) -> Pipeline:
     return wanx.load(bundle_fp32.root, threads=1)
 
 
-def psnr(a: Pixels, b: Pixels) -> float:
-    assert a.shape == b.shape
-    error = np.square(a.astype(np.float64) - b).mean()
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
-
-
 def their_sigmas(steps: int) -> NDArray[np.float64]:
     """The noise levels of diffusers' UniPC, before it rounds them to float32."""
     grid = np.linspace(1, 0.001, steps + 1)[:-1]
     sigmas = SHIFT * grid / (1 + (SHIFT - 1) * grid)
     sigmas[0] -= 1e-6
     return np.append(sigmas, 0.0)
-
-
-@contextmanager
-def levels_of(scheduler: Any, sampler: Sampler) -> Iterator[None]:
-    """Let a scheduler of diffusers step through the noise levels of ``sampler``."""
-    original = scheduler.set_timesteps
-
-    def set_timesteps(steps: int, device: Any = None) -> None:
-        original(steps, device=device)
-        scheduler.sigmas = torch.from_numpy(sampler.sigmas)
-        scheduler.timesteps = torch.tensor(sampler.timesteps)
-
-    scheduler.set_timesteps = set_timesteps
-    try:
-        yield
-    finally:
-        del scheduler.set_timesteps
 
 
 def run_peer(
@@ -106,23 +82,6 @@ def run_ours(pipeline: Pipeline, **options: Any) -> tuple[Pixels, list[NDArray[n
     result = pipeline(**options, on_step=lambda step, steps, latent: latents.append(latent.copy()))
     assert result.frames is not None
     return result.frames, latents
-
-
-def assert_lively(frames: Pixels) -> None:
-    """The comparison would be worth little on a flat or still picture."""
-    assert frames.std(axis=(0, 1, 2)).min() > 10
-    if len(frames) > 1:
-        moved = np.abs(np.diff(frames.astype(int), axis=0)).mean(axis=(1, 2, 3))
-        assert moved.min() > 1
-
-
-def assert_same_video(
-    ours: tuple[Pixels, list[NDArray[np.float32]]], theirs: tuple[Pixels, list[torch.Tensor]]
-) -> None:
-    assert_lively(theirs[0])
-    for our_latent, their_latent in zip(ours[1], theirs[1], strict=True):
-        assert relative_error(our_latent, their_latent) <= 1e-4
-    assert psnr(ours[0], theirs[0]) >= 50
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from wanx.config import PRESETS, ModelConfig, VAEConfig
 from wanx.errors import UsageError
-from wanx.runtime.sizes import check_size, latent_shape
+from wanx.runtime.sizes import check_size, latent_shape, size_for_image
 
 CONFIG = PRESETS["t2v-1.3B"]
 
@@ -111,3 +112,56 @@ def test_accepted_sizes_are_those_with_whole_patches(
             assert (whole_latent, whole_patches) == (True, True), (width, frames)
             accepted += 1
     assert accepted > 0
+
+
+I2V = PRESETS["i2v-14B"]
+
+
+@pytest.mark.parametrize(
+    ("image", "area", "video"),
+    [
+        ((832, 480), 832 * 480, (832, 464)),  # executed with the reference; see wan21.md
+        ((1280, 720), 1280 * 720, (1280, 720)),
+        ((720, 1280), 1280 * 720, (720, 1280)),
+        ((1, 1), 832 * 480, (624, 624)),
+        ((4000, 3000), 832 * 480, (720, 544)),
+        ((3000, 4000), 1280 * 720, (816, 1104)),
+        ((800, 100), 832 * 480, (1776, 208)),
+    ],
+)
+def test_size_for_image(image: tuple[int, int], area: int, video: tuple[int, int]) -> None:
+    assert size_for_image(image[1], image[0], area, I2V) == video
+
+
+def test_size_for_image_follows_the_rule() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(2000):
+        height, width = generator.integers(500, 4000, 2).tolist()
+        area = [832 * 480, 1280 * 720][height % 2]
+        ratio = np.float64(height) / np.float64(width)
+        rows = round(np.sqrt(area * ratio) // 8 // 2 * 2) * 8
+        columns = round(np.sqrt(area / ratio) // 8 // 2 * 2) * 8
+        assert size_for_image(height, width, area, I2V) == (columns, rows)
+        check_size(columns, rows, 81, I2V)
+        assert area * 0.9 < rows * columns <= area * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("patch", [(1, 1, 1), (1, 2, 4), (2, 3, 1)])
+def test_size_for_image_with_other_patches(patch: tuple[int, int, int]) -> None:
+    config = replace(I2V, dit=replace(I2V.dit, patch_size=patch))
+    for height, width in [(300, 700), (700, 300), (41, 41)]:
+        video = size_for_image(height, width, 640 * 480, config)
+        check_size(*video, patch[0] * 4 - 3, config)
+        assert video[0] / video[1] == pytest.approx(width / height, rel=0.15)
+
+
+def test_size_for_image_is_never_below_one_patch() -> None:
+    assert size_for_image(1, 8, 1, I2V) == (16, 16)
+    assert size_for_image(100, 800, 32 * 32, I2V) == (80, 16)
+    assert size_for_image(800, 100, 32 * 32, I2V) == (16, 80)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 9), (9, 1), (100, 801), (801, 100), (1, 60000)])
+def test_size_for_an_extreme_image(height: int, width: int) -> None:
+    with pytest.raises(UsageError, match=f"the image is {width}x{height}, .* 8 times .*; crop it"):
+        size_for_image(height, width, 832 * 480, I2V)

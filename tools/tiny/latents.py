@@ -9,6 +9,7 @@ scene of each clip [N], and the mean and standard deviation of the 16 latent cha
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def tokens_of(latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode(rank: int, work: Path) -> None:
+def encode(work: Path, rank: int) -> None:
     """Encode this process's share of the clips; the first process normalises and saves all."""
     vae = load_vae(work)
     scenes, _ = split_scenes()
@@ -84,4 +85,4 @@ def gather(share: Tensor) -> Tensor:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
-    launch(encode, parser.parse_args().work)
+    launch(functools.partial(encode, parser.parse_args().work))

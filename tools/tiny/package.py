@@ -1,6 +1,6 @@
-"""Export the trained checkpoint to the bundle that the package carries.
+"""Export a trained checkpoint to a bundle that the package carries.
 
-python tools/tiny/package.py CHECKPOINT
+python tools/tiny/package.py CHECKPOINT [--preset tiny-i2v]
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from wanx.builtin import builtin_bundle
+from wanx.builtin import BUILTIN, builtin_bundle
 from wanx.bundle import open_bundle
 from wanx.config import PRESETS
 from wanx.export.exporter import check, write_bundle
@@ -17,13 +17,13 @@ from wanx.export.options import ExportOptions, resolve
 from wanx.models.checkpoint import open_checkpoint
 
 
-def package(checkpoint: Path, output: Path) -> None:
+def package(checkpoint: Path, preset: str, output: Path) -> None:
     """Write the bundle of ``checkpoint``, which is in the original layout, at fp32.
 
     That layout has no room for the latent statistics and the defaults of a run, so the whole
     configuration is the preset's.
     """
-    found = replace(open_checkpoint(checkpoint), config=PRESETS["tiny"])
+    found = replace(open_checkpoint(checkpoint), config=PRESETS[preset])
     resolved = resolve(ExportOptions(output=output, precision="fp32"), found)
     check(resolved)
     write_bundle(resolved, "cpu", force=True)
@@ -33,6 +33,6 @@ def package(checkpoint: Path, output: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--output", type=Path, default=builtin_bundle())
+    parser.add_argument("--preset", choices=BUILTIN, default="tiny")
     arguments = parser.parse_args()
-    package(arguments.checkpoint, arguments.output)
+    package(arguments.checkpoint, arguments.preset, builtin_bundle(arguments.preset))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
 from torch import distributed, nn
@@ -17,19 +16,19 @@ from torch.multiprocessing.spawn import spawn
 WORKERS = 2
 
 
-def launch(worker: Callable[[int, Path], None], work: Path) -> None:
-    """Run ``worker(rank, work)`` once per core and wait."""
+def launch(worker: Callable[[int], None]) -> None:
+    """Run ``worker(rank)`` once per core and wait."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = worker, work, f"file://{folder}/rendezvous"
+        arguments = worker, f"file://{folder}/rendezvous"
         spawn(_start, arguments, WORKERS)  # type: ignore[no-untyped-call]
 
 
-def _start(rank: int, worker: Callable[[int, Path], None], work: Path, rendezvous: str) -> None:
+def _start(rank: int, worker: Callable[[int], None], rendezvous: str) -> None:
     # Linux shares processors among sessions first (autogroup): one each, or both get half a share.
     os.setsid()
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=WORKERS)
-    worker(rank, work)
+    worker(rank)
     distributed.destroy_process_group()
 
 

@@ -9,6 +9,7 @@ VAE) and ``decoder.csv``. The latents stay what they are, so the DiT may train b
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def latents_of(tokens: Tensor) -> Tensor:
     return patches.reshape(-1, 16, 5, 8, 8)
 
 
-def train(rank: int, work: Path) -> None:
+def train(work: Path, rank: int) -> None:
     """Train, printing and saving now and then."""
     vae = load_vae(work)
     channels_last(vae)
@@ -99,4 +100,4 @@ def train(rank: int, work: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
-    launch(train, parser.parse_args().work)
+    launch(functools.partial(train, parser.parse_args().work))

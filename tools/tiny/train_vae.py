@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
 import time
 from pathlib import Path
@@ -149,7 +150,7 @@ def save(path: Path, state: dict[str, object]) -> None:
     partial.replace(path)
 
 
-def train(rank: int, work: Path) -> None:
+def train(work: Path, rank: int) -> None:
     """Train, printing and saving now and then."""
     torch.manual_seed(0)
     vae = WanVAE(training_config())
@@ -195,4 +196,4 @@ if __name__ == "__main__":
     parser.add_argument("work", type=Path)
     folder: Path = parser.parse_args().work
     folder.mkdir(parents=True, exist_ok=True)
-    launch(train, folder)
+    launch(functools.partial(train, folder))

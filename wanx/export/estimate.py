@@ -9,6 +9,7 @@ from wanx.export.options import ResolvedExport
 # Measured on two cores of an AMD EPYC of the Zen 4 generation; see docs/performance.md.
 _SECONDS_PER_BLOCK = 0.6
 _SECONDS_FIXED = 30.0
+_SECONDS_VAE_ENCODER = 20.0
 _BYTES_PER_SECOND = 400e6
 _GRAPH_BYTES = 700_000_000
 _GRAPH_BYTES_PER_BLOCK = 6_000_000
@@ -35,12 +36,15 @@ def estimate(resolved: ResolvedExport) -> Estimate:
     """Estimate an export from the sizes of its weights and the depth of its networks."""
     config = resolved.checkpoint.config
     weights = {group: resolved.weight_bytes(group) for group in resolved.checkpoint.components}
-    blocks = config.dit.num_layers + config.text_encoder.num_layers
+    blocks = config.dit.num_layers + len(config.dit.vace_layers) + config.text_encoder.num_layers
+    if config.image_encoder is not None:
+        blocks += config.image_encoder.used_layers
+    fixed = _SECONDS_FIXED + (0.0 if config.task == "t2v" else _SECONDS_VAE_ENCODER)
     total = sum(weights.values())
     return Estimate(
         weight_bytes=weights,
         # Graphs and the tokenizer, which is 17 MB for umT5-xxl.
         bundle_bytes=total + (32 << 20),
         peak_memory_bytes=_GRAPH_BYTES + blocks * _GRAPH_BYTES_PER_BLOCK,
-        seconds=_SECONDS_FIXED + blocks * _SECONDS_PER_BLOCK + total / _BYTES_PER_SECOND,
+        seconds=fixed + blocks * _SECONDS_PER_BLOCK + total / _BYTES_PER_SECOND,
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import platform
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -126,7 +128,7 @@ def _write_and_trace(
     stop = threading.Event()
     specs = component_specs(resolved.checkpoint.config)
     traced = []
-    with ThreadPoolExecutor(max_workers=1) as writer:
+    with _prompt_switching(), ThreadPoolExecutor(max_workers=1) as writer:
         writing = writer.submit(_write_groups, resolved, folder / "weights", progress, stop)
         try:
             for number, spec in enumerate(specs):
@@ -139,6 +141,17 @@ def _write_and_trace(
         except BaseException:
             stop.set()
             raise
+
+
+@contextmanager
+def _prompt_switching() -> Iterator[None]:
+    """Let the writer have the interpreter when its disk is ready, not 5 ms of tracing later."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(2e-4)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def _write_groups(
@@ -160,11 +173,25 @@ def _write_groups(
 def _trace(spec: ComponentSpec) -> ir.Model:
     try:
         return trace(spec)
-    except MemoryError:
+    except Exception as error:
+        if _is_out_of_memory(error):
+            raise WanxError(
+                f"not enough memory to trace {spec.name}; "
+                "`wanx export --dry-run` says how much it takes"
+            ) from error
         raise WanxError(
-            f"not enough memory to trace {spec.name}; "
-            "`wanx export --dry-run` says how much it takes"
-        ) from None
+            f"cannot trace {spec.name} ({type(error).__name__}); if there is memory left, report "
+            "what WANX_DEBUG=1 shows"
+        ) from error
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out at the bottom of an error, which the exporter wraps in its own."""
+    while error is not None:
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _write_graphs(

@@ -24,7 +24,8 @@ class ExportOptions:
         source: folder of a checkpoint or a bundle, or ``tiny`` for the built-in model.
         output: folder of the bundle; None names it after the model and the precision.
         precision: type that the DiT and the text encoder are stored in; ``auto`` keeps each as it
-            is. The VAE always keeps its type: it is small, and the reference runs it in fp32.
+            is. The VAE and the image encoder always keep their types: next to the others they are
+            small, and the reference runs the VAE in fp32.
         target: what runs the bundle.
         task: what the checkpoint must be for; None takes what it is.
         force: replace a bundle that is already there.
@@ -83,16 +84,7 @@ class ResolvedExport:
 
 
 def resolve(options: ExportOptions, checkpoint: Checkpoint) -> ResolvedExport:
-    """Decide what ``auto`` stands for.
-
-    Raises:
-        UsageError: the checkpoint is for a task that cannot be exported.
-    """
-    config = checkpoint.config
-    if config.task != "t2v":
-        raise UsageError(
-            f"{checkpoint.source} is a {config.task} checkpoint; only t2v can be exported so far"
-        )
+    """Decide what ``auto`` stands for."""
     if options.precision != "auto":
         stored: str | None = STORED_TYPES[options.precision]
         precision = options.precision
@@ -105,7 +97,7 @@ def resolve(options: ExportOptions, checkpoint: Checkpoint) -> ResolvedExport:
         precision = next(name for name, dtype in STORED_TYPES.items() if dtype == most)
     return ResolvedExport(
         checkpoint=checkpoint,
-        output=options.output or Path(f"{config.name}-{precision}"),
+        output=options.output or Path(f"{checkpoint.config.name}-{precision}"),
         precision=precision,  # type: ignore[arg-type]
-        storage={"dit": stored, "text_encoder": stored, "vae": None},
+        storage={"dit": stored, "text_encoder": stored, "vae": None, "image_encoder": None},
     )

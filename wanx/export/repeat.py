@@ -32,7 +32,7 @@ def repeat_block(graph: ir.Graph, stack: str, count: int) -> None:
         output
         for node in template
         for output in node.outputs
-        if any(user not in template for user, _ in output.uses())
+        if output.is_graph_output() or any(user not in template for user, _ in output.uses())
     )
     readers = [use for use in result.uses() if use[0] not in template]
     before, last = result, list(template)[-1]
@@ -58,6 +58,10 @@ def repeat_block(graph: ir.Graph, stack: str, count: int) -> None:
         before = twins[result]
     for user, index in readers:
         user.replace_input_with(index, before)
+    for index, output in enumerate(graph.outputs):
+        if output is result:
+            graph.outputs[index] = before
+            result.name, before.name = before.name, result.name
 
 
 def _nodes_of(graph: ir.Graph, module: str) -> dict[ir.Node, None]:

@@ -4,37 +4,32 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from wanx.builtin import builtin_bundle
+from wanx.builtin import find_bundle, is_builtin
 from wanx.bundle import open_bundle
-from wanx.config import Task
-from wanx.errors import UsageError
+from wanx.config import ModelConfig, Task
+from wanx.errors import CorruptInputError, UsageError
 from wanx.manifest import MANIFEST
 from wanx.models.checkpoint import Checkpoint, open_checkpoint
 from wanx.models.tensor_source import SafetensorsTensor
 from wanx.models.weights import ComponentWeights
 from wanx.safetensors_file import read_header
 
-# The weight groups of a bundle and the component whose weight files hold each.
-GROUPS = {"dit": "dit", "text_encoder": "text_encoder", "vae": "vae_decoder_rest"}
-
 
 def open_source(source: str | Path, task: Task | None = None) -> Checkpoint:
-    """Open a checkpoint folder, a bundle folder, or ``tiny``.
+    """Open a checkpoint folder, a bundle folder, or a built-in bundle by its name.
 
     Raises:
         WanxError: as :func:`wanx.models.checkpoint.open_checkpoint` and
             :func:`wanx.bundle.open_bundle`.
     """
-    if str(source) == "tiny":
-        return _open_bundle(builtin_bundle(), task, builtin=True)
-    path = Path(source)
+    path = find_bundle(source)
     if (path / MANIFEST).exists():
-        return _open_bundle(path, task, builtin=False)
+        return _open_bundle(path, task)
     return open_checkpoint(path, task=task)
 
 
-def _open_bundle(path: Path, task: Task | None, *, builtin: bool) -> Checkpoint:
-    bundle = open_bundle(path, allow_hard_links=builtin)
+def _open_bundle(path: Path, task: Task | None) -> Checkpoint:
+    bundle = open_bundle(path, allow_hard_links=is_builtin(path))
     manifest = bundle.manifest
     if task is not None and task != manifest.task:
         raise UsageError(f"{path} is a bundle for {manifest.task}, not {task}; leave the task out")
@@ -43,7 +38,9 @@ def _open_bundle(path: Path, task: Task | None, *, builtin: bool) -> Checkpoint:
             f"{path} is quantised to {manifest.precision}; export from the original checkpoint"
         )
     components = {}
-    for group, component in GROUPS.items():
+    for group, component in weight_groups(manifest.config).items():
+        if component not in manifest.components:
+            raise CorruptInputError(f"{path} has no {component}; export it again")
         files = tuple(bundle.root / name for name in manifest.components[component].weights)
         refs = [ref for file in files for ref in read_header(file).entries.values()]
         components[group] = ComponentWeights(
@@ -58,3 +55,9 @@ def _open_bundle(path: Path, task: Task | None, *, builtin: bool) -> Checkpoint:
         components=components,
         tokenizer=bundle.tokenizer_path,
     )
+
+
+def weight_groups(config: ModelConfig) -> dict[str, str]:
+    """Give the groups of weights of a bundle, each with a component whose files hold all of it."""
+    groups = {"dit": "dit", "text_encoder": "text_encoder", "vae": "vae_decoder_rest"}
+    return groups if config.image_encoder is None else {**groups, "image_encoder": "image_encoder"}

@@ -20,7 +20,7 @@ from onnx_ir.passes import Sequential
 from onnx_ir.passes import common as passes
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from wanx.export.components import ComponentSpec, GraphInput
+from wanx.export.components import ComponentSpec, GraphInput, split_axis
 from wanx.export.repeat import TRACED_BLOCKS, repeat_block
 from wanx.kernels.registry import ONNX_FUNCTIONS, OpsAsNodes
 
@@ -41,11 +41,11 @@ def trace(spec: ComponentSpec) -> ir.Model:
     traced_blocks = min(spec.blocks, TRACED_BLOCKS)
     with _quiet(), FakeTensorMode():
         module = spec.module(traced_blocks).eval().requires_grad_(False)
-        arguments: list[Any] = [_example(spec, item) for item in spec.inputs]
-        axes: list[Any] = [_dynamic_axes(item) for item in spec.inputs]
+        arguments: list[Any] = [item.example(spec.axes) for item in spec.inputs]
+        axes: list[Any] = [_dynamic_axes(spec, item) for item in spec.inputs]
         if spec.caches:
-            arguments.append([_example(spec, item) for item in spec.caches])
-            axes.append([_dynamic_axes(item) for item in spec.caches])
+            arguments.append([item.example(spec.axes) for item in spec.caches])
+            axes.append([_dynamic_axes(spec, item) for item in spec.caches])
         with OpsAsNodes():
             program = torch.export.export(
                 module, tuple(arguments), dynamic_shapes=tuple(axes), strict=False
@@ -63,7 +63,7 @@ def trace(spec: ComponentSpec) -> ir.Model:
     assert exported is not None
     model = exported.model
     if spec.blocks > traced_blocks:
-        repeat_block(model.graph, "blocks", spec.blocks)
+        repeat_block(model.graph, spec.stack, spec.blocks)
     for name, value in model.graph.initializers.items():
         if name in constants:
             value.const_value = ir.tensor(constants[name].numpy(), name=name)
@@ -72,19 +72,14 @@ def trace(spec: ComponentSpec) -> ir.Model:
     return _clean(model, spec)
 
 
-def _example(spec: ComponentSpec, item: GraphInput) -> torch.Tensor:
-    shape = [size if isinstance(size, int) else _axis_size(size, spec.axes) for size in item.shape]
-    return torch.zeros(shape, dtype=item.dtype)
-
-
-def _axis_size(axis: str, axes: dict[str, int]) -> int:
-    factor, _, name = axis.rpartition("*")
-    return int(factor or 1) * axes[name]
-
-
-def _dynamic_axes(item: GraphInput) -> dict[int, object]:
-    # Fixed sizes are inferred; how the caches' axes follow the latent's, the tracer finds itself.
-    return {i: torch.export.Dim.AUTO for i, size in enumerate(item.shape) if isinstance(size, str)}
+def _dynamic_axes(spec: ComponentSpec, item: GraphInput) -> dict[int, object]:
+    dims = {axis: torch.export.Dim(axis) for axis in spec.axes}
+    axes: dict[int, object] = {}
+    for i, size in enumerate(item.shape):
+        if isinstance(size, str):
+            factor, axis = split_axis(size)
+            axes[i] = dims[axis] if factor == 1 else factor * dims[axis]
+    return axes
 
 
 def _clean(model: ir.Model, spec: ComponentSpec) -> ir.Model:
@@ -108,7 +103,10 @@ def _clean(model: ir.Model, spec: ComponentSpec) -> ir.Model:
     axes: dict[str, str] = {}
     for value, item in zip(model.graph.inputs, (*spec.inputs, *spec.caches), strict=True):
         assert value.shape is not None
-        axes |= {str(old): str(new) for old, new in zip(value.shape, item.shape, strict=True)}
+        for old, new in zip(value.shape, item.shape, strict=True):
+            if isinstance(new, str):
+                factor, axis = split_axis(new)
+                axes[str(old).removeprefix(f"{factor}*")] = axis
         value.shape = ir.Shape(item.shape)
     for value in model.graph.outputs:
         assert value.shape is not None

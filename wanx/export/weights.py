@@ -53,7 +53,7 @@ def write_weights(
 
     Args:
         resolved: the export.
-        group: ``dit``, ``text_encoder`` or ``vae``.
+        group: ``dit``, ``text_encoder``, ``image_encoder`` or ``vae``.
         folder: where the files ``<group>.safetensors`` or ``<group>-00001-of-0000N.safetensors``
             are created.
         on_bytes: told how many bytes of tensors were written, in portions.
@@ -139,9 +139,10 @@ def _rewrite(rows: list[Row], path: Path, written: WrittenWeights, on_bytes: OnB
         try:
             with SafetensorsWriter(path, header) as writer:
                 for _, stored, source in rows:
-                    if source.file not in hashes:
-                        # Beside the conversion, while the file's pages are still in memory.
-                        hashes[source.file] = hasher.submit(sha256_file, source.file)
+                    for file in source.files:
+                        if file not in hashes:
+                            # Beside the conversion, while the file's pages are still in memory.
+                            hashes[file] = hasher.submit(sha256_file, file)
                     for chunk in source.iter_converted(stored):
                         writer.write(chunk)
                         on_bytes(len(chunk))

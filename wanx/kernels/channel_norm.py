@@ -2,8 +2,9 @@
 
     y = x / max(‖x‖₂, 1e-12) · √C · weight          over dimension 1
 
-x ``[B, C, ...]``, weight ``[C, 1, ...]``. Computed in fp32 as x · weight / √max(mean x², eps), which
-is the same number for eps = 1e-24 / C with one reduction and no division; y has the dtype of x.
+x ``[B, C, ...]``, weight ``[C, 1, ...]``. Computed in fp32 as x · weight / √max(mean x², eps),
+which is the same number for eps = 1e-24 / C with one reduction and no division; y has the dtype
+of x.
 """
 
 from __future__ import annotations

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from wanx.config import PRESETS, DiTConfig, ModelConfig, Task, TextEncoderConfig, VAEConfig
+from wanx.config import (
+    PRESETS,
+    DiTConfig,
+    ImageEncoderConfig,
+    ModelConfig,
+    Task,
+    TextEncoderConfig,
+    VAEConfig,
+)
 from wanx.errors import CorruptInputError, UsageError, WanxError
 from wanx.input_file import open_input
 from wanx.models import checkpoint_config as sizes
+from wanx.models import image_encoder_checkpoint as image_encoder
 from wanx.models import key_maps
+from wanx.models.component import open_component
 from wanx.models.config_file import ConfigFile
-from wanx.models.tensor_source import TensorSource
-from wanx.models.weights import ComponentWeights, open_weights
+from wanx.models.weights import ComponentWeights
 
 _DIT_STEM = "diffusion_pytorch_model"
 _VAE_STEM = "Wan2.1_VAE"
@@ -31,7 +39,8 @@ class Checkpoint:
         source: the folder.
         layout: ``original`` or ``diffusers``.
         config: sizes of the networks; named after its preset, or ``custom``.
-        components: weights of ``dit``, ``text_encoder`` and ``vae``.
+        components: weights of ``dit``, ``text_encoder`` and ``vae``, and for tasks that start from
+            images of ``image_encoder``.
         tokenizer: ``tokenizer.json``, or ``spiece.model`` where only that exists; copy it with
             :func:`wanx.models.tokenizer_file.write_tokenizer`.
     """
@@ -106,15 +115,20 @@ def _open_original(source: Path) -> Checkpoint:
         f"{_VAE_STEM}.pth or {_VAE_STEM}.safetensors",
         "google/umt5-xxl/tokenizer.json or google/umt5-xxl/spiece.model",
     )
-    dit = _component("dit", source, _DIT_STEM)
-    text_encoder = _component("text_encoder", source, _T5_STEM)
-    vae = _component("vae", source, _VAE_STEM)
-    dit_fields = sizes.original_dit_fields(config_file)
+    dit = open_component("dit", source, _DIT_STEM)
+    text_encoder = open_component("text_encoder", source, _T5_STEM)
+    vae = open_component("vae", source, _VAE_STEM)
+    dit_config = sizes.dit_config(sizes.original_dit_fields(config_file), dit, config_file.path)
+    images = None
+    if dit_config.image_dim is not None:
+        _require_files(source, f"{image_encoder.STEM}.pth or {image_encoder.STEM}.safetensors")
+        images = image_encoder.open_original_image_encoder(source)
     return _checkpoint(
         source,
         "original",
         (dit, text_encoder, vae),
-        dit_config=sizes.dit_config(dit_fields, dit, config_file.path),
+        images,
+        dit_config=dit_config,
         text_encoder_config=sizes.text_encoder_config({}, text_encoder, text_encoder.files[0]),
         vae_config=sizes.vae_config({}, vae, vae.files[0]),
         tokenizer=_tokenizer(source / "google" / "umt5-xxl"),
@@ -145,16 +159,22 @@ def _open_diffusers(source: Path) -> Checkpoint:
     text_encoder_fields = sizes.diffusers_text_encoder_fields(text_encoder_file)
     vae_fields = sizes.diffusers_vae_fields(vae_file)
     vae_map = key_maps.vae_key_map(len(vae_fields["multipliers"]), vae_fields["num_res_blocks"])
-    dit = _component("dit", source / "transformer", _DIT_STEM, key_maps.DIT)
-    text_encoder = _component(
+    dit = open_component("dit", source / "transformer", _DIT_STEM, key_maps.DIT)
+    text_encoder = open_component(
         "text_encoder", source / "text_encoder", "model", key_maps.TEXT_ENCODER
     )
-    vae = _component("vae", source / "vae", _DIT_STEM, vae_map)
+    vae = open_component("vae", source / "vae", _DIT_STEM, vae_map)
+    dit_config = sizes.dit_config(dit_fields, dit, dit_file.path)
+    images = None
+    if dit_config.image_dim is not None:
+        _require_files(source, "image_encoder/config.json")
+        images = image_encoder.open_diffusers_image_encoder(source / "image_encoder")
     return _checkpoint(
         source,
         "diffusers",
         (dit, text_encoder, vae),
-        dit_config=sizes.dit_config(dit_fields, dit, dit_file.path),
+        images,
+        dit_config=dit_config,
         text_encoder_config=sizes.text_encoder_config(
             text_encoder_fields, text_encoder, text_encoder_file.path
         ),
@@ -179,49 +199,32 @@ def _require_files(source: Path, *needed: str) -> None:
         raise CorruptInputError(f"{source} lacks {', '.join(missing)}; download it completely")
 
 
-def _component(
-    component: str, folder: Path, stem: str, key_map: key_maps.KeyMap | None = None
-) -> ComponentWeights:
-    stored, files = open_weights(folder, stem)
-    for copy, kept in key_maps.TIED.get(component, {}).items():
-        if copy in stored and (kept not in stored or stored[copy].shape == stored[kept].shape):
-            stored.setdefault(kept, stored[copy])
-            del stored[copy]
-    harmless = key_maps.HARMLESS.get(component, ())
-    tensors: dict[str, TensorSource] = {}
-    for name, tensor in stored.items():
-        if any(re.fullmatch(pattern, name) for pattern, _ in harmless):
-            continue
-        original = (key_map and key_map.to_original(name)) or name
-        if original in tensors:
-            raise CorruptInputError(
-                f"{tensor.file} holds {original!r} twice, as {tensors[original].name!r} and as "
-                f"{name!r}; use a checkpoint of one layout"
-            )
-        tensors[original] = tensor
-
-    def stored_name(original: str) -> str:
-        return (key_map and key_map.to_diffusers(original)) or original
-
-    return ComponentWeights(
-        component=component, tensors=tensors, files=files, stored_name=stored_name
-    )
-
-
 def _checkpoint(
     source: Path,
     layout: str,
     parts: tuple[ComponentWeights, ...],
+    images: image_encoder.ImageEncoderParts | None,
     *,
     dit_config: DiTConfig,
     text_encoder_config: TextEncoderConfig,
     vae_config: VAEConfig,
     tokenizer: Path,
 ) -> Checkpoint:
-    for what, dit_size, other, other_size in (
+    image_encoder_config: ImageEncoderConfig | None = None
+    agreements: list[tuple[str, int | None, str, int]] = [
         ("text features", dit_config.text_dim, "text encoder", text_encoder_config.dim),
         ("latent channels", dit_config.out_dim, "VAE", vae_config.z_dim),
-    ):
+    ]
+    if images is not None:
+        weights, image_encoder_config = images
+        parts, tokens = (*parts, weights), image_encoder_config.tokens
+        if dit_config.image_frames == 1:  # then nothing in the DiT tells their number
+            dit_config = dataclasses.replace(dit_config, image_tokens=tokens)
+        agreements += [
+            ("image features", dit_config.image_dim, "image encoder", image_encoder_config.dim),
+            ("tokens of an image", dit_config.image_tokens, "image encoder", tokens),
+        ]
+    for what, dit_size, other, other_size in agreements:
         if dit_size != other_size:
             raise CorruptInputError(
                 f"{source}: the DiT has {dit_size} {what}, the {other} {other_size}; the parts are "
@@ -235,6 +238,7 @@ def _checkpoint(
         task=task,
         dit=dit_config,
         text_encoder=text_encoder_config,
+        image_encoder=image_encoder_config,
         vae=vae_config,
         defaults=like.defaults,
     )

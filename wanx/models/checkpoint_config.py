@@ -6,13 +6,14 @@ What both tell must agree; what only one tells is taken from it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from wanx.config import DiTConfig, Task, TextEncoderConfig, VAEConfig
 from wanx.errors import CorruptInputError, UsageError
 from wanx.models.config_file import ConfigFile
+from wanx.models.told_sizes import count_blocks, require_agreement, shape_of
 from wanx.models.weights import ComponentWeights
 
 
@@ -95,25 +96,25 @@ def dit_config(fields: dict[str, Any], weights: ComponentWeights, config_path: P
         UsageError: the network is not one of Wan2.1.
     """
     task = recognise_task(weights.tensors)
-    dim, in_dim, *patch = _shape(weights, "patch_embedding.weight", 5)
+    dim, in_dim, *patch = shape_of(weights, "patch_embedding.weight", 5)
     if patch != [1, 2, 2]:
         raise UsageError(f"{config_path}: the patch size {patch} is not supported, only [1, 2, 2]")
     told = {
         "dim": dim,
         "in_dim": in_dim,
-        "out_dim": _shape(weights, "head.head.weight", 2)[0] // math.prod(patch),
-        "ffn_dim": _shape(weights, "blocks.0.ffn.0.weight", 2)[0],
-        "freq_dim": _shape(weights, "time_embedding.0.weight", 2)[1],
-        "text_dim": _shape(weights, "text_embedding.0.weight", 2)[1],
-        "num_layers": _count(weights, "blocks"),
+        "out_dim": shape_of(weights, "head.head.weight", 2)[0] // math.prod(patch),
+        "ffn_dim": shape_of(weights, "blocks.0.ffn.0.weight", 2)[0],
+        "freq_dim": shape_of(weights, "time_embedding.0.weight", 2)[1],
+        "text_dim": shape_of(weights, "text_embedding.0.weight", 2)[1],
+        "num_layers": count_blocks(weights, "blocks"),
     }
     if task in ("i2v", "flf2v"):
-        told["image_dim"] = _shape(weights, "img_emb.proj.1.weight", 2)[1]
+        told["image_dim"] = shape_of(weights, "img_emb.proj.1.weight", 2)[1]
     if task == "flf2v":
-        told["image_positions"] = _shape(weights, "img_emb.emb_pos", 3)[1]
+        told["image_positions"] = shape_of(weights, "img_emb.emb_pos", 3)[1]
     if task == "vace":
-        told["vace_in_dim"] = _shape(weights, "vace_patch_embedding.weight", 5)[1]
-        hints = _count(weights, "vace_blocks")
+        told["vace_in_dim"] = shape_of(weights, "vace_patch_embedding.weight", 5)[1]
+        hints = count_blocks(weights, "vace_blocks")
         # the reference's default: every second block
         layers = fields.setdefault("vace_layers", tuple(range(0, told["num_layers"], 2)))
         if (
@@ -127,7 +128,7 @@ def dit_config(fields: dict[str, Any], weights: ComponentWeights, config_path: P
             )
     else:
         fields = {k: v for k, v in fields.items() if k not in ("vace_layers", "vace_in_dim")}
-    _agree(fields, told, config_path)
+    require_agreement(fields, told, config_path)
     return _checked_dit(task, {**fields, **told}, config_path)
 
 
@@ -176,18 +177,18 @@ def text_encoder_config(
     Raises:
         CorruptInputError: the two disagree, or tensors that tell sizes are missing.
     """
-    vocab_size, dim = _shape(weights, "token_embedding.weight", 2)
-    num_buckets, num_heads = _shape(weights, "blocks.0.pos_embedding.embedding.weight", 2)
+    vocab_size, dim = shape_of(weights, "token_embedding.weight", 2)
+    num_buckets, num_heads = shape_of(weights, "blocks.0.pos_embedding.embedding.weight", 2)
     told = {
         "vocab_size": vocab_size,
         "dim": dim,
-        "ffn_dim": _shape(weights, "blocks.0.ffn.fc1.weight", 2)[0],
+        "ffn_dim": shape_of(weights, "blocks.0.ffn.fc1.weight", 2)[0],
         "num_heads": num_heads,
-        "head_dim": _shape(weights, "blocks.0.attn.q.weight", 2)[0] // num_heads,
-        "num_layers": _count(weights, "blocks"),
+        "head_dim": shape_of(weights, "blocks.0.attn.q.weight", 2)[0] // num_heads,
+        "num_layers": count_blocks(weights, "blocks"),
         "num_buckets": num_buckets,
     }
-    _agree(fields, told, source)
+    require_agreement(fields, told, source)
     return TextEncoderConfig(**{**fields, **told})
 
 
@@ -221,25 +222,25 @@ def vae_config(fields: dict[str, Any], weights: ComponentWeights, source: Path) 
         CorruptInputError: the two disagree, or tensors that tell sizes are missing.
         UsageError: the statistics of the latents are not known.
     """
-    base_dim = _shape(weights, "encoder.conv1.weight", 5)[0]
+    base_dim = shape_of(weights, "encoder.conv1.weight", 5)[0]
     multipliers, temporal, blocks, width = [], [], [0], base_dim
-    for i in range(_count(weights, "encoder.downsamples")):
+    for i in range(count_blocks(weights, "encoder.downsamples")):
         layer = f"encoder.downsamples.{i}"
         if f"{layer}.resample.1.weight" in weights.tensors:
             multipliers.append(width // base_dim)
             temporal.append(f"{layer}.time_conv.weight" in weights.tensors)
             blocks.append(0)
         else:
-            width = _shape(weights, f"{layer}.residual.2.weight", 5)[0]
+            width = shape_of(weights, f"{layer}.residual.2.weight", 5)[0]
             blocks[-1] += 1
     told: dict[str, Any] = {
         "base_dim": base_dim,
-        "z_dim": _shape(weights, "conv2.weight", 5)[0],
+        "z_dim": shape_of(weights, "conv2.weight", 5)[0],
         "multipliers": (*multipliers, width // base_dim),
         "num_res_blocks": blocks[0],
         "temporal_downsample": tuple(temporal),
     }
-    _agree(fields, told, source)
+    require_agreement(fields, told, source)
     config = VAEConfig(**{**fields, **told})
     if not len(config.latent_mean) == len(config.latent_std) == config.z_dim:
         raise UsageError(
@@ -252,35 +253,3 @@ def vae_config(fields: dict[str, Any], weights: ComponentWeights, source: Path) 
             "download the file again"
         )
     return config
-
-
-def _shape(weights: ComponentWeights, name: str, rank: int) -> tuple[int, ...]:
-    tensor = weights.tensors.get(name)
-    if tensor is None:
-        raise CorruptInputError(
-            f"the {weights.component} weights in {weights.files[0].parent} lack "
-            f"{weights.stored_name(name)}; use a complete Wan2.1 checkpoint"
-        )
-    if len(tensor.shape) != rank or 0 in tensor.shape:
-        raise CorruptInputError(
-            f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}, expected {rank} "
-            "positive sides; use a Wan2.1 checkpoint"
-        )
-    return tensor.shape
-
-
-def _count(weights: ComponentWeights, stack: str) -> int:
-    """Number of members of a stack: distinct indices, so that a stray large one counts once."""
-    prefix = f"{stack}."
-    return len({n[len(prefix) :].split(".")[0] for n in weights.tensors if n.startswith(prefix)})
-
-
-def _agree(fields: Mapping[str, Any], told: Mapping[str, Any], source: Path) -> None:
-    wrong = [key for key, value in told.items() if fields.get(key, value) != value]
-    if wrong:
-        said = ", ".join(f"{key} {fields[key]}" for key in wrong)
-        held = ", ".join(f"{key} {told[key]}" for key in wrong)
-        raise CorruptInputError(
-            f"{source} says {said} but the tensors have {held}; the config and the weights are of "
-            "different models"
-        )

@@ -1,8 +1,8 @@
 """Tensor names: the original Wan2.1 checkpoints against the Diffusers layout.
 
 Each table pairs an original name with its Diffusers name, without the leaf (``.weight``, ``.bias``,
-``.gamma``); ``{n}`` stands for any number. The maps are pure renames: no tensor is reshaped, split
-or transposed.
+``.gamma``) unless only one of the two has it; ``{n}`` stands for any number. The maps are pure
+renames: no tensor is split or transposed, and ``JOINED`` lists those that Diffusers keeps in parts.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class KeyMap:
 
 
 def _rename(table: Mapping[str, str], name: str) -> str | None:
+    if name in table:
+        return table[name]
     parts = name.split(".")
     leaf = f".{parts.pop()}" if parts[-1] in _LEAVES else ""
     stem = ".".join(parts)
@@ -108,6 +110,22 @@ TEXT_ENCODER = KeyMap(
     )
 )
 
+_CLIP_LAYER = "encoder.layers.{n}"
+IMAGE_ENCODER = KeyMap(
+    (
+        ("cls_embedding", "embeddings.class_embedding"),
+        ("pos_embedding", "embeddings.position_embedding.weight"),
+        ("patch_embedding", "embeddings.patch_embedding"),
+        ("pre_norm", "pre_layrnorm"),
+        ("transformer.{n}.norm1", f"{_CLIP_LAYER}.layer_norm1"),
+        *((f"transformer.{{n}}.attn.to_{x}", f"{_CLIP_LAYER}.self_attn.{x}_proj") for x in "qkv"),
+        ("transformer.{n}.attn.proj", f"{_CLIP_LAYER}.self_attn.out_proj"),
+        ("transformer.{n}.norm2", f"{_CLIP_LAYER}.layer_norm2"),
+        ("transformer.{n}.mlp.0", f"{_CLIP_LAYER}.mlp.fc1"),
+        ("transformer.{n}.mlp.2", f"{_CLIP_LAYER}.mlp.fc2"),
+    )
+)
+
 
 def _vae_residual(original: str, theirs: str) -> Iterator[tuple[str, str]]:
     yield f"{original}.residual.0", f"{theirs}.norm1"
@@ -161,10 +179,27 @@ def vae_key_map(stages: int, num_res_blocks: int) -> KeyMap:
     return KeyMap(pairs())
 
 
+# What stands in front of every name that a component's network reads, in some files or all.
+PREFIXES = {"image_encoder": ("visual.", "vision_model.")}
+
+# Tensors that the original holds whole and Diffusers in parts: the last part of the name, and its
+# parts' in the order in which they lie along the first axis.
+JOINED = {"image_encoder": {"to_qkv": ("to_q", "to_k", "to_v")}}
+
+# Axes of size one that lead a tensor of the original and are not there in Diffusers.
+LEADING_AXES = {"image_encoder": {"cls_embedding": 2, "pos_embedding": 1}}
+
 # Tensors that a checkpoint may hold twice: the first name is a copy of the second.
 TIED = {"text_encoder": {"encoder.embed_tokens.weight": "shared.weight"}}
 
 # Tensors that no network reads, by component: a pattern of the stored name, and why it is there.
 HARMLESS = {
     "dit": ((r"(vace_)?blocks\.\d+\.attn2\.norm_added_q\.weight", "an unused norm of diffusers"),),
+    "image_encoder": (
+        (r"textual\..+|log_scale", "CLIP's other half and its temperature"),
+        (r"visual\.(post_norm\.(weight|bias)|head)", "what follows the last layer"),
+        (r"(vision_model\.)?post_layernorm\.(weight|bias)", "the same in transformers"),
+        (r"visual_projection\.weight", "and its projection"),
+        (r"(vision_model\.)?embeddings\.position_ids", "a table of 0, 1, 2, …"),
+    ),
 }

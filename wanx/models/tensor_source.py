@@ -33,6 +33,11 @@ class TensorSource(ABC):
     nbytes: int
     file: Path
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file that the tensor's bytes come from."""
+        return (self.file,)
+
     @abstractmethod
     def iter_bytes(self, chunk: int = CHUNK_BYTES) -> Iterator[memoryview]:
         """Yield the raw bytes in order; each piece is valid until the next one is asked for.
@@ -112,3 +117,50 @@ class SafetensorsTensor(TensorSource):
                     )
                 left -= len(piece)
                 yield piece
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinedTensor(TensorSource):
+    """Tensors of one type behind each other along their first axis, which is how bytes lie."""
+
+    parts: tuple[TensorSource, ...]
+
+    @classmethod
+    def of(cls, *parts: TensorSource) -> JoinedTensor:
+        """Join ``parts``, in order.
+
+        Raises:
+            CorruptInputError: they differ in type, or in another side than the first.
+        """
+        first, name = parts[0], " + ".join(part.name for part in parts)
+        if len({(part.dtype, len(part.shape), part.shape[1:]) for part in parts}) > 1 or not all(
+            part.shape for part in parts
+        ):
+            found = ", ".join(f"{part.dtype} {list(part.shape)}" for part in parts)
+            raise CorruptInputError(
+                f"{first.file}: the tensors {name} are {found} and do not make one; download the "
+                "file again"
+            )
+        return cls(
+            name=name,
+            dtype=first.dtype,
+            shape=(sum(part.shape[0] for part in parts), *first.shape[1:]),
+            nbytes=sum(part.nbytes for part in parts),
+            file=first.file,
+            parts=parts,
+        )
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of all parts."""
+        return tuple(dict.fromkeys(file for part in self.parts for file in part.files))
+
+    def iter_bytes(self, chunk: int = CHUNK_BYTES) -> Iterator[memoryview]:
+        """Yield the bytes of each part in turn."""
+        for part in self.parts:
+            yield from part.iter_bytes(chunk)
+
+    def iter_converted(self, dtype: str, chunk: int = CHUNK_BYTES) -> Iterator[Chunk]:
+        """Convert each part in turn, so that what is refused is told by its own name."""
+        for part in self.parts:
+            yield from part.iter_converted(dtype, chunk)

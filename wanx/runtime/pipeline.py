@@ -1,4 +1,4 @@
-"""Prompt to video: encode the text, denoise the latent, decode the frames.
+"""Prompt to video: encode text and inputs, denoise the latent, decode the frames.
 
 The components of a bundle are loaded, run and freed in turn, so that the memory of a run is that
 of its largest component.
@@ -19,16 +19,17 @@ from numpy.typing import NDArray
 from wanx.bundle import Bundle
 from wanx.errors import CancelledError, WanxError
 from wanx.progress import Progress, silent
+from wanx.runtime.conditioning import Conditioning, condition, noise_shape
 from wanx.runtime.guidance import branches, guide
 from wanx.runtime.health import FrameCheck
+from wanx.runtime.inputs import read_inputs
 from wanx.runtime.memory import peak_bytes, reset_peak
 from wanx.runtime.noise import randn
 from wanx.runtime.options import ResolvedRun, RunOptions, resolve
 from wanx.runtime.output import check_output
 from wanx.runtime.sampler import make_sampler
 from wanx.runtime.sessions import open_session
-from wanx.runtime.sessions.base import State
-from wanx.runtime.sizes import latent_shape
+from wanx.runtime.sessions.base import Session, State
 from wanx.runtime.text import PromptTokenizer, clean_prompt, zero_pad
 from wanx.runtime.tokens import patchify, rope_tables, token_grid, unpatchify
 from wanx.runtime.video import VideoWriter
@@ -43,7 +44,7 @@ class Stage:
     """What one part of a run took.
 
     Attributes:
-        name: ``text``, ``denoise`` or ``decode``.
+        name: ``text``, ``condition`` (where there are images or videos), ``denoise`` or ``decode``.
         load_seconds: loading the component.
         seconds: running it; for ``decode``, including the video encoder.
         peak_bytes: peak resident memory of the process, mapped weights included.
@@ -135,7 +136,8 @@ class Pipeline:
             CancelledError: ``cancelled`` said so; no file was left behind.
             WanxError: the output is not finite, black or frozen, or the machine cannot do it.
         """
-        run = resolve(options, self.config)
+        inputs = read_inputs(options, self.config.task)
+        run = resolve(options, self.config, inputs)
         path = None
         if output is not None:
             path = check_output(
@@ -145,8 +147,13 @@ class Pipeline:
         with clock.stage("text"):
             contexts = self._encode_text(run, clock, progress)
         _stop_if(cancelled)
+        given = Conditioning()
+        if self.config.task != "t2v":
+            with clock.stage("condition"):
+                given = condition(run, inputs, self.config, self._opener(clock))
+            _stop_if(cancelled)
         with clock.stage("denoise"):
-            latent = self._denoise(run, contexts, clock, on_step, cancelled, progress)
+            latent = self._denoise(run, contexts, given, clock, on_step, cancelled, progress)
         with clock.stage("decode"):
             frames = self._decode(latent, clock, cancelled, progress)
             if path is None:
@@ -171,7 +178,15 @@ class Pipeline:
             "precision": manifest.precision,
             "bundle": self.bundle.hash,
         }
-        return facts | {name: str(value) for name, value in asdict(run).items()}
+        options = {name: value for name, value in asdict(run).items() if value is not None}
+        return facts | {name: str(value) for name, value in options.items()}
+
+    def _opener(self, clock: _Clock) -> Callable[[str], Session]:
+        def open_component(name: str) -> Session:
+            with clock.loading():
+                return open_session(self.bundle, name, threads=self.threads)
+
+        return open_component
 
     def _encode_text(
         self, run: ResolvedRun, clock: _Clock, progress: Progress
@@ -180,11 +195,9 @@ class Pipeline:
         prompts = {"conditional": run.prompt, "unconditional": run.negative_prompt}
         needed = branches(run.guide_scale)
         progress("encode text", 0, len(needed), "steps")
-        with clock.loading():
-            session = open_session(self.bundle, "text_encoder", threads=self.threads)
         contexts: dict[str, Float32] = {}
         length = self.config.dit.text_len
-        with session:
+        with self._opener(clock)("text_encoder") as session:
             for done, branch in enumerate(needed, 1):
                 ids, mask = tokenizer.encode(clean_prompt(prompts[branch]), length)
                 # Padding is masked in T5, so leaving it out gives the same features for less.
@@ -197,25 +210,27 @@ class Pipeline:
         self,
         run: ResolvedRun,
         contexts: dict[str, Float32],
+        given: Conditioning,
         clock: _Clock,
         on_step: OnStep | None,
         cancelled: Callable[[], bool],
         progress: Progress,
     ) -> Float32:
         dit = self.config.dit
-        shape = latent_shape(run.width, run.height, run.frames, self.config.vae)
+        shape = noise_shape(run, given, self.config)
         grid = token_grid(shape, dit.patch_size)
         sampler = make_sampler(run.solver, run.steps, run.shift)
         latent = randn(shape, run.seed)
         progress("denoise", 0, run.steps, "steps")
-        with clock.loading():
-            session = open_session(self.bundle, "dit", threads=self.threads)
-        with session:
+        with self._opener(clock)("dit") as session:
             cos, sin = rope_tables(grid, dit.rope_dims)
-            session.bind({"rope_cos": cos, "rope_sin": sin})
+            session.bind({"rope_cos": cos, "rope_sin": sin} | given.constants)
             for step, timestep in enumerate(sampler.timesteps, 1):
+                whole = latent
+                if given.channels is not None:
+                    whole = np.concatenate([latent, given.channels])
                 feeds = {
-                    "tokens": patchify(latent, dit.patch_size)[None],
+                    "tokens": patchify(whole, dit.patch_size)[None],
                     "timestep": np.array([timestep], dtype=np.float32),
                 }
                 velocities = {
@@ -237,7 +252,7 @@ class Pipeline:
                 if on_step is not None:
                     on_step(step, run.steps, latent)
                 _stop_if(cancelled)
-        return latent
+        return latent[:, given.references :]
 
     def _decode(
         self, latent: Float32, clock: _Clock, cancelled: Callable[[], bool], progress: Progress
@@ -249,9 +264,7 @@ class Pipeline:
         for name, chunks in (("first", range(1)), ("rest", range(1, count))):
             if not chunks:
                 continue
-            with clock.loading():
-                session = open_session(self.bundle, f"vae_decoder_{name}", threads=self.threads)
-            with session:
+            with self._opener(clock)(f"vae_decoder_{name}") as session:
                 for index in chunks:
                     part = np.ascontiguousarray(latent[None, :, index : index + 1])
                     video = session.run({"latent": part}, state)["video"]

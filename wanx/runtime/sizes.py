@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from wanx.config import ModelConfig, VAEConfig
 from wanx.errors import UsageError
+
+MAX_ASPECT = 8
 
 
 def latent_shape(width: int, height: int, frames: int, vae: VAEConfig) -> tuple[int, int, int, int]:
@@ -37,6 +41,42 @@ def check_size(width: int, height: int, frames: int, config: ModelConfig) -> Non
         raise UsageError("; ".join(filter(None, problems)))
 
 
+def size_for_image(height: int, width: int, area: float, config: ModelConfig) -> tuple[int, int]:
+    """Choose the size of a video that begins with an image: its aspect, and about a given area.
+
+    The rule of the published pipelines, in fp64 with all its rounding: an image of 832x480 becomes
+    a video of 832x464 where the area is 832·480.
+
+    Args:
+        height: Pixels of the image.
+        width: Likewise.
+        area: Pixels of one frame to aim at.
+        config: Stride of the VAE and patch of the DiT.
+
+    Returns:
+        Width and height, each a whole number of patches.
+
+    Raises:
+        UsageError: One side of the image is more than ``MAX_ASPECT`` times the other.
+    """
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise UsageError(
+            f"the image is {width}x{height}, and no side may be more than {MAX_ASPECT} times the "
+            f"other; crop it"
+        )
+    aspect = height / width
+    _, patch_height, patch_width = config.dit.patch_size
+    stride = config.vae.spatial_stride
+
+    def whole_patches(side: float, patch: int) -> int:
+        return stride * max(patch, round(side // stride // patch * patch))
+
+    return (
+        whole_patches(math.sqrt(area / aspect), patch_width),
+        whole_patches(math.sqrt(area * aspect), patch_height),
+    )
+
+
 def _problem(name: str, value: int, step: int, offset: int = 0) -> str:
     """Empty if ``value`` is ``step·n + offset`` for some n >= 1, otherwise what to use instead."""
     smallest = step + offset
@@ -46,3 +86,15 @@ def _problem(name: str, value: int, step: int, offset: int = 0) -> str:
     nearest = f"{below}" if value < below else f"{below} or {below + step}"
     rule = f"a multiple of {step}" if offset == 0 else f"{step}n+{smallest % step}"
     return f"{name} must be {rule} and at least {smallest}, not {value}: use {nearest}"
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Read ``832x480``, width and height, also with ``*`` or ``×``.
+
+    Raises:
+        UsageError: It is something else.
+    """
+    width, _, height = text.lower().replace("*", "x").replace("×", "x").partition("x")
+    if not (width.isdecimal() and height.isdecimal() and len(text) < 20):
+        raise UsageError(f"{text[:40]!r} is not a size; write WIDTHxHEIGHT, such as 832x480")
+    return int(width), int(height)

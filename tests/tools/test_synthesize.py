@@ -1,0 +1,53 @@
+"""What tools/synthesize.py writes is a checkpoint that can be exported, for every task."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from wanx.config import PRESETS, ImageEncoderConfig, ModelConfig
+from wanx.export.exporter import plan
+from wanx.export.options import ExportOptions
+
+CLIP = ImageEncoderConfig(dim=48, ffn_dim=60, num_layers=3, image_size=28)
+TINY = PRESETS["tiny"]
+IMAGE = {"in_dim": 36, "image_dim": CLIP.dim, "image_tokens": CLIP.tokens}
+MODELS: dict[str, ModelConfig] = {
+    "t2v": TINY,
+    "i2v": replace(TINY, task="i2v", dit=replace(TINY.dit, **IMAGE), image_encoder=CLIP),
+    "flf2v": replace(
+        TINY, task="flf2v", dit=replace(TINY.dit, **IMAGE, image_frames=2), image_encoder=CLIP
+    ),
+    "vace": replace(TINY, task="vace", dit=replace(TINY.dit, vace_layers=(0, 2, 4))),
+}
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    path = Path(__file__).parents[2] / "tools" / "synthesize.py"
+    spec = importlib.util.spec_from_file_location("synthesize", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("task", MODELS)
+def test_checkpoint(
+    task: str, tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tool, "SHARD_BYTES", 1_500_000)
+    tool.synthesize(MODELS[task], tmp_path / "made")
+    resolved, _ = plan(ExportOptions(source=tmp_path / "made"))
+    checkpoint = resolved.checkpoint
+    assert checkpoint.layout == "original"
+    assert len(checkpoint.components["dit"].files) > 1
+    found, asked = checkpoint.config, MODELS[task]
+    assert (found.task, found.dit) == (task, asked.dit)
+    assert (found.text_encoder, found.image_encoder) == (asked.text_encoder, asked.image_encoder)
+    assert resolved.precision == "bf16"

@@ -1,0 +1,174 @@
+"""Many runs of one bundle: several seeds of one prompt, or a file with a line for each."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from wanx.errors import UsageError, WanxError
+from wanx.input_file import open_input, parse_json_object
+from wanx.runtime.options import RunOptions
+from wanx.runtime.pipeline import Generation, Pipeline
+from wanx.runtime.sizes import parse_size
+
+_MAX_BYTES = 64 << 20
+_FIELDS = {field.name for field in fields(RunOptions)}
+_FILES = ("image", "last_image", "video", "mask")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run of a batch.
+
+    Attributes:
+        name: what a report calls it: ``line 3``, or ``2 of 4``.
+        output: file to write.
+        options: what to generate, or why that cannot be told.
+    """
+
+    name: str
+    output: Path
+    options: RunOptions | WanxError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a job: a ``result``, an ``error``, or neither when its output was there."""
+
+    job: Job
+    result: Generation | None = None
+    error: WanxError | None = None
+
+
+def seeds(options: RunOptions, outputs: Sequence[Path]) -> list[Job]:
+    """Make a job for each output, with successive seeds."""
+    seed = secrets.randbelow(2**32) if options.seed == -1 else options.seed
+    return [
+        Job(
+            name=f"{i + 1} of {len(outputs)}",
+            output=output,
+            options=replace(options, seed=seed + i),
+        )
+        for i, output in enumerate(outputs)
+    ]
+
+
+def read_jobs(path: Path, folder: Path, defaults: RunOptions, suffix: str) -> list[Job]:
+    """Read a JSON Lines file: an object a line, whose keys are fields of :class:`RunOptions`.
+
+    Besides those, ``size`` is width and height as in ``832x480``, and ``output`` the name of the
+    file in ``folder``, otherwise ``00001.mp4`` by the number of the line. Files are relative to the
+    folder of ``path``. A line that cannot be understood becomes a job that fails.
+
+    Args:
+        path: the file.
+        folder: where outputs go.
+        defaults: for what a line leaves out.
+        suffix: of outputs that a line does not name.
+
+    Raises:
+        UsageError: the file is missing, too large, not UTF-8 or empty.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path} is not there or not a file; give a file with an object a line")
+    with open_input(path) as file:
+        data = file.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise UsageError(f"{path} has over {_MAX_BYTES >> 20} MB; split it into several files")
+    try:
+        lines = data.decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    jobs: list[Job] = []
+    taken: dict[Path, str] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        name, output = f"line {number}", folder / f"{number:05d}{suffix}"
+        options: RunOptions | WanxError
+        try:
+            values = parse_json_object(line.encode(), path)
+            output = folder / _output(values.pop("output", output.name))
+            if output in taken:
+                raise UsageError(f"output {output.name} is already that of {taken[output]}")
+            options = _options(values, defaults, path.parent)
+        except WanxError as error:
+            options = error
+        taken[output] = name
+        jobs.append(Job(name=name, output=output, options=options))
+    if not jobs:
+        raise UsageError(f'{path} has no lines; write one object a line, such as {{"prompt": "…"}}')
+    return jobs
+
+
+def run_jobs(
+    pipeline: Pipeline,
+    jobs: Sequence[Job],
+    on_start: Callable[[int, Job], None],
+    *,
+    resume: bool,
+    **runtime: Any,
+) -> Iterator[Outcome]:
+    """Run jobs one after the other; one that fails does not stop the others.
+
+    Args:
+        pipeline: what to run them on.
+        jobs: from :func:`seeds` or :func:`read_jobs`.
+        resume: leave an output that exists as it is: outputs appear whole or not at all, so it is
+            finished.
+        on_start: told the number, from 0, of each job that is about to run.
+        runtime: keywords of :meth:`Pipeline.run`.
+    """
+    for number, job in enumerate(jobs):
+        if resume and job.output.exists():
+            yield Outcome(job=job)
+            continue
+        on_start(number, job)
+        try:
+            if isinstance(job.options, WanxError):
+                raise job.options
+            result = pipeline.run(job.options, output=job.output, **runtime)
+            yield Outcome(job=job, result=result)
+        except WanxError as error:
+            yield Outcome(job=job, error=error)
+
+
+def _output(name: object) -> str:
+    if not isinstance(name, str) or Path(name).name != name or name.startswith("."):
+        raise UsageError(f"output is {name!r}; give the name of a file, without folders")
+    return name
+
+
+def _options(values: dict[str, Any], defaults: RunOptions, folder: Path) -> RunOptions:
+    if "size" in values:
+        width, height = parse_size(str(values.pop("size")))
+        values |= {"width": width, "height": height}
+    unknown = [name for name in values if name not in _FIELDS]
+    if unknown:
+        known = ", ".join(["output", "size", *sorted(_FIELDS)])
+        raise UsageError(f"{unknown[0]!r} is not an option; choose from {known}")
+    for name, value in values.items():
+        if not isinstance(value, _TYPES[name]) or isinstance(value, bool):
+            raise UsageError(f"{name} is {value!r}; give {_WORDS[_TYPES[name]]}")
+    for name in _FILES:
+        if name in values:
+            values[name] = folder / values[name]
+    if "references" in values:
+        if not all(isinstance(item, str) for item in values["references"]):
+            raise UsageError(f"references is {values['references']!r}; give names of files")
+        values["references"] = tuple(folder / item for item in values["references"])
+    return replace(defaults, **values)
+
+
+_WORDS = {
+    (str,): "a text", (int,): "a whole number", (int, float): "a number", (list,): "a list",
+}  # fmt: skip
+_TYPES: dict[str, tuple[type, ...]] = (
+    dict.fromkeys(("prompt", "negative_prompt", "solver", *_FILES), (str,))
+    | dict.fromkeys(("width", "height", "frames", "fps", "steps", "seed"), (int,))
+    | dict.fromkeys(("guide_scale", "shift", "vace_scale"), (int, float))
+    | {"references": (list,)}
+)
