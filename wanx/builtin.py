@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-BUILTIN = ("tiny",)
+BUILTIN = ("tiny", "tiny-i2v")
 
 
 def builtin_bundle(name: str = "tiny") -> Path:

@@ -22,8 +22,9 @@ ROWS, WIDTH = 7, 5
 
 def build_model() -> ir.Model:
     """``out = table[ids] @ weight + weight[0]``, with weights that have no data."""
+    shared = ir.TensorType(ir.DataType.FLOAT)  # as the weights of repeated blocks share theirs
     table, weight = (
-        ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape))
+        ir.Value(name=name, type=shared, shape=ir.Shape(shape))
         for name, shape in (("table", [ROWS, WIDTH]), ("weight", [WIDTH, WIDTH]))
     )
     ids = ir.Value(name="ids", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["n"]))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from components import (
     run_vae_encoder,
 )
 from diffusers import WanPipeline
-from peers import image_features, relative_error
+from peers import image_features, random_dit, relative_error
 
 from wanx.bundle import Bundle
 from wanx.runtime.tokens import patchify
@@ -80,6 +82,22 @@ def test_text_encoder(
     ids = np.random.default_rng(length).integers(0, 60, (1, length))
     expected = rounded(peer.text_encoder, precision)(torch.from_numpy(ids)).last_hidden_state
     assert relative_error(run_text_encoder(bundles(precision), ids), expected) <= 1e-5
+
+
+def test_a_transformer_with_copied_blocks(
+    checkpoint: Path, export_quickly: Callable[..., Bundle], tmp_path: Path
+) -> None:
+    """Two blocks are traced and the others copied, whose weights are stored narrow as well."""
+    dit = rounded(random_dit(num_layers=5), "bf16")
+    source = shutil.copytree(checkpoint, tmp_path / "deep")
+    shutil.rmtree(source / "transformer")
+    dit.save_pretrained(source / "transformer")
+    bundle = export_quickly(source, tmp_path / "bundle", precision="bf16")
+    x, context = random(16, 2, 4, 6), random(1, 512, 40)
+    expected = dit(
+        torch.from_numpy(x[None]), torch.tensor([500.0]), torch.from_numpy(context)
+    ).sample[0]
+    assert relative_error(run_dit(bundle, x, 500.0, context), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -17,14 +17,17 @@ from wanx.export.options import ExportOptions, resolve
 from wanx.models.checkpoint import open_checkpoint
 
 
+PRECISION = {"tiny": "fp32", "tiny-i2v": "bf16"}
+
+
 def package(checkpoint: Path, preset: str, output: Path) -> None:
-    """Write the bundle of ``checkpoint``, which is in the original layout, at fp32.
+    """Write the bundle of ``checkpoint``, which is in the original layout.
 
     That layout has no room for the latent statistics and the defaults of a run, so the whole
     configuration is the preset's.
     """
     found = replace(open_checkpoint(checkpoint), config=PRESETS[preset])
-    resolved = resolve(ExportOptions(output=output, precision="fp32"), found)
+    resolved = resolve(ExportOptions(output=output, precision=PRECISION[preset]), found)
     check(resolved)
     write_bundle(resolved, "cpu", force=True)
     print(f"{output}: {open_bundle(output).size_bytes / 1e6:.1f} MB")

@@ -40,7 +40,8 @@ def attach(model: ir.Model, tensors: Mapping[str, TensorRef], root: Path) -> dic
             name=name,
             base_dir=root,
         )
-        value.dtype = stored
+        # Not ``value.dtype =``, which would change every value that shares the type object.
+        value.type = ir.TensorType(stored)
         if stored != wanted:
             _cast_uses(model.graph, value, wanted)
         counts[ref.dtype] = counts.get(ref.dtype, 0) + 1
