@@ -36,10 +36,10 @@ EXTERNAL = {
 INTERNAL = {
     "kernels": {"kernels"},
     "models": {"config", "errors", "input_file", "kernels", "models", "safetensors_file"},
-    "runtime": {"", "bundle", "config", "errors", "progress", "runtime"},
+    "runtime": {"", "bundle", "config", "errors", "input_file", "progress", "runtime"},
 }
 # The modules beside the folders that may import them: the API, the command line and what it shows.
-FRONT = {"__init__", "__main__", "cli", "doctor", "rendering"}
+FRONT = {"__init__", "__main__", "cli", "cli_options", "cli_run", "doctor", "rendering"}
 
 NEVER_AT_RUNTIME = {
     *("torch", "onnx", "onnxscript", "onnx_ir", "ml_dtypes"),

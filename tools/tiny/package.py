@@ -16,7 +16,6 @@ from wanx.export.exporter import check, write_bundle
 from wanx.export.options import ExportOptions, resolve
 from wanx.models.checkpoint import open_checkpoint
 
-
 PRECISION = {"tiny": "fp32", "tiny-i2v": "bf16"}
 
 

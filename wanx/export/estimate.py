@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from wanx.export.options import ResolvedExport
 
 # Measured on two cores of an AMD EPYC of the Zen 4 generation; see docs/performance.md.
-_SECONDS_PER_BLOCK = 0.6
-_SECONDS_FIXED = 30.0
-_SECONDS_VAE_ENCODER = 20.0
+_SECONDS_FIXED = 22.0
+_SECONDS_VAE_ENCODER = 12.0
+_SECONDS_PER_VACE_BLOCK = 0.6  # a DiT with hints is traced whole, any other from two blocks
 _BYTES_PER_SECOND = 400e6
 _GRAPH_BYTES = 700_000_000
 _GRAPH_BYTES_PER_BLOCK = 6_000_000
@@ -39,12 +39,14 @@ def estimate(resolved: ResolvedExport) -> Estimate:
     blocks = config.dit.num_layers + len(config.dit.vace_layers) + config.text_encoder.num_layers
     if config.image_encoder is not None:
         blocks += config.image_encoder.used_layers
-    fixed = _SECONDS_FIXED + (0.0 if config.task == "t2v" else _SECONDS_VAE_ENCODER)
+    tracing = _SECONDS_FIXED + (0.0 if config.task == "t2v" else _SECONDS_VAE_ENCODER)
+    if config.dit.vace_layers:
+        tracing += blocks * _SECONDS_PER_VACE_BLOCK
     total = sum(weights.values())
     return Estimate(
         weight_bytes=weights,
         # Graphs and the tokenizer, which is 17 MB for umT5-xxl.
         bundle_bytes=total + (32 << 20),
         peak_memory_bytes=_GRAPH_BYTES + blocks * _GRAPH_BYTES_PER_BLOCK,
-        seconds=fixed + blocks * _SECONDS_PER_BLOCK + total / _BYTES_PER_SECOND,
+        seconds=tracing + total / _BYTES_PER_SECOND,
     )
