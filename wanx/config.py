@@ -82,6 +82,11 @@ class TextEncoderConfig:
     eps: float = 1e-6
 
 
+# Of the pixels that CLIP was trained on, in RGB from 0 to 1.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageEncoderConfig:
     """Sizes of the CLIP vision tower, whose last layer is never read."""

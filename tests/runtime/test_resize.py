@@ -13,6 +13,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 import wanx.runtime.resize as resize_module
+from wanx.config import CLIP_MEAN, CLIP_STD
 from wanx.runtime.resize import clip_pixels, cover, letterbox, resize_bicubic, resize_bilinear
 
 RNG = np.random.default_rng(0)
@@ -205,8 +206,8 @@ def test_clip_pixels(shape: tuple[int, int]) -> None:
 def test_clip_constants_are_those_of_transformers() -> None:
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-    assert list(resize_module.CLIP_MEAN) == list(OPENAI_CLIP_MEAN)
-    assert list(resize_module.CLIP_STD) == list(OPENAI_CLIP_STD)
+    assert list(CLIP_MEAN) == list(OPENAI_CLIP_MEAN)
+    assert list(CLIP_STD) == list(OPENAI_CLIP_STD)
 
 
 def test_clip_pixels_of_another_size() -> None:

@@ -31,12 +31,11 @@ from torch.nn import functional as F
 from train_vae import save
 from vocabulary import build_tokenizer, pieces
 
-from wanx.config import PRESETS, ModelConfig
+from wanx.config import CLIP_MEAN, CLIP_STD, PRESETS, ModelConfig
 from wanx.kernels.attention import attention
 from wanx.models.dit import CrossAttention, WanDiT
 from wanx.models.image_encoder import ImageEncoder
 from wanx.models.text_encoder import UMT5Encoder
-from wanx.runtime.resize import CLIP_MEAN, CLIP_STD
 from wanx.runtime.tokens import rope_tables
 
 GRID = (5, 4, 4)

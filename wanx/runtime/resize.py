@@ -7,13 +7,12 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from wanx.config import CLIP_MEAN, CLIP_STD
 from wanx.runtime.image import MAX_PIXELS
 
 Floats = NDArray[np.float32]
 Weights = list[Floats]
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _WHITE = 1.0
 _KEYS_A = -0.75
 
