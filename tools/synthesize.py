@@ -1,4 +1,4 @@
-"""Write a checkpoint of true size with random weights, to measure exports and runs with.
+"""Write a checkpoint of any preset with random weights, to measure exports and runs with.
 
 The original layout: a sharded bf16 DiT, umT5-xxl, VAE, and where the task has it CLIP without its
 text half, as safetensors. The tokenizer is copied from a bundle, so prompts become ids of its small
@@ -6,6 +6,7 @@ vocabulary; sizes and shapes are those of the real model.
 
     python tools/synthesize.py t2v-1.3B /tmp/t2v-1.3B
     python tools/synthesize.py i2v-14B /tmp/i2v-14B --small-text-encoder
+    python tools/synthesize.py tiny-vace /tmp/tiny-vace
 
 ``--small-text-encoder`` leaves umT5 with one layer and a small vocabulary, where the disk cannot
 hold everything twice.

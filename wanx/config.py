@@ -244,3 +244,17 @@ PRESETS["tiny-i2v"] = replace(
     image_encoder=ImageEncoderConfig(dim=64, ffn_dim=128, num_heads=4, num_layers=3, image_size=56),
     defaults=replace(_TINY.defaults, prompt=None),
 )
+# Sizes only: no weights of these two have been trained.
+PRESETS["tiny-flf2v"] = replace(
+    PRESETS["tiny-i2v"],
+    name="tiny-flf2v",
+    task="flf2v",
+    dit=replace(PRESETS["tiny-i2v"].dit, image_frames=2),
+)
+PRESETS["tiny-vace"] = replace(
+    _TINY,
+    name="tiny-vace",
+    task="vace",
+    dit=replace(_TINY.dit, vace_layers=(0, 2, 4)),
+    defaults=replace(_TINY.defaults, prompt=None),
+)
