@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import wanx
-from wanx.errors import UsageError, WanxError
+from wanx.errors import CancelledError, UsageError, WanxError
 from wanx.runtime.batch import Job, read_jobs, run_jobs, seeds
 from wanx.runtime.options import RunOptions
 from wanx.runtime.pipeline import Pipeline
@@ -143,3 +143,17 @@ def test_a_drawn_seed_is_the_first_of_a_row(tmp_path: Path) -> None:
     numbers = [job.options.seed for job in jobs if isinstance(job.options, RunOptions)]
     assert numbers == list(range(numbers[0], numbers[0] + 3))
     assert seeds(RunOptions(), outputs) != jobs
+
+
+def test_cancelling_ends_the_whole_batch(pipeline: Pipeline, tmp_path: Path) -> None:
+    jobs = seeds(DEFAULTS, [tmp_path / "a.png", tmp_path / "b.png"])
+    started: list[int] = []
+    with pytest.raises(CancelledError):
+        list(
+            run_jobs(
+                pipeline, jobs, lambda number, job: started.append(number),
+                resume=False, cancelled=lambda: True,
+            )
+        )  # fmt: skip
+    assert started == [0]
+    assert list(tmp_path.iterdir()) == []

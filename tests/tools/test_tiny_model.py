@@ -10,7 +10,7 @@ from data import Scene, split_scenes
 from detector import Sighting, detect
 
 import wanx
-from wanx.builtin import builtin_bundle
+from wanx.builtin import BUILTIN, builtin_bundle
 from wanx.bundle import read_bundle
 
 # Percent of the combinations that training never saw; tools/tiny/README.md says what it reaches.
@@ -53,15 +53,16 @@ def test_it_is_small_and_has_the_default_of_a_run() -> None:
     assert bundle.manifest.precision == "fp32"
 
 
-def test_it_equals_a_fresh_export(tmp_path: Path) -> None:
-    shipped = read_bundle(builtin_bundle())
+@pytest.mark.parametrize("name", BUILTIN)
+def test_it_equals_a_fresh_export(name: str, tmp_path: Path) -> None:
+    shipped = read_bundle(builtin_bundle(name))
     made_with = shipped.manifest.provenance.tools
     other = {
         name for name, number in made_with.items() if name != "python" and version(name) != number
     }
     if other & {"torch", "onnx", "onnx-ir", "onnxscript"}:
         pytest.skip(f"graphs were traced with other versions of {', '.join(sorted(other))}")
-    fresh = wanx.export("tiny", tmp_path / "fresh", precision="fp32").manifest
+    fresh = wanx.export(name, tmp_path / "fresh").manifest
     assert fresh.files == shipped.manifest.files
     assert fresh.components == shipped.manifest.components
     assert fresh.config == shipped.manifest.config

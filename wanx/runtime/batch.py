@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from wanx.errors import UsageError, WanxError
+from wanx.errors import CancelledError, UsageError, WanxError
 from wanx.input_file import open_input, parse_json_object
 from wanx.runtime.options import RunOptions
 from wanx.runtime.pipeline import Generation, Pipeline
@@ -121,6 +121,9 @@ def run_jobs(
             finished.
         on_start: told the number, from 0, of each job that is about to run.
         runtime: keywords of :meth:`Pipeline.run`.
+
+    Raises:
+        CancelledError: ``cancelled`` said so; the jobs that are left do not run.
     """
     for number, job in enumerate(jobs):
         if resume and job.output.exists():
@@ -132,6 +135,8 @@ def run_jobs(
                 raise job.options
             result = pipeline.run(job.options, output=job.output, **runtime)
             yield Outcome(job=job, result=result)
+        except CancelledError:
+            raise
         except WanxError as error:
             yield Outcome(job=job, error=error)
 
