@@ -1,13 +1,15 @@
 """Measure one DiT forward on the processor: wanx on ONNX Runtime against diffusers in PyTorch.
 
-Run it as ``python tools/measure_forward.py --tokens 1024 4096``. Both have the same weights
-(T2V-1.3B width, four blocks, fp32, random) and the same threads, and take turns in one process; the
-speedup is the median over pairs. It also prints the largest relative difference of the results.
+Run it as ``python tools/measure_forward.py --tokens 1024 4096``, and with ``--int8`` to measure the
+quantised graph as well. All have the same weights (T2V-1.3B width, four blocks, random, fp32 in
+the original) and the same threads, and take turns in one process; speedups are medians over
+rounds. It also prints how far the results are from those of diffusers.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -18,16 +20,26 @@ import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
 
+from wanx.benchmarks.metrics import cosine, sqnr_db
 from wanx.config import DiTConfig
 from wanx.export.attach import attach
+from wanx.export.calibrate import watching
 from wanx.export.components import dit_spec
 from wanx.export.exporter import save_graph
+from wanx.export.observe import Observers, input_scale
+from wanx.export.quantize import quantize_weights, scale_tensors
+from wanx.export.quantized_spec import quantized_spec
+from wanx.export.recipe import Recipe, dit_candidates, shared_input
+from wanx.export.scheme import SCHEMES, QuantizeOptions
+from wanx.export.stream import StreamedDiT
 from wanx.export.targets import onnxruntime as target
 from wanx.export.trace import trace
 from wanx.models import key_maps
+from wanx.models.tensor_source import SafetensorsTensor
+from wanx.models.weights import ComponentWeights
 from wanx.runtime.sessions.onnxruntime import create_session
 from wanx.runtime.tokens import patchify, rope_tables, unpatchify
-from wanx.safetensors_file import SafetensorsWriter
+from wanx.safetensors_file import DTYPE_BYTES, SafetensorsWriter, read_header
 
 CONFIG = DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=4)
 GRIDS = {1024: (1, 32, 32), 4096: (4, 32, 32)}
@@ -46,67 +58,122 @@ def peer() -> WanTransformer3DModel:
     return model.eval().requires_grad_(False)
 
 
-def export(model: WanTransformer3DModel, folder: Path) -> Path:
-    """Write the graph and the weights of the peer as wanx would; return the graph's path."""
-    tensors = {key_maps.DIT.to_original(k): v for k, v in model.state_dict().items()}
+def write_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, SafetensorsTensor]:
+    """Write the weights of the peer under the names of the original; return where they lie."""
     header = [(name, "F32", tuple(value.shape)) for name, value in tensors.items()]
     with SafetensorsWriter(folder / "dit.safetensors", header) as writer:
         for value in tensors.values():
             writer.write(value.contiguous().numpy().tobytes())
+    return {n: SafetensorsTensor.from_ref(ref) for n, ref in writer.header.entries.items()}
+
+
+def export(sources: dict[str, SafetensorsTensor], folder: Path) -> Path:
+    """Write the graph in fp32 as wanx would; return its path."""
     graph = trace(dit_spec(CONFIG))
-    attach(graph, writer.header.entries, folder)
+    refs = {n: read_header(source.file).entries[n] for n, source in sources.items()}
+    attach(graph, refs, folder)
     target.specialise(graph)
     save_graph(graph, folder / "dit.onnx")
     return folder / "dit.onnx"
 
 
-def measure(tokens: int, pairs: int, threads: int) -> dict[str, float]:
-    """Time ``pairs`` pairs after one that is not counted."""
+def export_int8(
+    sources: dict[str, SafetensorsTensor], folder: Path, feeds: dict[str, np.ndarray]
+) -> Path:
+    """Write the graph in int8, all layers of the blocks, with scales from one forward."""
+    layers, _ = dit_candidates(CONFIG, QuantizeOptions())
+    observers = Observers()
+    watch = watching(observers, {shared_input(layer) for layer in layers})
+    StreamedDiT(CONFIG, sources).run([feeds], watch=watch)
+    scales = {n: input_scale(observers[shared_input(n)], 127) for n in layers}
+    recipe = Recipe(scheme=SCHEMES["int8"], layers=scales)
+    weights = ComponentWeights(component="dit", tensors=dict(sources), files=())
+    tensors = quantize_weights(weights, recipe)
+    rows = sorted(tensors.items(), key=lambda row: -DTYPE_BYTES[row[1].dtype])
+    header = [(name, source.dtype, source.shape) for name, source in rows]
+    with SafetensorsWriter(folder / "int8.safetensors", header) as writer:
+        for _, source in rows:
+            for chunk in source.iter_bytes():
+                writer.write(chunk)
+    refs = dict(writer.header.entries)
+    extra = scale_tensors(tensors, recipe)
+    header = [(name, "F32", tuple(value.shape)) for name, value in extra.items()]
+    with SafetensorsWriter(folder / "scales.safetensors", header) as writer:
+        for value in extra.values():
+            writer.write(value.float().contiguous().numpy().tobytes())
+    graph = trace(quantized_spec(dit_spec(CONFIG), recipe))
+    attach(graph, refs | writer.header.entries, folder)
+    target.specialise(graph)
+    save_graph(graph, folder / "int8.onnx")
+    return folder / "int8.onnx"
+
+
+def measure(tokens: int, rounds: int, threads: int, *, int8: bool) -> dict[str, float]:
+    """Time ``rounds`` rounds of taking turns, after one that is not counted."""
     torch.set_num_threads(threads)
     model = peer()
+    grid = GRIDS[tokens]
+    generator = np.random.default_rng(0)
+    latent = generator.standard_normal((16, grid[0], 2 * grid[1], 2 * grid[2]), np.float32)
+    context = generator.standard_normal((1, CONFIG.text_len, CONFIG.text_dim), np.float32)
+    cos, sin = rope_tables(grid, CONFIG.rope_dims)
+    feeds = {
+        "tokens": patchify(latent)[None], "timestep": np.array([900], np.float32),
+        "context": context, "rope_cos": cos, "rope_sin": sin,
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
-        session = create_session(export(model, Path(name)), Path(name), threads=threads)
-        grid = GRIDS[tokens]
-        generator = np.random.default_rng(0)
-        latent = generator.standard_normal((16, grid[0], 2 * grid[1], 2 * grid[2]), np.float32)
-        context = generator.standard_normal((1, CONFIG.text_len, CONFIG.text_dim), np.float32)
-        cos, sin = rope_tables(grid, CONFIG.rope_dims)
-        feeds = {
-            "tokens": patchify(latent)[None], "timestep": np.array([900], np.float32),
-            "context": context, "rope_cos": cos, "rope_sin": sin,
-        }  # fmt: skip
-        ours, theirs = [], []
-        for _ in range(pairs + 1):
-            start = time.perf_counter()
-            (velocity,) = session.run(["velocity"], feeds)
-            middle = time.perf_counter()
+        folder = Path(name)
+        original = {key_maps.DIT.to_original(k) or k: v for k, v in model.state_dict().items()}
+        sources = write_tensors(folder, original)
+        graphs = {"wanx": export(sources, folder)}
+        if int8:
+            graphs["int8"] = export_int8(sources, folder, feeds)
+        sessions = {n: create_session(path, folder, threads=threads) for n, path in graphs.items()}
+
+        def diffusers() -> np.ndarray:
             with torch.inference_mode():
-                want = model(
+                return model(
                     torch.from_numpy(latent)[None], torch.tensor([900]), torch.from_numpy(context)
-                ).sample
-            ours.append(middle - start)
-            theirs.append(time.perf_counter() - middle)
-    got = unpatchify(velocity[0], grid)
-    error = float(np.abs(got - want[0].numpy()).max() / np.abs(want.numpy()).max())
-    return {
-        "tokens": tokens,
-        "threads": threads,
-        "wanx_seconds": statistics.median(ours[1:]),
-        "diffusers_seconds": statistics.median(theirs[1:]),
-        "speedup": statistics.median(b / a for a, b in zip(ours[1:], theirs[1:], strict=True)),
-        "relative_difference": error,
-    }
+                ).sample.numpy()
+
+        seconds: dict[str, list[float]] = {"diffusers": [], **{n: [] for n in sessions}}
+        results = {}
+        for _ in range(rounds + 1):
+            for subject in seconds:
+                time.sleep(0.2)  # the threads of the one before still spin
+                start = time.perf_counter()
+                if subject == "diffusers":
+                    results[subject] = diffusers()[0]
+                else:
+                    (velocity,) = sessions[subject].run(["velocity"], feeds)
+                    results[subject] = unpatchify(velocity[0], grid)
+                seconds[subject].append(time.perf_counter() - start)
+    want = results["diffusers"]
+    figures: dict[str, float] = {"tokens": tokens, "threads": threads}
+    for subject, times in seconds.items():
+        figures[f"{subject}_seconds"] = statistics.median(times[1:])
+    for ours, theirs in itertools.combinations(reversed(seconds), 2):
+        pairs = zip(seconds[ours][1:], seconds[theirs][1:], strict=True)
+        figures[f"{ours}_over_{theirs}"] = statistics.median(b / a for a, b in pairs)
+    error = np.abs(results["wanx"] - want).max() / np.abs(want).max()
+    figures["relative_difference"] = float(error)
+    if int8:
+        figures["int8_cosine"] = cosine(results["int8"], want)
+        figures["int8_sqnr_db"] = sqnr_db(results["int8"], want)
+    return figures
 
 
 def main() -> None:
     """Parse the command line, measure, print a JSON line per size."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", choices=list(GRIDS), default=[1024, 4096])
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--int8", action="store_true", help="measure the int8 graph too")
     arguments = parser.parse_args()
     for tokens in arguments.tokens:
-        print(json.dumps(measure(tokens, arguments.pairs, arguments.threads)), flush=True)
+        figures = measure(tokens, arguments.rounds, arguments.threads, int8=arguments.int8)
+        print(json.dumps(figures), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wanx.errors import (
     CancelledError,
@@ -20,8 +20,10 @@ from wanx.errors import (
     UsageError,
     WanxError,
 )
+from wanx.progress import Progress, silent
 
 if TYPE_CHECKING:
+    from wanx.benchmarks.comparison import Comparison
     from wanx.bundle import Bundle
     from wanx.runtime.pipeline import Pipeline
 
@@ -33,6 +35,7 @@ __all__ = [
     "GateError",
     "UsageError",
     "WanxError",
+    "compare",
     "export",
     "load",
 ]
@@ -83,3 +86,47 @@ def export(
         force=force,
     )
     return run_export(options)
+
+
+def compare(
+    candidate: str | Path,
+    reference: str | Path,
+    *,
+    prompts: str | Path | None = None,
+    clips: bool = True,
+    threads: int | None = None,
+    progress: Progress = silent,
+    **options: Any,
+) -> Comparison:
+    """Measure the accuracy of a bundle against another one of the same model.
+
+    Args:
+        candidate: folder of the bundle in question, or the name of a built-in one.
+        reference: the bundle that it should equal, likewise.
+        prompts: JSON Lines file with the options of one run a line; None makes one run.
+        clips: whether to compare whole videos too, which takes twice as long.
+        threads: threads of the processor; None takes all cores.
+        progress: told how far each stage is.
+        options: of every run, see :class:`wanx.runtime.options.RunOptions`; the seed is 0 unless
+            given.
+
+    Raises:
+        WanxError: a bundle is damaged, or the two cannot be compared.
+    """
+    from wanx.benchmarks.accuracy import CompareOptions
+    from wanx.benchmarks.accuracy import compare as run_compare
+    from wanx.builtin import find_bundle, is_builtin
+    from wanx.bundle import open_bundle
+    from wanx.runtime.options import RunOptions
+
+    ours, theirs = (
+        open_bundle(folder, allow_hard_links=is_builtin(folder))
+        for folder in map(find_bundle, (candidate, reference))
+    )
+    settings = CompareOptions(
+        run=RunOptions(**{"seed": 0} | options),
+        prompts=None if prompts is None else Path(prompts),
+        clips=clips,
+        threads=threads,
+    )
+    return run_compare(ours, theirs, settings, progress)

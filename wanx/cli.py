@@ -8,19 +8,18 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from wanx import cli_run
+from wanx import cli_compare, cli_export, cli_run
 from wanx.builtin import find_bundle, is_builtin
-from wanx.cli_options import BundlePath, Json, Quiet, option, print_json
+from wanx.cli_options import BundlePath, Json, Quiet, Threads, bundle_facts, option, print_json
 from wanx.errors import WanxError
 
 if TYPE_CHECKING:
-    from wanx.bundle import Bundle
+    from wanx.benchmarks.comparison import Agreement
 
 
 class _Group(TyperGroup):
@@ -55,7 +54,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+app.command()(cli_export.export)
 app.command()(cli_run.run)
+app.command()(cli_compare.compare)
 
 
 def main() -> None:
@@ -81,62 +82,6 @@ def _root(
 
 
 @app.command()
-def export(
-    source: Annotated[
-        str, typer.Argument(help="Folder of a checkpoint or bundle, or tiny, the built-in model.")
-    ] = "tiny",
-    output: Annotated[
-        Path | None, option("--output", "-o", help="Folder of the bundle to write.")
-    ] = None,
-    precision: Annotated[
-        str,
-        option(help="Storage of DiT and text encoder: auto (as they are), fp32, bf16, fp16."),
-    ] = "auto",
-    target: Annotated[str, option(help="What will run the bundle: cpu.")] = "cpu",
-    task: Annotated[
-        str | None, option(help="Insist on this task; an error names what was found.")
-    ] = None,
-    force: Annotated[bool, option("--force", help="Replace a bundle that exists.")] = False,
-    dry_run: Annotated[
-        bool, option("--dry-run", help="Check the source and print what it would take.")
-    ] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Export a checkpoint to a bundle."""
-    from wanx.export import require_packages
-
-    require_packages()
-    from wanx.export.exporter import export as run_export
-    from wanx.export.exporter import plan
-    from wanx.export.options import ExportOptions
-    from wanx.rendering import bars, print_bundle, print_estimate
-
-    options = ExportOptions(
-        source=source, output=output, precision=precision, target=target,
-        task=task,  # type: ignore[arg-type]
-        force=force,
-    )  # fmt: skip
-    if dry_run:
-        resolved, needs = plan(options)
-        if as_json:
-            print_json(
-                {"name": resolved.checkpoint.config.name, "precision": resolved.precision}
-                | {"output": str(resolved.output)}
-                | asdict(needs)
-            )
-        else:
-            print_estimate(resolved, needs)
-        return
-    with bars(quiet) as progress:
-        bundle = run_export(options, progress)
-    if as_json:
-        print_json(_bundle_facts(bundle))
-    else:
-        print_bundle(bundle)
-
-
-@app.command()
 def inspect(bundle: BundlePath, as_json: Json = False) -> None:
     """Show what a bundle holds."""
     from wanx.bundle import read_bundle
@@ -144,17 +89,31 @@ def inspect(bundle: BundlePath, as_json: Json = False) -> None:
 
     found = read_bundle(find_bundle(bundle))
     if as_json:
-        print_json(_bundle_facts(found) | found.manifest.model_dump(mode="json"))
+        print_json(bundle_facts(found) | found.manifest.model_dump(mode="json"))
     else:
         print_bundle(found)
 
 
 @app.command()
-def verify(bundle: BundlePath, as_json: Json = False, quiet: Quiet = False) -> None:
-    """Hash every file of a bundle and report the damaged ones; exit 5 if there are any."""
+def verify(
+    bundle: BundlePath,
+    golden: Annotated[
+        bool, option(help="Run the golden steps too, which loads the denoiser.")
+    ] = True,
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Hash every file of a bundle and run its golden steps.
+
+    Exit 5 if a file is damaged, 3 if a step is not accurate enough.
+    """
+    from wanx.benchmarks.comparison import Gates
+    from wanx.benchmarks.golden import check_golden, require_golden
     from wanx.bundle import read_bundle, verify_bundle
     from wanx.progress import byte_counter
     from wanx.rendering import bars, print_checks
+    from wanx.rendering_accuracy import print_golden
 
     folder = find_bundle(bundle)
     total = read_bundle(folder).size_bytes
@@ -164,12 +123,21 @@ def verify(bundle: BundlePath, as_json: Json = False, quiet: Quiet = False) -> N
             on_bytes=byte_counter(progress, "verify", total),
             allow_hard_links=is_builtin(folder),
         )
+        sound = not any(check.problem for check in checks)
+        steps: tuple[Agreement, ...] = ()
+        if golden and sound:
+            steps = check_golden(read_bundle(folder), threads=threads, progress=progress)
     if as_json:
-        print_json({"files": [asdict(check) for check in checks]})
+        print_json(
+            {"files": [asdict(check) for check in checks]}
+            | {"golden_steps": [asdict(step) for step in steps]}
+        )
     else:
         print_checks(checks)
-    if any(check.problem for check in checks):
+        print_golden(steps)
+    if not sound:
         raise typer.Exit(5)
+    require_golden(steps, Gates())
 
 
 @app.command()
@@ -185,10 +153,6 @@ def doctor(as_json: Json = False) -> None:
         print_findings(findings)
     if any(finding.required and not finding.ok for finding in findings):
         raise typer.Exit(4)
-
-
-def _bundle_facts(bundle: Bundle) -> dict[str, Any]:
-    return {"path": str(bundle.root), "hash": bundle.hash, "size_bytes": bundle.size_bytes}
 
 
 def _say(text: str) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from wanx.bundle import Bundle
 
 # Options can be set in the environment too; spelling each name out would drown the help.
 option = partial(typer.Option, show_envvar=False)
@@ -25,3 +28,8 @@ BundlePath = Annotated[
 def print_json(value: Any) -> None:
     """Print a result for programs."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def bundle_facts(bundle: Bundle) -> dict[str, Any]:
+    """What ``--json`` says of a bundle."""
+    return {"path": str(bundle.root), "hash": bundle.hash, "size_bytes": bundle.size_bytes}

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from wanx.runtime.pipeline import Generation
 
 # Without markup: paths and messages may hold brackets.
-_OUT = Console(highlight=False, soft_wrap=True, markup=False)
+OUT = Console(highlight=False, soft_wrap=True, markup=False)
 
 
 def size(count: float) -> str:
@@ -82,15 +82,15 @@ def bars(quiet: bool) -> Iterator[Report]:
 def print_estimate(resolved: ResolvedExport, needs: Estimate) -> None:
     """Say what an export would write and take."""
     checkpoint = resolved.checkpoint
-    _OUT.print(
+    OUT.print(
         f"{checkpoint.config.name} ({checkpoint.config.task}, {checkpoint.layout} layout) "
         f"at {resolved.precision} to {resolved.output}"
     )
     table = Table("weights", "in the source", "in the bundle", box=None, pad_edge=False)
     for group, count in needs.weight_bytes.items():
         table.add_row(group, size(checkpoint.components[group].nbytes), size(count))
-    _OUT.print(table)
-    _OUT.print(
+    OUT.print(table)
+    OUT.print(
         f"bundle {size(needs.bundle_bytes)}, peak memory about {size(needs.peak_memory_bytes)}, "
         f"time about {duration(needs.seconds)}"
     )
@@ -100,7 +100,7 @@ def print_bundle(bundle: Bundle) -> None:
     """Summarise a bundle."""
     manifest = bundle.manifest
     defaults = manifest.defaults
-    _OUT.print(
+    OUT.print(
         f"{bundle.root}\n"
         f"{manifest.name} ({manifest.task}) at {manifest.precision} for {manifest.target}, "
         f"{size(bundle.size_bytes)}, hash {bundle.hash[:12]}"
@@ -109,13 +109,13 @@ def print_bundle(bundle: Bundle) -> None:
     for name, component in manifest.components.items():
         stored = ", ".join(f"{count} {dtype}" for dtype, count in sorted(component.storage.items()))
         table.add_row(name, str(component.nodes), stored, ", ".join(component.weights))
-    _OUT.print(table)
-    _OUT.print(
+    OUT.print(table)
+    OUT.print(
         f"defaults: {defaults.width}x{defaults.height}, {defaults.frames} frames, "
         f"{defaults.steps} steps, guide scale {defaults.guide_scale:g}, shift {defaults.shift:g}"
     )
     source = manifest.provenance
-    _OUT.print(
+    OUT.print(
         f"made by wanx {manifest.wanx_version} from {source.source} ({source.source_layout} "
         f"layout, {source.source_sha256[:12]}) on {source.created:%Y-%m-%d %H:%M} UTC"
     )
@@ -124,13 +124,13 @@ def print_bundle(bundle: Bundle) -> None:
 def print_generation(result: Generation, bundle: Bundle) -> None:
     """Say what was generated and what it took."""
     run = result.options
-    _OUT.print(
+    OUT.print(
         f"wrote {result.path}: {run.width}x{run.height}, {run.frames} frames, seed {run.seed}, "
         f"by {bundle.manifest.name} at {bundle.manifest.precision}"
     )
     stages = (f"{s.name} {duration(s.load_seconds + s.seconds)}" for s in result.stages)
     peaks = [s.peak_bytes for s in result.stages if s.peak_bytes is not None]
-    _OUT.print(" · ".join(stages) + (f" · peak memory {size(max(peaks))}" if peaks else ""))
+    OUT.print(" · ".join(stages) + (f" · peak memory {size(max(peaks))}" if peaks else ""))
 
 
 def print_outcome(outcome: Outcome, bundle: Bundle) -> None:
@@ -138,9 +138,9 @@ def print_outcome(outcome: Outcome, bundle: Bundle) -> None:
     if outcome.result is not None:
         print_generation(outcome.result, bundle)
     elif outcome.error is not None:
-        _OUT.print(Text("failed", style="red"), f"{outcome.job.name}: {outcome.error}")
+        OUT.print(Text("failed", style="red"), f"{outcome.job.name}: {outcome.error}")
     else:
-        _OUT.print(f"{outcome.job.output} is there; skipped")
+        OUT.print(f"{outcome.job.output} is there; skipped")
 
 
 def print_outcomes(outcomes: Sequence[Outcome]) -> None:
@@ -148,18 +148,18 @@ def print_outcomes(outcomes: Sequence[Outcome]) -> None:
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     done = sum(outcome.result is not None for outcome in outcomes)
     skipped = len(outcomes) - done - len(failed)
-    _OUT.print(f"{done} written, {skipped} skipped, {len(failed)} failed")
+    OUT.print(f"{done} written, {skipped} skipped, {len(failed)} failed")
     if len(outcomes) > len(failed):  # otherwise they are still on the screen
         for outcome in failed:
-            _OUT.print(Text("failed", style="red"), f"{outcome.job.name}: {outcome.error}")
+            OUT.print(Text("failed", style="red"), f"{outcome.job.name}: {outcome.error}")
 
 
 def print_checks(checks: Sequence[FileCheck]) -> None:
     """List the damaged files, or say that there are none."""
     bad = [check for check in checks if check.problem]
     for check in bad:
-        _OUT.print(Text("bad", style="red"), check.problem)
-    _OUT.print(f"{len(checks) - len(bad)} of {len(checks)} files are as the manifest says")
+        OUT.print(Text("bad", style="red"), check.problem)
+    OUT.print(f"{len(checks) - len(bad)} of {len(checks)} files are as the manifest says")
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
@@ -168,4 +168,4 @@ def print_findings(findings: Sequence[Finding]) -> None:
     for finding in findings:
         mark = Text("ok", "green") if finding.ok else Text("no", "red" if finding.required else "")
         table.add_row(mark, finding.name, Text(finding.detail))
-    _OUT.print(table)
+    OUT.print(table)

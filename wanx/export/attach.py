@@ -9,7 +9,13 @@ import onnx_ir as ir
 
 from wanx.safetensors_file import TensorRef
 
-IR_TYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
+IR_TYPES = {
+    "F32": ir.DataType.FLOAT,
+    "F16": ir.DataType.FLOAT16,
+    "BF16": ir.DataType.BFLOAT16,
+    "I8": ir.DataType.INT8,
+    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
+}
 
 
 def attach(model: ir.Model, tensors: Mapping[str, TensorRef], root: Path) -> dict[str, int]:

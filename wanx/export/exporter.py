@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -15,16 +16,24 @@ from pathlib import Path
 import onnx_ir as ir
 
 import wanx
+from wanx.benchmarks.comparison import Gates
+from wanx.benchmarks.golden import check_golden, require_golden
 from wanx.bundle import Bundle, open_bundle
 from wanx.errors import CancelledError, WanxError
 from wanx.export.attach import attach
+from wanx.export.calibrate import record_golden
+from wanx.export.choose_recipe import choose_recipe
 from wanx.export.components import ComponentSpec, component_specs, expected_tensors
 from wanx.export.estimate import Estimate, estimate
 from wanx.export.options import ExportOptions, ResolvedExport, resolve
+from wanx.export.quantized_spec import quantized_spec
+from wanx.export.readback import require_recipe
+from wanx.export.recipe import Recipe, text_recipe
 from wanx.export.source import open_source
 from wanx.export.targets import onnxruntime
 from wanx.export.trace import trace
 from wanx.export.weights import WrittenWeights, combined_sha256, write_weights
+from wanx.golden import GOLDEN, write_golden
 from wanx.manifest import TOKENIZER, Component, Manifest, Provenance
 from wanx.models.tokenizer_file import write_tokenizer
 from wanx.progress import Progress, byte_counter, silent
@@ -69,10 +78,11 @@ def write_bundle(
 ) -> Bundle:
     """Write the bundle of a checked export and open it.
 
-    It appears at its place only when it is complete. Memory stays that of the graph: weights pass
-    through in chunks.
+    It appears at its place only when it is complete. Memory stays that of the graph, or of one
+    block where there is something to calibrate: weights pass through in chunks.
 
     Raises:
+        GateError: the bundle is not accurate enough, and the gate was asked for.
         WanxError: the weights or the disk do not allow it.
     """
     needed = estimate(resolved).bundle_bytes
@@ -83,64 +93,128 @@ def write_bundle(
 
 
 def _build(resolved: ResolvedExport, folder: Path, target: str, progress: Progress) -> None:
-    for name in ("graphs", "weights", "tokenizer"):
-        (folder / name).mkdir()
-    written, traced = _write_and_trace(resolved, folder, progress)
-    components = {
-        spec.name: _write_graphs(spec, model, written[spec.weights], folder)
-        for spec, model in traced
-    }
-    write_tokenizer(resolved.checkpoint.tokenizer, folder / TOKENIZER)
-    known = {
-        path.relative_to(folder).as_posix(): digest
-        for done in written.values()
-        for path, digest in done.sha256.items()
-    }
-    sources = {
-        f"{group}/{name}": digest
-        for group, done in written.items()
-        for name, digest in done.source_sha256.items()
-    }
-    write_manifest(
-        folder,
-        Manifest(
+    options, checkpoint = resolved.options, resolved.checkpoint
+    build = _Build(resolved, folder, target, progress)
+    specs = component_specs(checkpoint.config)
+    recipes = {}
+    if "text_encoder" in resolved.eight_bit:
+        recipes["text_encoder"] = text_recipe(checkpoint.config.text_encoder)
+    golden = None
+    if resolved.scheme is not None and "dit" in resolved.eight_bit:
+        # The other components make the denoiser's inputs, which its scales depend on.
+        build.add([spec for spec in specs if spec.weights != "dit"], recipes)
+        recipes["dit"], golden = choose_recipe(
+            checkpoint, build.bundle(), resolved.scheme, options.quantize, options.calibration,
+            progress,
+        )  # fmt: skip
+        build.add([spec for spec in specs if spec.weights == "dit"], recipes)
+    else:
+        build.add(specs, recipes)
+        if options.calibration.golden_steps:
+            golden = record_golden(checkpoint, build.bundle(), options.calibration, progress)
+    if golden is not None and options.calibration.golden_steps:
+        (folder / GOLDEN).parent.mkdir()
+        write_golden(golden, folder / GOLDEN)
+    bundle = build.bundle()
+    if options.gate:
+        require_golden(check_golden(bundle, progress=progress), Gates())
+    write_manifest(folder, bundle.manifest)
+
+
+class _Build:
+    """A bundle that grows by components in a folder."""
+
+    def __init__(
+        self, resolved: ResolvedExport, folder: Path, target: str, progress: Progress
+    ) -> None:
+        self._resolved, self._folder, self._target = resolved, folder, target
+        self._progress = progress
+        self._components: dict[str, Component] = {}
+        self._sha256: dict[str, str] = {}
+        self._sources: dict[str, str] = {}
+        for name in ("graphs", "weights", "tokenizer"):
+            (folder / name).mkdir()
+        write_tokenizer(resolved.checkpoint.tokenizer, folder / TOKENIZER)
+
+    def add(self, specs: list[ComponentSpec], recipes: Mapping[str, Recipe]) -> None:
+        """Write the weights and the graphs of some components."""
+        written, traced = self._write_and_trace(specs, recipes)
+        for group, done in written.items():
+            self._sha256 |= {self._name(path): digest for path, digest in done.sha256.items()}
+            self._sources |= {f"{group}/{name}": d for name, d in done.source_sha256.items()}
+        for spec, model in traced:
+            component = _write_graphs(spec, model, written[spec.weights], self._folder)
+            recipe = recipes.get(spec.weights)
+            if recipe is not None:
+                component = _proven(spec, component, recipe, self._folder)
+            self._components[spec.name] = component
+
+    def bundle(self) -> Bundle:
+        """What there is so far; components and golden steps may be missing."""
+        resolved = self._resolved
+        names = [spec.name for spec in component_specs(resolved.checkpoint.config)]
+        manifest = Manifest(
             wanx_version=wanx.__version__,
             config=resolved.checkpoint.config,
             precision=resolved.precision,
-            target=target,
-            components=components,
+            target=self._target,
+            components={n: self._components[n] for n in names if n in self._components},
             provenance=Provenance(
                 source=resolved.checkpoint.source.name,
                 source_layout=resolved.checkpoint.layout,
-                source_sha256=combined_sha256(sources),
+                source_sha256=combined_sha256(self._sources),
                 tools={"python": platform.python_version()} | {t: version(t) for t in TOOLS},
                 created=datetime.now(UTC),
             ),
-            files=record_files(folder, known=known),
-        ),
-    )
+            files=record_files(self._folder, known=self._sha256),
+        )
+        return Bundle(self._folder, manifest, hashlib.sha256(manifest.to_json()).hexdigest())
 
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self._folder).as_posix()
 
-def _write_and_trace(
-    resolved: ResolvedExport, folder: Path, progress: Progress
-) -> tuple[dict[str, WrittenWeights], list[tuple[ComponentSpec, ir.Model]]]:
-    """Write the weights in a thread, which waits for the disk, while this one traces."""
-    stop = threading.Event()
-    specs = component_specs(resolved.checkpoint.config)
-    traced = []
-    with _prompt_switching(), ThreadPoolExecutor(max_workers=1) as writer:
-        writing = writer.submit(_write_groups, resolved, folder / "weights", progress, stop)
-        try:
-            for number, spec in enumerate(specs):
-                progress("trace graphs", number, len(specs), "steps")
-                if writing.done():
-                    writing.result()
-                traced.append((spec, _trace(spec)))
-            progress("trace graphs", len(specs), len(specs), "steps")
-            return writing.result(), traced
-        except BaseException:
-            stop.set()
-            raise
+    def _write_and_trace(
+        self, specs: list[ComponentSpec], recipes: Mapping[str, Recipe]
+    ) -> tuple[dict[str, WrittenWeights], list[tuple[ComponentSpec, ir.Model]]]:
+        """Write the weights in a thread, which waits for the disk, while this one traces."""
+        stop = threading.Event()
+        groups = list(dict.fromkeys(spec.weights for spec in specs))
+        traced: list[tuple[ComponentSpec, ir.Model]] = []
+        with _prompt_switching(), ThreadPoolExecutor(max_workers=1) as writer:
+            writing = writer.submit(self._write_groups, groups, recipes, stop)
+            try:
+                for spec in specs:
+                    self._count_traced(len(traced))
+                    if writing.done():
+                        writing.result()
+                    traced.append((spec, _trace(spec, recipes.get(spec.weights))))
+                self._count_traced(len(traced))
+                return writing.result(), traced
+            except BaseException:
+                stop.set()
+                raise
+
+    def _count_traced(self, here: int) -> None:
+        total = len(component_specs(self._resolved.checkpoint.config))
+        self._progress("trace graphs", len(self._components) + here, total, "steps")
+
+    def _write_groups(
+        self, groups: list[str], recipes: Mapping[str, Recipe], stop: threading.Event
+    ) -> dict[str, WrittenWeights]:
+        written = {}
+        for group in groups:
+            total = self._resolved.weight_bytes(group)
+            count = byte_counter(self._progress, f"write {group}", total)
+
+            def on_bytes(portion: int, count: Callable[[int], None] = count) -> None:
+                if stop.is_set():
+                    raise CancelledError("the export was stopped; nothing was left behind")
+                count(portion)
+
+            written[group] = write_weights(
+                self._resolved, group, self._folder / "weights", on_bytes, recipes.get(group)
+            )
+        return written
 
 
 @contextmanager
@@ -154,25 +228,9 @@ def _prompt_switching() -> Iterator[None]:
         sys.setswitchinterval(before)
 
 
-def _write_groups(
-    resolved: ResolvedExport, folder: Path, progress: Progress, stop: threading.Event
-) -> dict[str, WrittenWeights]:
-    written = {}
-    for group in resolved.checkpoint.components:
-        count = byte_counter(progress, f"write {group}", resolved.weight_bytes(group))
-
-        def on_bytes(portion: int, count: Callable[[int], None] = count) -> None:
-            if stop.is_set():
-                raise CancelledError("the export was stopped; nothing was left behind")
-            count(portion)
-
-        written[group] = write_weights(resolved, group, folder, on_bytes)
-    return written
-
-
-def _trace(spec: ComponentSpec) -> ir.Model:
+def _trace(spec: ComponentSpec, recipe: Recipe | None) -> ir.Model:
     try:
-        return trace(spec)
+        return trace(spec if recipe is None else quantized_spec(spec, recipe))
     except Exception as error:
         if _is_out_of_memory(error):
             raise WanxError(
@@ -216,6 +274,29 @@ def _write_graphs(
         inputs=tuple(item.name for item in (*spec.inputs, *spec.caches)),
         outputs=spec.outputs,
     )
+
+
+def _proven(spec: ComponentSpec, component: Component, recipe: Recipe, folder: Path) -> Component:
+    """Add to a component what reading its graphs back has found.
+
+    Raises:
+        WanxError: a graph is not what the recipe says, or does not run as it.
+    """
+    for graph in component.engines.values():
+        require_recipe(spec.name, folder / graph, folder, recipe)
+    found = require_recipe(spec.name, folder / component.graph, folder, recipe)
+    kernels = {}
+    if recipe.scheme.name == "int8":
+        kernels = onnxruntime.profile_products(
+            spec, folder / component.engines.get("cpu", component.graph), folder
+        )
+        ran = kernels.get(onnxruntime.INTEGER_PRODUCT, 0)
+        if ran != len(recipe.layers):
+            raise WanxError(
+                f"ONNX Runtime ran {ran} of the {len(recipe.layers)} 8-bit layers of {spec.name} "
+                "as integer products; use the versions of constraints.txt, or report this"
+            )
+    return component.model_copy(update={"quantization": recipe.record(found, kernels)})
 
 
 def save_graph(model: ir.Model, path: Path) -> None:

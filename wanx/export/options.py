@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
 from wanx.config import Task
 from wanx.errors import UsageError
+from wanx.export.calibrate import CalibrationOptions
+from wanx.export.recipe import dit_candidates, require_matches, text_recipe
+from wanx.export.scheme import SCHEMES, QuantizeOptions, Scheme
 from wanx.models.checkpoint import Checkpoint
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
 STORED_TYPES: dict[str, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
-WIDTH = {"F32": 4, "BF16": 2, "F16": 2}
+WIDTH = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "F8_E4M3": 1}
 TARGETS = ("cpu",)
 
 
@@ -25,10 +28,15 @@ class ExportOptions:
         output: folder of the bundle; None names it after the model and the precision.
         precision: type that the DiT and the text encoder are stored in; ``auto`` keeps each as it
             is. The VAE and the image encoder always keep their types: next to the others they are
-            small, and the reference runs the VAE in fp32.
+            small, and the reference runs the VAE in fp32. ``int8`` and ``fp8`` quantise the linears
+            of the DiT's blocks, and the weights of the text encoder to int8; the rest keeps its
+            bytes.
         target: what runs the bundle.
         task: what the checkpoint must be for; None takes what it is.
         force: replace a bundle that is already there.
+        quantize: how int8 and fp8 quantise.
+        calibration: what they, and the golden steps of any precision, are found with.
+        gate: run the golden steps before the bundle is published, and fail below the gate.
     """
 
     source: str | Path = "tiny"
@@ -37,6 +45,9 @@ class ExportOptions:
     target: str = "cpu"
     task: Task | None = None
     force: bool = False
+    quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    gate: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values that no export has.
@@ -53,6 +64,13 @@ class ExportOptions:
             raise UsageError(
                 f"--target {self.target} is not available; choose {', '.join(TARGETS)}"
             )
+        if self.precision in SCHEMES:
+            self.quantize.check(self.precision)
+        elif self.quantize != QuantizeOptions():
+            raise UsageError(
+                f"--precision {self.precision} quantises nothing; choose int8 or fp8, or leave "
+                "out what is for them"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +82,18 @@ class ResolvedExport:
         output: folder of the bundle.
         precision: the type that the DiT is stored in.
         storage: safetensors type per group of weights; None keeps each tensor's own.
+        scheme: number format of 8-bit layers; None where there are none.
+        options: as the user gave them.
+        eight_bit: per group, the tensors that the scheme would store in 8 bits.
     """
 
     checkpoint: Checkpoint
     output: Path
     precision: Precision
     storage: dict[str, str | None]
+    scheme: Scheme | None
+    options: ExportOptions
+    eight_bit: dict[str, frozenset[str]]
 
     def stored_type(self, group: str, dtype: str) -> str:
         """Type in which a tensor of type ``dtype`` of a group of weights is written."""
@@ -77,16 +101,29 @@ class ResolvedExport:
 
     def weight_bytes(self, group: str) -> int:
         """Size of a group of weights in the bundle."""
-        return sum(
-            tensor.nbytes // WIDTH[tensor.dtype] * WIDTH[self.stored_type(group, tensor.dtype)]
-            for tensor in self.checkpoint.components[group].tensors.values()
-        )
+        eight_bit = self.eight_bit.get(group, frozenset())
+        total = 0
+        for name, tensor in self.checkpoint.components[group].tensors.items():
+            count = tensor.nbytes // WIDTH[tensor.dtype]
+            if name in eight_bit:
+                total += count + 4 * tensor.shape[0]  # a scale for each row
+            else:
+                total += count * WIDTH[self.stored_type(group, tensor.dtype)]
+        return total
 
 
 def resolve(options: ExportOptions, checkpoint: Checkpoint) -> ResolvedExport:
-    """Decide what ``auto`` stands for."""
-    if options.precision != "auto":
-        stored: str | None = STORED_TYPES[options.precision]
+    """Decide what ``auto`` stands for, and which tensors can be 8-bit.
+
+    Raises:
+        UsageError: a pattern of ``--keep-high`` matches no layer, or all of them.
+    """
+    scheme = SCHEMES.get(options.precision)
+    if scheme is not None:
+        stored: str | None = None
+        precision = options.precision
+    elif options.precision != "auto":
+        stored = STORED_TYPES[options.precision]
         precision = options.precision
     else:
         stored = None
@@ -100,4 +137,18 @@ def resolve(options: ExportOptions, checkpoint: Checkpoint) -> ResolvedExport:
         output=options.output or Path(f"{checkpoint.config.name}-{precision}"),
         precision=precision,  # type: ignore[arg-type]
         storage={"dit": stored, "text_encoder": stored, "vae": None, "image_encoder": None},
+        scheme=scheme,
+        options=options,
+        eight_bit={} if scheme is None else _eight_bit(checkpoint, options.quantize),
     )
+
+
+def _eight_bit(checkpoint: Checkpoint, options: QuantizeOptions) -> dict[str, frozenset[str]]:
+    config = checkpoint.config
+    wanted, kept = dit_candidates(config.dit, options)
+    require_matches(options.keep_high, (*wanted, *kept))
+    tensors = {
+        "dit": frozenset(f"{layer}.weight" for layer in wanted),
+        "text_encoder": text_recipe(config.text_encoder).weights,
+    }
+    return {group: names for group, names in tensors.items() if group in options.components}

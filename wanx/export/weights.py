@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from wanx.checksum import sha256_file
 from wanx.export.options import WIDTH, ResolvedExport
+from wanx.export.quantize import quantize_weights, scale_tensors
+from wanx.export.readback import require_nearest
+from wanx.export.recipe import Recipe
 from wanx.hashing_file import CopiedFile
 from wanx.input_file import open_input
 from wanx.models.tensor_source import SafetensorsTensor, TensorSource
@@ -43,7 +48,11 @@ class WrittenWeights:
 
 
 def write_weights(
-    resolved: ResolvedExport, group: str, folder: Path, on_bytes: OnBytes
+    resolved: ResolvedExport,
+    group: str,
+    folder: Path,
+    on_bytes: OnBytes,
+    recipe: Recipe | None = None,
 ) -> WrittenWeights:
     """Stream the weights of ``group`` into ``folder``.
 
@@ -57,14 +66,18 @@ def write_weights(
         folder: where the files ``<group>.safetensors`` or ``<group>-00001-of-0000N.safetensors``
             are created.
         on_bytes: told how many bytes of tensors were written, in portions.
+        recipe: what of it becomes 8-bit; the scales go into a file of their own,
+            ``<group>-scales.safetensors``, because they are known last.
 
     Raises:
         CorruptInputError: a source file is cut, or holds NaN or infinity.
         UsageError: a number is too large for the type to store.
         WanxError: the disk is full, or a file cannot be read or written.
     """
+    weights = resolved.checkpoint.components[group]
+    sources = weights.tensors if recipe is None else quantize_weights(weights, recipe)
     by_file: dict[Path, list[Row]] = {}
-    for name, source in resolved.checkpoint.components[group].tensors.items():
+    for name, source in sources.items():
         row = (name, resolved.stored_type(group, source.dtype), source)
         by_file.setdefault(source.file, []).append(row)
     kept = [file for file, rows in by_file.items() if _is_wanted_as_it_is(file, rows)]
@@ -79,7 +92,21 @@ def write_weights(
         _copy(file, folder / next(names), written, on_bytes)
     if changed:
         _rewrite(changed, folder / next(names), written, on_bytes)
+    if recipe is not None:
+        _write_scales(
+            scale_tensors(sources, recipe), folder / f"{group}-scales.safetensors", written
+        )
+        require_nearest(sources, written.tensors, recipe)
     return written
+
+
+def _write_scales(scales: Mapping[str, Tensor], path: Path, written: WrittenWeights) -> None:
+    header = [(name, "F32", tuple(scale.shape)) for name, scale in scales.items()]
+    with SafetensorsWriter(path, header) as writer:
+        for scale in scales.values():
+            writer.write(scale.float().contiguous().numpy().tobytes())
+    written.tensors |= writer.header.entries
+    written.sha256[path] = writer.sha256
 
 
 def _is_wanted_as_it_is(file: Path, rows: list[Row]) -> bool:

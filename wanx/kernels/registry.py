@@ -10,7 +10,7 @@ the differentiable reference instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 DOMAIN = Opset("wanx", 1)
 ONNX_FUNCTIONS: dict[str, OnnxFunction[..., Any]] = {}
 NODES: dict[Callable[..., Any], Callable[..., Any]] = {}
+Outputs = Sequence[tuple[torch.dtype, Sequence[int | torch.SymInt]]]
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
@@ -29,31 +30,45 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def register(overload: torch._ops.OpOverload, function: OnnxFunction[..., Any]) -> None:
+def register(
+    overload: torch._ops.OpOverload,
+    function: OnnxFunction[..., Any],
+    outputs: Callable[..., Outputs] | None = None,
+) -> None:
     """Let the ONNX ``function`` stand for the torch op ``overload`` in graphs.
 
     The function's inputs are the op's tensors and its attributes the op's other arguments, by the
-    same names. Each output of the op has the shape and dtype of the input at the same position.
+    same names. Each output of the op has the shape and dtype of the input at the same position,
+    unless ``outputs`` says otherwise: it takes the op's arguments and gives the dtype and shape of
+    each output.
     """
     arguments = overload._schema.arguments
-    outputs = len(overload._schema.returns)
+    count = len(overload._schema.returns)
 
     def to_onnx_node(*values: Any) -> Tensor | tuple[Tensor, ...]:
         named = list(zip(arguments, values, strict=True))
         inputs = [value for _, value in named if isinstance(value, Tensor)]
         attributes = {a.name: value for a, value in named if not isinstance(value, Tensor)}
-        like = inputs[:outputs]
+        like = outputs(*values) if outputs else [(t.dtype, t.shape) for t in inputs[:count]]
         nodes = torch.onnx.ops.symbolic_multi_out(
             f"{DOMAIN.domain}::{function.name}",
             inputs,
             attributes,
-            dtypes=[t.dtype for t in like],
-            shapes=[t.shape for t in like],
+            dtypes=[dtype for dtype, _ in like],
+            shapes=[shape for _, shape in like],
             version=DOMAIN.version,
         )
-        return nodes[0] if outputs == 1 else tuple(nodes)
+        return nodes[0] if count == 1 else tuple(nodes)
 
     ONNX_FUNCTIONS[function.name] = function
+    register_node(overload, to_onnx_node)
+
+
+def register_node(overload: torch._ops.OpOverload, to_onnx_node: Callable[..., Any]) -> None:
+    """Let what ``to_onnx_node`` makes of the op's arguments stand for ``overload`` in graphs.
+
+    For an op that is one node of standard ONNX, which runtimes look for by that name.
+    """
     NODES[overload] = to_onnx_node
 
 

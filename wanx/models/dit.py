@@ -7,7 +7,7 @@ in fp32; linears and attention run in the dtype of their weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from wanx.kernels.adaln import adaln
 from wanx.kernels.attention import attention
 from wanx.kernels.gated_residual import gated_residual
 from wanx.kernels.rms_norm_rope import rms_norm_rope
+from wanx.models.dit_embeddings import ImageEmbedding, TimeEmbedding, linear32
 from wanx.models.text_encoder import RMSNorm
 
 
@@ -27,6 +28,18 @@ def rows(x: Tensor) -> list[Tensor]:
     Slices, because ``chunk`` becomes a sequence in ONNX, which few runtimes optimise.
     """
     return [x[:, i : i + 1] for i in range(x.shape[1])]
+
+
+class Attend(nn.Module):
+    """Attention of packed heads; a module, so that an 8-bit one can take its place."""
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend from ``q`` ``[B, L, D]`` to ``k`` and ``v`` ``[B, n, D]``."""
+        return attention(q, k, v, num_heads=self.num_heads)
 
 
 class SelfAttention(nn.Module):
@@ -41,6 +54,7 @@ class SelfAttention(nn.Module):
         self.o = nn.Linear(dim, dim)
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
+        self.attend = Attend(num_heads)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Transform ``x`` ``[B, L, D]``; ``rope`` is (cos, sin), each ``[L, d/2]``."""
@@ -48,7 +62,7 @@ class SelfAttention(nn.Module):
             self.q(x), self.k(x), self.norm_q.weight, self.norm_k.weight, *rope,
             num_heads=self.num_heads, eps=self.eps,
         )  # fmt: skip
-        out: Tensor = self.o(attention(q, k, self.v(x), num_heads=self.num_heads))
+        out: Tensor = self.o(self.attend(q, k, self.v(x)))
         return out
 
 
@@ -105,6 +119,9 @@ class Block(nn.Module):
         self.cross_attn = CrossAttention(dim, heads, eps, image=config.image_dim is not None)
         self.ffn = FeedForward(dim, config.ffn_dim)
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        # What the outputs of the two AdaLNs are divided by, where 8-bit layers read them.
+        self.attn_smooth: nn.Parameter | None = None
+        self.ffn_smooth: nn.Parameter | None = None
 
     def forward(
         self,
@@ -118,14 +135,21 @@ class Block(nn.Module):
         dtype = text.dtype
         modulation = self.modulation.float() + modulation
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows(modulation)
-        y = adaln(x, scale, shift, eps=self.eps).to(dtype)
+        y = adaln(x, *_smoothed(scale, shift, self.attn_smooth), eps=self.eps).to(dtype)
         x = gated_residual(x, self.self_attn(y, rope), gate)
         y = F.layer_norm(
             x, x.shape[-1:], self.norm3.weight.float(), self.norm3.bias.float(), self.eps
         ).to(dtype)
         x = x + self.cross_attn(y, text, image).float()
-        y = adaln(x, ffn_scale, ffn_shift, eps=self.eps).to(dtype)
+        y = adaln(x, *_smoothed(ffn_scale, ffn_shift, self.ffn_smooth), eps=self.eps).to(dtype)
         return gated_residual(x, self.ffn(y), ffn_gate)
+
+
+def _smoothed(scale: Tensor, shift: Tensor, vector: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Divide what an AdaLN will return by ``vector`` ``[D]``, in its modulation, at no cost."""
+    if vector is None:
+        return scale, shift
+    return (1 + scale) / vector - 1, shift / vector
 
 
 class VaceBlock(Block):
@@ -135,61 +159,6 @@ class VaceBlock(Block):
         super().__init__(config)
         self.before_proj = nn.Linear(config.dim, config.dim) if first else None
         self.after_proj = nn.Linear(config.dim, config.dim)
-
-
-class TimeEmbedding(nn.ModuleList):
-    """Sinusoids of the timestep through Linear, SiLU, Linear; all in fp32."""
-
-    high: Tensor
-    low: Tensor
-
-    def __init__(self, freq_dim: int, dim: int) -> None:
-        super().__init__([nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim)])
-        half = freq_dim // 2
-        # Constants name their device, so that they are real where the weights are not.
-        steps = torch.arange(half, dtype=torch.float64, device="cpu")
-        frequency = torch.pow(10000.0, -steps / half)
-        # The angle t·f reaches 1000 rad, where fp32 products lose four digits of the sine. With f
-        # cut into a 12-bit head and a tail, t·head is exact for whole t up to 4095.
-        head = (frequency * 4096).round() / 4096
-        self.register_buffer("high", head.float(), persistent=False)
-        self.register_buffer("low", (frequency - head).float(), persistent=False)
-
-    def forward(self, timestep: Tensor) -> Tensor:
-        """Embed ``timestep`` ``[B]`` (fp32, 0…1000) to ``[B, D]`` in fp32."""
-        t = timestep.float()[:, None]
-        a, b = t * self.high, t * self.low
-        cos = a.cos() * b.cos() - a.sin() * b.sin()
-        sin = a.sin() * b.cos() + a.cos() * b.sin()
-        first, _, last = self
-        hidden = _linear32(first, torch.cat([cos, sin], dim=-1))
-        return _linear32(last, F.silu(hidden))
-
-
-class ImageEmbedding(nn.Module):
-    """CLIP features to the width of the model: norm, Linear, GELU, Linear, norm."""
-
-    def __init__(self, image_dim: int, dim: int, positions: int | None) -> None:
-        super().__init__()
-        self.proj = nn.ModuleList(
-            [
-                nn.LayerNorm(image_dim),
-                nn.Linear(image_dim, image_dim),
-                nn.GELU(),
-                nn.Linear(image_dim, dim),
-                nn.LayerNorm(dim),
-            ]
-        )
-        if positions is not None:
-            self.emb_pos = nn.Parameter(torch.zeros(1, positions, image_dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Embed ``x`` ``[B, tokens, image_dim]``."""
-        if hasattr(self, "emb_pos"):
-            x = x + self.emb_pos
-        for layer in self.proj:
-            x = layer(x)
-        return x
 
 
 class Head(nn.Module):
@@ -204,11 +173,42 @@ class Head(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """Project ``x`` ``[B, L, D]`` under ``time`` ``[B, D]`` to ``[B, L, velocity_dim]``."""
         shift, scale = rows(self.modulation.float() + time[:, None])
-        return _linear32(self.head, adaln(x, scale, shift, eps=self.eps))
+        return linear32(self.head, adaln(x, scale, shift, eps=self.eps))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamState:
+    """What passes from block to block.
+
+    Attributes:
+        x: residual stream ``[B, L, D]`` in fp32.
+        time: embedded timestep ``[B, D]`` in fp32.
+        modulation: its projection ``[B, 6, D]`` in fp32.
+        rope: (cos, sin), each ``[L, head_dim/2]`` in fp32.
+        text: embedded text ``[B, n, D]`` in the dtype that linears run in.
+        image: embedded images ``[B, m, D]`` in the same.
+        control: residual stream of the control branch ``[B, L, D]`` in fp32.
+        scale: weight of the hints ``[len(vace_layers)]``.
+        hints: what the control branch adds to the main one, per block so far ``[B, L, D]``.
+    """
+
+    x: Tensor
+    time: Tensor
+    modulation: Tensor
+    rope: tuple[Tensor, Tensor]
+    text: Tensor
+    image: Tensor | None
+    control: Tensor | None
+    scale: Tensor | None
+    hints: tuple[Tensor, ...] = ()
 
 
 class WanDiT(nn.Module):
-    """Tokens, timestep and text to velocity."""
+    """Tokens, timestep and text to velocity.
+
+    ``forward`` is :meth:`embed`, :meth:`advance_control` for each block of the control branch,
+    :meth:`advance` for each block, and ``head``.
+    """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -259,43 +259,57 @@ class WanDiT(nn.Module):
         Returns:
             Velocity ``[B, L, velocity_dim]`` in fp32, features ordered (pt, ph, pw, c).
         """
-        dtype = self.blocks[0].self_attn.q.weight.dtype
-        rope = (rope_cos, rope_sin)
+        state = self.embed(
+            tokens, timestep, context, rope_cos, rope_sin, image_context, vace_tokens, vace_scale
+        )
+        if state.control is not None:
+            for index in range(len(self.vace_blocks)):
+                state = self.advance_control(state, index)
+        for index in range(len(self.blocks)):
+            state = self.advance(state, index)
+        out: Tensor = self.head(state.x, state.time)
+        return out
+
+    def embed(
+        self,
+        tokens: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        rope_cos: Tensor,
+        rope_sin: Tensor,
+        image_context: Tensor | None = None,
+        vace_tokens: Tensor | None = None,
+        vace_scale: Tensor | None = None,
+    ) -> StreamState:
+        """Take in the arguments of :meth:`forward`; reads no weight of a block or of the head."""
+        dtype = self.text_embedding[0].weight.dtype
         time = self.time_embedding(timestep)
-        modulation = _linear32(self.time_projection[1], F.silu(time)).unflatten(1, (6, -1))
+        modulation = linear32(self.time_projection[1], F.silu(time)).unflatten(1, (6, -1))
         text = context.to(dtype)
         for layer in self.text_embedding:
             text = layer(text)
         image = None if image_context is None else self.img_emb(image_context.to(dtype))
         x = self.patch_embedding(tokens.to(dtype)).float()
-        hints: Sequence[Tensor] = ()
+        control = None
         if vace_tokens is not None and vace_scale is not None:
             control = self.vace_patch_embedding(vace_tokens.to(dtype)).float()
-            hints = self._hints(x, control, vace_scale, modulation, rope, text)
-        for index, block in enumerate(self.blocks):
-            x = block(x, modulation, rope, text, image)
-            if hints and index in self.config.vace_layers:
-                x = x + hints[self.config.vace_layers.index(index)]
-        out: Tensor = self.head(x, time)
-        return out
+        return StreamState(
+            x=x, time=time, modulation=modulation, rope=(rope_cos, rope_sin), text=text,
+            image=image, control=control, scale=vace_scale,
+        )  # fmt: skip
 
-    def _hints(
-        self,
-        x: Tensor,
-        control: Tensor,
-        scale: Tensor,
-        modulation: Tensor,
-        rope: tuple[Tensor, Tensor],
-        text: Tensor,
-    ) -> list[Tensor]:
-        hints = []
-        for index, block in enumerate(self.vace_blocks):
-            if block.before_proj is not None:
-                control = block.before_proj(control.to(text.dtype)).float() + x
-            control = block(control, modulation, rope, text, None)
-            hints.append(block.after_proj(control.to(text.dtype)).float() * scale[index])
-        return hints
+    def advance_control(self, state: StreamState, index: int) -> StreamState:
+        """Pass block ``index`` of the control branch, all of which come before the main blocks."""
+        block, control, dtype = self.vace_blocks[index], state.control, state.text.dtype
+        if block.before_proj is not None:
+            control = block.before_proj(control.to(dtype)).float() + state.x
+        control = block(control, state.modulation, state.rope, state.text, None)
+        hint = block.after_proj(control.to(dtype)).float() * state.scale[index]
+        return replace(state, control=control, hints=(*state.hints, hint))
 
-
-def _linear32(linear: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x.float(), linear.weight.float(), linear.bias.float())
+    def advance(self, state: StreamState, index: int) -> StreamState:
+        """Pass block ``index``, and add the hint that it receives."""
+        x = self.blocks[index](state.x, state.modulation, state.rope, state.text, state.image)
+        if state.hints and index in self.config.vace_layers:
+            x = x + state.hints[self.config.vace_layers.index(index)]
+        return replace(state, x=x)

@@ -17,21 +17,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wanx.bundle import Bundle
-from wanx.errors import CancelledError, WanxError
+from wanx.errors import CancelledError
 from wanx.progress import Progress, silent
-from wanx.runtime.conditioning import Conditioning, condition, noise_shape
-from wanx.runtime.guidance import branches, guide
+from wanx.runtime.conditioning import Conditioning, condition
+from wanx.runtime.denoise import Trajectory
+from wanx.runtime.guidance import Branch, branches
 from wanx.runtime.health import FrameCheck
 from wanx.runtime.inputs import read_inputs
 from wanx.runtime.memory import peak_bytes, reset_peak
-from wanx.runtime.noise import randn
 from wanx.runtime.options import ResolvedRun, RunOptions, resolve
 from wanx.runtime.output import check_output
 from wanx.runtime.sampler import make_sampler
 from wanx.runtime.sessions import open_session
 from wanx.runtime.sessions.base import Session, State
-from wanx.runtime.text import PromptTokenizer, clean_prompt, zero_pad
-from wanx.runtime.tokens import patchify, rope_tables, token_grid, unpatchify
+from wanx.runtime.text import PromptTokenizer, encode_prompts
 from wanx.runtime.video import VideoWriter
 
 Float32 = NDArray[np.float32]
@@ -190,69 +189,44 @@ class Pipeline:
 
     def _encode_text(
         self, run: ResolvedRun, clock: _Clock, progress: Progress
-    ) -> dict[str, Float32]:
+    ) -> dict[Branch, Float32]:
         tokenizer = PromptTokenizer(self.bundle.tokenizer_path)
-        prompts = {"conditional": run.prompt, "unconditional": run.negative_prompt}
-        needed = branches(run.guide_scale)
-        progress("encode text", 0, len(needed), "steps")
-        contexts: dict[str, Float32] = {}
-        length = self.config.dit.text_len
+        texts: dict[Branch, str] = {
+            "conditional": run.prompt,
+            "unconditional": run.negative_prompt,
+        }
+        prompts = {branch: texts[branch] for branch in branches(run.guide_scale)}
+
+        def tell(done: int) -> None:
+            progress("encode text", done, len(prompts), "steps")
+
+        tell(0)
         with self._opener(clock)("text_encoder") as session:
-            for done, branch in enumerate(needed, 1):
-                ids, mask = tokenizer.encode(clean_prompt(prompts[branch]), length)
-                # Padding is masked in T5, so leaving it out gives the same features for less.
-                features = session.run({"ids": ids[:, : int(mask.sum())]})["features"]
-                contexts[branch] = zero_pad(features[0], length)[None].astype(np.float32)
-                progress("encode text", done, len(needed), "steps")
-        return contexts
+            return encode_prompts(session, tokenizer, prompts, self.config.dit.text_len, tell)
 
     def _denoise(
         self,
         run: ResolvedRun,
-        contexts: dict[str, Float32],
+        contexts: dict[Branch, Float32],
         given: Conditioning,
         clock: _Clock,
         on_step: OnStep | None,
         cancelled: Callable[[], bool],
         progress: Progress,
     ) -> Float32:
-        dit = self.config.dit
-        shape = noise_shape(run, given, self.config)
-        grid = token_grid(shape, dit.patch_size)
         sampler = make_sampler(run.solver, run.steps, run.shift)
-        latent = randn(shape, run.seed)
-        progress("denoise", 0, run.steps, "steps")
+        video = Trajectory(run, contexts, given, self.config, sampler=sampler)
+        progress("denoise", 0, video.steps, "steps")
         with self._opener(clock)("dit") as session:
-            cos, sin = rope_tables(grid, dit.rope_dims)
-            session.bind({"rope_cos": cos, "rope_sin": sin} | given.constants)
-            for step, timestep in enumerate(sampler.timesteps, 1):
-                whole = latent
-                if given.channels is not None:
-                    whole = np.concatenate([latent, given.channels])
-                feeds = {
-                    "tokens": patchify(whole, dit.patch_size)[None],
-                    "timestep": np.array([timestep], dtype=np.float32),
-                }
-                velocities = {
-                    branch: session.run(feeds | {"context": context})["velocity"][0]
-                    for branch, context in contexts.items()
-                }
-                if len(velocities) == 1:
-                    (velocity,) = velocities.values()
-                else:
-                    velocity = guide(**velocities, scale=run.guide_scale)
-                velocity = unpatchify(velocity, grid, dit.patch_size)
-                latent = sampler.step(velocity, latent)
-                if not np.isfinite(latent).all():
-                    raise WanxError(
-                        f"the latent is not finite after step {step} of {run.steps}; check the "
-                        "bundle with `wanx verify` or export it at a higher precision"
-                    )
-                progress("denoise", step, run.steps, "steps")
+            session.bind(video.constants)
+            while not video.done:
+                feeds = video.feeds()
+                video.advance({branch: session.run(feeds[branch])["velocity"] for branch in feeds})
+                progress("denoise", video.step, video.steps, "steps")
                 if on_step is not None:
-                    on_step(step, run.steps, latent)
+                    on_step(video.step, video.steps, video.latent)
                 _stop_if(cancelled)
-        return latent[:, given.references :]
+        return video.result
 
     def _decode(
         self, latent: Float32, clock: _Clock, cancelled: Callable[[], bool], progress: Progress

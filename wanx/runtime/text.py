@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wanx.errors import CorruptInputError, UsageError
+from wanx.runtime.guidance import Branch
+from wanx.runtime.sessions.base import Session
 
 TEXT_LEN = 512
 PROMPT_BYTES = 2**20
@@ -124,3 +127,35 @@ def zero_pad(
     padded = np.zeros((length, embedding.shape[1]), dtype=embedding.dtype)
     padded[: len(real)] = real
     return padded
+
+
+def encode_prompts(
+    session: Session,
+    tokenizer: PromptTokenizer,
+    prompts: Mapping[Branch, str],
+    text_len: int,
+    on_done: Callable[[int], None] = lambda done: None,
+) -> dict[Branch, NDArray[np.float32]]:
+    """Turn the prompts of one video into what the transformer attends to.
+
+    Args:
+        session: The text encoder: ``ids`` int64 [1, n] to ``features`` [1, n, text_dim].
+        tokenizer: Of the same bundle.
+        prompts: As the user wrote them; they are cleaned here.
+        text_len: Rows of each result.
+        on_done: Told after each prompt how many are done.
+
+    Returns:
+        Padded features by branch, float32 [1, text_len, text_dim], in the order of ``prompts``.
+
+    Raises:
+        WanxError: The backend failed.
+    """
+    contexts: dict[Branch, NDArray[np.float32]] = {}
+    for done, (branch, prompt) in enumerate(prompts.items(), 1):
+        ids, mask = tokenizer.encode(clean_prompt(prompt), text_len)
+        # Padding is masked in T5, so leaving it out gives the same features for less.
+        features = session.run({"ids": ids[:, : int(mask.sum())]})["features"]
+        contexts[branch] = zero_pad(features[0], text_len)[None].astype(np.float32)
+        on_done(done)
+    return contexts

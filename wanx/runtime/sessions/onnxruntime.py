@@ -29,6 +29,18 @@ def create_session(
     """
     import onnxruntime
 
+    return onnxruntime.InferenceSession(
+        graph.read_bytes(),
+        session_options(root, threads=threads),
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=None if fold else ["ConstantFolding"],
+    )
+
+
+def session_options(root: Path, *, threads: int | None = None) -> onnxruntime.SessionOptions:
+    """Options of every session; see :func:`create_session`."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # errors are raised as well as logged
     if threads is not None:
@@ -36,12 +48,7 @@ def create_session(
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(root)
     )
-    return onnxruntime.InferenceSession(
-        graph.read_bytes(),
-        options,
-        providers=["CPUExecutionProvider"],
-        disabled_optimizers=None if fold else ["ConstantFolding"],
-    )
+    return options
 
 
 class OnnxRuntimeSession(Session):
@@ -56,7 +63,9 @@ class OnnxRuntimeSession(Session):
                 bundle.root / record.engines.get("cpu", record.graph),
                 bundle.root,
                 threads=threads,
-                fold=all(dtype == "F32" for dtype in record.storage),
+                # Integer products need their scales folded; what is left in 16 bits is small then.
+                fold=record.quantization is not None
+                or all(dtype == "F32" for dtype in record.storage),
             )
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._inputs = {value.name for value in self._session.get_inputs()}

@@ -1,0 +1,1 @@
+"""The judge: accuracy and speed of bundles."""

@@ -1,0 +1,33 @@
+"""What figures were measured with: machine and versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+_TOOLS = ("onnxruntime", "numpy", "tokenizers", "pillow")
+
+
+def environment() -> dict[str, str]:
+    """Processor, system, and the versions of Python and of the packages that compute."""
+    found = {
+        "cpu": f"{_processor()}, {os.cpu_count()} logical cores",
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+    for tool in _TOOLS:
+        with suppress(PackageNotFoundError):
+            found[tool] = version(tool)
+    return found
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name" and value.strip():
+                return value.strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,59 @@
+"""Whether a bundle still answers its golden steps; see :mod:`wanx.golden`."""
+
+from __future__ import annotations
+
+from wanx.benchmarks.comparison import Agreement, Gates, agreement, worst
+from wanx.bundle import Bundle
+from wanx.errors import GateError
+from wanx.golden import GOLDEN, read_golden
+from wanx.progress import Progress, silent
+from wanx.runtime.sessions import open_session
+
+
+def check_golden(
+    bundle: Bundle, *, threads: int | None = None, progress: Progress = silent
+) -> tuple[Agreement, ...]:
+    """Run the golden steps of a bundle, each on its own inputs, and compare the velocities.
+
+    Returns:
+        One agreement per step and branch; none where the bundle has no golden steps.
+
+    Raises:
+        CorruptInputError: the steps are damaged, or do not fit the graph.
+    """
+    if GOLDEN not in bundle.manifest.files:
+        return ()
+    samples = list(read_golden(bundle.root / GOLDEN).samples())
+    found = []
+    with open_session(bundle, "dit", threads=threads) as session:
+        for done, (step, branch, feeds) in enumerate(samples, 1):
+            velocity = session.run(feeds)["velocity"]
+            found.append(
+                agreement(
+                    velocity,
+                    step.velocities[branch],
+                    component="dit",
+                    branch=branch,
+                    step=step.step,
+                    timestep=float(step.timestep[0]),
+                )
+            )
+            progress("golden steps", done, len(samples), "steps")
+    return tuple(found)
+
+
+def require_golden(agreements: tuple[Agreement, ...], gates: Gates) -> None:
+    """Refuse answers that are not close enough.
+
+    Raises:
+        GateError: names the worst step.
+    """
+    bad = [item for item in agreements if not item.cosine >= gates.dit]
+    if bad:
+        least = worst(bad)
+        raise GateError(
+            f"{len(bad)} of {len(agreements)} golden steps are below the gate: cosine "
+            f"{least.cosine:.5f} ({least.sqnr_db:.1f} dB) at step {least.step} "
+            f"({least.branch}), and {gates.dit:g} is needed; keep more layers high with "
+            "--keep-high, or export at a higher precision"
+        )

@@ -1,0 +1,291 @@
+"""Run real trajectories over the source weights and watch the inputs of every linear.
+
+All videos are kept in step, so that each block's weights are read once a step for all of them, and
+are in memory alone. Everything is saved after each step; an interrupted calibration goes on there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from wanx.bundle import Bundle
+from wanx.config import ModelConfig
+from wanx.errors import UsageError
+from wanx.export.calibration_set import calibration_set
+from wanx.export.calibration_state import Calibration, state_path
+from wanx.export.observe import Observers
+from wanx.export.stream import StreamedDiT
+from wanx.golden import Golden, GoldenStep
+from wanx.models.checkpoint import Checkpoint
+from wanx.progress import Progress, silent
+from wanx.runtime.conditioning import condition
+from wanx.runtime.denoise import Trajectory
+from wanx.runtime.guidance import Branch, branches
+from wanx.runtime.inputs import Inputs, read_inputs
+from wanx.runtime.options import ResolvedRun, RunOptions, resolve
+from wanx.runtime.sessions import open_session
+from wanx.runtime.sizes import latent_shape, size_for_image
+from wanx.runtime.text import PromptTokenizer, encode_prompts
+
+_FRAMES = 17  # of a clip whose length nobody chose
+_GOLDEN_TOKENS = 320  # where nothing but golden steps is recorded
+
+Float32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """What calibration runs.
+
+    Attributes:
+        file: JSON Lines of prompts, with the images that the task takes; None is the shipped set.
+        prompts: how many of them, from the first.
+        steps: denoising steps of each trajectory.
+        width: pixels; None takes the model's own size where it has at most ``max_tokens``, and
+            otherwise a small one of the same shape.
+        height: pixels, likewise.
+        frames: a multiple of 4, plus 1, likewise.
+        max_tokens: see ``width``.
+        golden_steps: steps of the first trajectory that the bundle keeps, spread from the first
+            to the last; 0 keeps none.
+        fresh: start anew even if there is a saved calibration.
+    """
+
+    file: Path | None = None
+    prompts: int = 4
+    steps: int = 6
+    width: int | None = None
+    height: int | None = None
+    frames: int | None = None
+    max_tokens: int = 1280
+    golden_steps: int = 3
+    fresh: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no calibration has.
+
+        Raises:
+            UsageError: a number is out of range.
+        """
+        for flag, value, least, most in (
+            ("--calibration-prompts", self.prompts, 1, 10_000),
+            ("--calibration-steps", self.steps, 1, 1000),
+            ("--golden-steps", self.golden_steps, 0, 100),
+        ):
+            if not least <= value <= most:
+                raise UsageError(f"{flag} is {value}; choose {least} to {most}")
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    bundle: Bundle,
+    options: CalibrationOptions,
+    points: Iterable[str] = (),
+    progress: Progress = silent,
+) -> Calibration:
+    """Run trajectories over the denoiser of a checkpoint, watching ``points``.
+
+    Args:
+        checkpoint: whose source weights run, one block in memory at a time.
+        bundle: has every other component, and the tokenizer.
+        options: what to run.
+        points: names of linears, such as ``blocks.3.ffn.2``, and of attentions, such as
+            ``blocks.3.self_attn.attend``, whose inputs become ``….q``, ``….k`` and ``….v``. Where
+            there are none, nothing is saved.
+        progress: told how many blocks are done.
+
+    Raises:
+        UsageError: the calibration file or an option cannot be.
+        WanxError: an activation is not finite; the message names the layer.
+    """
+    config, watched = checkpoint.config, sorted(points)
+    runs = _resolved(options, config)
+    asked = (*watched, options.golden_steps)
+    path = state_path(checkpoint, bundle, [run for run, _ in runs], asked) if watched else None
+    trajectories = _trajectories(runs, bundle)
+    if path is not None and options.fresh:
+        path.unlink(missing_ok=True)
+    state = Calibration.load(path, len(runs))
+    for trajectory, velocities in zip(trajectories, state.history, strict=True):
+        for velocity in velocities:
+            trajectory.step_with(velocity)
+    dit = StreamedDiT(config.dit, checkpoint.components["dit"].tensors)
+    recorded = golden_numbers(options.steps, options.golden_steps)
+    blocks = config.dit.num_layers + len(config.dit.vace_layers)
+    watch = watching(state.observers, watched)
+    first = trajectories[0]
+    while not first.done:
+        done = first.step * blocks
+
+        def on_block(count: int, _: int, done: int = done) -> None:
+            progress("calibrate", done + count, first.steps * blocks, "steps")
+
+        answers = _answers(dit, trajectories, watch, on_block)
+        if first.step + 1 in recorded:
+            state.golden = _with_step(state.golden, runs[0][0], first, answers[0])
+        for trajectory, answer, velocities in zip(
+            trajectories, answers, state.history, strict=True
+        ):
+            velocities.append(trajectory.guided(answer))
+            trajectory.step_with(velocities[-1])
+        state.save()
+    return state
+
+
+def record_golden(
+    checkpoint: Checkpoint, bundle: Bundle, options: CalibrationOptions, progress: Progress = silent
+) -> Golden:
+    """Run one short trajectory of ``golden_steps`` steps over a checkpoint, and keep all of it.
+
+    Args:
+        checkpoint: whose source weights run, one block in memory at a time.
+        bundle: has every other component, and the tokenizer.
+        options: the first prompt and the size count.
+        progress: told how many blocks are done.
+
+    Raises:
+        UsageError, WanxError: as :func:`calibrate`.
+    """
+    short = replace(
+        options, prompts=1, steps=options.golden_steps, max_tokens=_GOLDEN_TOKENS
+    )  # fmt: skip
+    golden = calibrate(checkpoint, bundle, short, (), progress).golden
+    assert golden is not None, "golden_steps is 0"
+    return golden
+
+
+def golden_numbers(steps: int, count: int) -> set[int]:
+    """Numbers, from 1, of ``count`` steps to record: the first, the last, and evenly between."""
+    return {round(number) for number in np.linspace(1, steps, min(count, steps))}
+
+
+def _answers(
+    dit: StreamedDiT,
+    trajectories: Sequence[Trajectory],
+    watch: Callable[[nn.Module, str], AbstractContextManager[None]],
+    on_block: Callable[[int, int], None],
+) -> list[dict[Branch, Float32]]:
+    """Velocities of the coming step of every trajectory, per branch."""
+    asked = [
+        (index, branch, feeds | trajectory.constants)
+        for index, trajectory in enumerate(trajectories)
+        for branch, feeds in trajectory.feeds().items()
+    ]
+    results = dit.run([feeds for _, _, feeds in asked], watch=watch, on_block=on_block)
+    answers: list[dict[Branch, Float32]] = [{} for _ in trajectories]
+    for (index, branch, _), velocity in zip(asked, results, strict=True):
+        answers[index][branch] = velocity
+    return answers
+
+
+def watching(
+    observers: Observers, points: Iterable[str]
+) -> Callable[[nn.Module, str], AbstractContextManager[None]]:
+    """Make what hooks the points of one block onto observers while its samples run."""
+    wanted = frozenset(points)
+
+    @contextmanager
+    def watch(block: nn.Module, name: str) -> Iterator[None]:
+        with ExitStack() as hooks:
+            for child, module in block.named_modules():
+                point = f"{name}.{child}"
+                if point in wanted:
+                    handle = module.register_forward_pre_hook(_hook(observers, point))
+                    hooks.callback(handle.remove)
+            yield
+
+    return watch
+
+
+def _hook(observers: Observers, point: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def observe(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if isinstance(module, nn.Linear):
+            observers.observe(point, inputs[0])
+        else:
+            for letter, value in zip("qkv", inputs, strict=True):
+                observers.observe(f"{point}.{letter}", value)
+
+    return observe
+
+
+def _with_step(
+    golden: Golden | None,
+    run: ResolvedRun,
+    trajectory: Trajectory,
+    answer: Mapping[Branch, Float32],
+) -> Golden:
+    feeds = trajectory.feeds()
+    shared = next(iter(feeds.values()))
+    step = GoldenStep(
+        step=trajectory.step + 1,
+        tokens=shared["tokens"],
+        timestep=shared["timestep"],
+        velocities=dict(answer.items()),
+    )
+    if golden is not None:
+        return replace(golden, steps=(*golden.steps, step))
+    return Golden(
+        run={name: str(value) for name, value in asdict(run).items() if value is not None},
+        constants=trajectory.constants,
+        contexts={branch: value["context"] for branch, value in feeds.items()},
+        steps=(step,),
+    )
+
+
+def _resolved(options: CalibrationOptions, config: ModelConfig) -> list[tuple[ResolvedRun, Inputs]]:
+    runs = []
+    for asked in calibration_set(options.file, config, limit=options.prompts):
+        sized = _sized(asked, options, config)
+        inputs = read_inputs(sized, config.task)
+        runs.append((resolve(sized, config, inputs), inputs))
+    return runs
+
+
+def _sized(run: RunOptions, options: CalibrationOptions, config: ModelConfig) -> RunOptions:
+    """The size that the options ask for, else the run itself, else one that costs little."""
+    defaults = config.defaults
+    width, height, frames = defaults.width, defaults.height, defaults.frames
+    _, times, rows, columns = latent_shape(width, height, frames, config.vae)
+    patch_time, patch_height, patch_width = config.dit.patch_size
+    patch = patch_height * patch_width
+    if times // patch_time * rows * columns // patch > options.max_tokens:
+        frames = min(frames, _FRAMES)
+        times = (frames - 1) // config.vae.temporal_stride + 1
+        cells = options.max_tokens / (times // patch_time) * patch
+        area = cells * config.vae.spatial_stride**2
+        width, height = size_for_image(height, width, area, config)
+    return replace(
+        run,
+        width=options.width or run.width or width,
+        height=options.height or run.height or height,
+        frames=options.frames or run.frames or frames,
+        steps=options.steps,
+    )
+
+
+def _trajectories(runs: Sequence[tuple[ResolvedRun, Inputs]], bundle: Bundle) -> list[Trajectory]:
+    config = bundle.manifest.config
+    tokenizer = PromptTokenizer(bundle.tokenizer_path)
+    with open_session(bundle, "text_encoder") as session:
+        contexts = []
+        for run, _ in runs:
+            prompts: dict[Branch, str] = {
+                "conditional": run.prompt, "unconditional": run.negative_prompt
+            }  # fmt: skip
+            needed = {branch: prompts[branch] for branch in branches(run.guide_scale)}
+            contexts.append(encode_prompts(session, tokenizer, needed, config.dit.text_len))
+    return [
+        Trajectory(
+            run, context, condition(run, inputs, config, lambda name: open_session(bundle, name)),
+            config,
+        )
+        for (run, inputs), context in zip(runs, contexts, strict=True)
+    ]  # fmt: skip

@@ -1,0 +1,151 @@
+"""Weights to 8 bits while they are copied, a few rows in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wanx.errors import CorruptInputError
+from wanx.export.recipe import Recipe, shared_input, smoothing_of
+from wanx.export.scheme import Scheme
+from wanx.models.floats import Chunk
+from wanx.models.tensor_source import TensorSource
+from wanx.models.weights import ComponentWeights
+from wanx.safetensors_file import DTYPE_BYTES
+
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PIECE = 1 << 20  # the rows worked on stay in a core's cache from the first pass to the last
+_TINY = 1e-30  # rows below it are stored as zeros, before their scale underflows
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedTensor(TensorSource):
+    """A weight ``[N, K]`` that is read in 16 or 32 bits and comes out in 8.
+
+    Attributes:
+        source: the weight as it is stored; ``name``, ``shape`` and ``file`` are its own.
+        scheme: the number format.
+        per_tensor: one scale for all rows.
+        smooth: ``[K]`` in fp32; the weight is multiplied by it before.
+        scales: filled while the bytes go by: fp32 scales of successive rows.
+    """
+
+    source: TensorSource
+    scheme: Scheme
+    per_tensor: bool = False
+    smooth: Tensor | None = None
+    scales: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        source: TensorSource,
+        scheme: Scheme,
+        *,
+        per_tensor: bool = False,
+        smooth: Tensor | None = None,
+    ) -> QuantizedTensor:
+        """Quantise ``source``.
+
+        Raises:
+            CorruptInputError: it has no two sides.
+        """
+        if len(source.shape) != 2:
+            raise CorruptInputError(
+                f"{source.file}: tensor {source.name!r} has shape {list(source.shape)}, and a "
+                "weight to quantise has two sides; download the file again"
+            )
+        rows, columns = source.shape
+        return cls(
+            name=source.name, dtype=scheme.stored, shape=source.shape, nbytes=rows * columns,
+            file=source.file, source=source, scheme=scheme, per_tensor=per_tensor, smooth=smooth,
+        )  # fmt: skip
+
+    @property
+    def scale(self) -> Tensor:
+        """The scales once all bytes went by: fp32 ``[N]``, or a scalar."""
+        joined = torch.cat(self.scales)
+        return joined[0] if self.per_tensor else joined
+
+    def iter_bytes(self, chunk: int = _PIECE) -> Iterator[memoryview]:
+        """Yield the 8-bit numbers, in row order."""
+        self.scales.clear()
+        whole = None
+        if self.per_tensor:
+            whole = torch.stack([amax.amax() for _, amax in self._rows(chunk)]).amax()[None]
+        for rows, amax in self._rows(chunk):
+            amax = amax if whole is None else whole
+            scale = torch.where(amax < _TINY, 1.0, amax / self.scheme.limit)
+            if whole is None or not self.scales:
+                self.scales.append(scale)
+            scaled = torch.mul(rows, scale.reciprocal()[:, None])  # promotes 16 bits to fp32
+            if self.scheme.dtype == torch.int8:
+                scaled.round_()
+            yield scaled.to(self.scheme.dtype).view(torch.uint8).numpy().data.cast("B")
+
+    def iter_converted(self, dtype: str, chunk: int = _PIECE) -> Iterator[Chunk]:
+        """Yield the 8-bit numbers; ``dtype`` can be no other."""
+        assert dtype == self.dtype, f"{self.name} is {self.dtype}, not {dtype}"
+        yield from self.iter_bytes(chunk)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of the source."""
+        return self.source.files
+
+    def _rows(self, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield whole rows ``[r, K]`` and their largest magnitudes ``[r]`` in fp32."""
+        columns = self.shape[1]
+        width = columns * DTYPE_BYTES[self.source.dtype]
+        for piece in self.source.iter_bytes(max(1, chunk // width) * width):
+            rows = torch.frombuffer(piece, dtype=FLOATS[self.source.dtype]).view(-1, columns)
+            if self.smooth is not None:
+                rows = rows * self.smooth
+            low, high = torch.aminmax(rows, dim=1)
+            amax = torch.maximum(-low, high).float()
+            if not torch.isfinite(amax).all():  # NaN spreads through both
+                self.source.require_finite(piece)
+                raise CorruptInputError(
+                    f"{self.file}: tensor {self.name!r} overflows when it is smoothed; use a "
+                    "smaller --smooth"
+                )
+            yield rows, amax
+
+
+def quantize_weights(weights: ComponentWeights, recipe: Recipe) -> dict[str, TensorSource]:
+    """Replace the weights that a recipe quantises by sources of their 8-bit numbers."""
+    tensors = dict(weights.tensors)
+    for name in sorted(recipe.weights):
+        vector = smoothing_of(name.removesuffix(".weight"))
+        tensors[name] = QuantizedTensor.of(
+            tensors[name],
+            recipe.scheme,
+            per_tensor=recipe.options.weight_scale == "tensor",
+            smooth=None if vector is None else recipe.smooth.get(vector),
+        )
+    return tensors
+
+
+def scale_tensors(tensors: Mapping[str, TensorSource], recipe: Recipe) -> dict[str, Tensor]:
+    """Everything in fp32 that a quantised graph reads beside its weights, by name.
+
+    Call it once the weights are written.
+    """
+    found = {
+        f"{name}_scale": source.scale
+        for name, source in tensors.items()
+        if isinstance(source, QuantizedTensor)
+    }
+    shared = set()
+    for name, scale in recipe.layers.items():
+        if scale is not None and shared_input(name) not in shared:
+            shared.add(shared_input(name))
+            found[f"{name}.input_scale"] = torch.tensor(scale)
+    for name, scales in recipe.attention.items():
+        for letter, scale in zip("qkv", scales, strict=True):
+            found[f"{name}.{letter}_scale"] = torch.tensor(scale)
+    return found | dict(recipe.smooth)

@@ -1,0 +1,114 @@
+"""Number formats of 8-bit layers, and how the user asks for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+
+from wanx.errors import UsageError
+
+WEIGHT_ONLY: Final = "int8-weight"
+QUANTIZED = ("dit", "text_encoder")  # components that have 8-bit layers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """An 8-bit number format as layers use it.
+
+    Attributes:
+        name: what ``--precision`` calls it.
+        dtype: of weights and activations.
+        stored: the same as safetensors calls it.
+        limit: largest magnitude; a scale is the largest value of what is quantised over this.
+        layer_gate_db: signal-to-noise ratio of its output below which a layer stays high.
+    """
+
+    name: Literal["int8", "fp8", "int8-weight"]
+    dtype: torch.dtype
+    stored: str
+    limit: float
+    layer_gate_db: float
+
+
+SCHEMES = {
+    "int8": Scheme(name="int8", dtype=torch.int8, stored="I8", limit=127, layer_gate_db=24),
+    "fp8": Scheme(
+        name="fp8", dtype=torch.float8_e4m3fn, stored="F8_E4M3", limit=448, layer_gate_db=25
+    ),
+    WEIGHT_ONLY: Scheme(
+        name=WEIGHT_ONLY, dtype=torch.int8, stored="I8", limit=127, layer_gate_db=0
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeOptions:
+    """How to quantise, as the user said it.
+
+    Attributes:
+        components: which components get 8-bit layers.
+        keep_high: patterns (``blocks.0.*``, ``*.cross_attn.k``) of layers that stay as they are.
+        weight_scale: one scale per output channel, or one per tensor (fp8 only).
+        activation_scale: fixed by calibration, or found per token while running (fp8 only).
+        smooth: SmoothQuant's α, how far outliers move from activations into weights; 0 is off.
+        attention: ``fp8`` quantises Q, K, V and the probabilities of self-attention too.
+        layer_gate_db: a layer below this stays high; None takes the scheme's own.
+        percentile: of the magnitudes, above which activations are clipped; 100 clips none.
+    """
+
+    components: tuple[str, ...] = QUANTIZED
+    keep_high: tuple[str, ...] = ()
+    weight_scale: Literal["channel", "tensor"] = "channel"
+    activation_scale: Literal["static", "dynamic"] = "static"
+    smooth: float = 0.0
+    attention: Literal["high", "fp8"] = "high"
+    layer_gate_db: float | None = None
+    percentile: float = 100.0
+
+    def __post_init__(self) -> None:
+        """Refuse what no scheme has.
+
+        Raises:
+            UsageError: a component without 8-bit layers, or a number out of range.
+        """
+        for name in self.components:
+            if name not in QUANTIZED:
+                raise UsageError(
+                    f"{name} has no 8-bit layers; choose {' or '.join(QUANTIZED)} for --quantize"
+                )
+        if not 0 <= self.smooth <= 1:
+            raise UsageError(f"--smooth is {self.smooth:g}; choose 0 (off) to 1, such as 0.5")
+        if not 50 <= self.percentile <= 100:
+            raise UsageError(
+                f"--percentile is {self.percentile:g}; choose 50 to 100 (clip nothing)"
+            )
+        choices = {
+            "weight_scale": ("channel", "tensor"),
+            "activation_scale": ("static", "dynamic"),
+            "attention": ("high", "fp8"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                flag = name.replace("_", "-")
+                raise UsageError(
+                    f"--{flag} {getattr(self, name)} is not available; choose "
+                    f"{' or '.join(allowed)}"
+                )
+
+    def check(self, scheme: str) -> None:
+        """Refuse options that ``scheme`` does not have.
+
+        Raises:
+            UsageError: names the option.
+        """
+        if scheme == "fp8":
+            return
+        for flag, value, plain in (
+            ("--weight-scale", self.weight_scale, "channel"),
+            ("--activation-scale", self.activation_scale, "static"),
+            ("--attention", self.attention, "high"),
+        ):
+            if value != plain:
+                raise UsageError(f"{flag} {value} is for --precision fp8, not {scheme}")

@@ -1,0 +1,58 @@
+"""A linear layer with a weight in 8 bits and everything else as it was.
+
+    y = x (weight8 · weight_scale)ᵀ + bias
+
+x ``[..., K]`` in any floating dtype; weight8 ``[N, K]`` in int8 or float8_e4m3fn; weight_scale
+``[N]`` or ``[]`` in fp32; bias ``[N]``, optional. The product runs in fp32; y ``[..., N]`` has the
+dtype of x.
+"""
+
+from __future__ import annotations
+
+import torch
+from onnxscript import opset23 as op
+from onnxscript import script
+from torch import Tensor
+from torch.nn import functional as F
+
+from wanx.kernels.quant_linear import dequantized_weight
+from wanx.kernels.registry import DOMAIN, Outputs, needs_gradient, register
+
+
+def weight_only_linear_reference(x: Tensor, weight8: Tensor, weight_scale: Tensor) -> Tensor:
+    """Compute the product in fp32 and return it in the dtype of ``x``."""
+    return F.linear(x.float(), dequantized_weight(weight8, weight_scale)).to(x.dtype)
+
+
+@script(DOMAIN, default_opset=op)
+def WeightOnlyLinear(x, weight8, weight_scale):  # type: ignore[no-untyped-def]
+    weight = op.DequantizeLinear(weight8, op.CastLike(weight_scale, x), axis=0)
+    return op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
+
+
+@torch.library.custom_op("wanx::weight_only_linear", mutates_args=())
+def _weight_only_linear(x: Tensor, weight8: Tensor, weight_scale: Tensor) -> Tensor:
+    return weight_only_linear_reference(x, weight8, weight_scale)
+
+
+@_weight_only_linear.register_fake
+def _(x: Tensor, weight8: Tensor, weight_scale: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight8.shape[0]))
+
+
+def _outputs(x: Tensor, weight8: Tensor, weight_scale: Tensor) -> Outputs:
+    return [(x.dtype, (*x.shape[:-1], weight8.shape[0]))]
+
+
+register(torch.ops.wanx.weight_only_linear.default, WeightOnlyLinear, _outputs)
+
+
+def weight_only_linear(
+    x: Tensor, weight8: Tensor, weight_scale: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Apply the layer to ``x``; see the module's contract for shapes."""
+    if needs_gradient(x, weight_scale):
+        y = weight_only_linear_reference(x, weight8, weight_scale)
+    else:
+        y = _weight_only_linear(x, weight8, weight_scale)
+    return y if bias is None else (y + bias).to(x.dtype)
