@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,18 @@ if TYPE_CHECKING:
 
     from wanx.bundle import Bundle
     from wanx.export.components import ComponentSpec
+    from wanx.export.recipe import Recipe
     from wanx.progress import Progress
 
 Export = Callable[..., "Bundle"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Remember nothing from other runs: neither which files are sound nor what was calibrated."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -68,18 +77,19 @@ def export_quickly() -> Export:
     from wanx.export.source import open_source
     from wanx.progress import silent
 
-    traced: list[tuple[str, object, ir.Model]] = []
-    trace = exporter.trace
+    traced: list[tuple[object, ir.Model]] = []
+    trace = exporter._trace
 
     def export(
         source: Path, output: Path, *, progress: Progress = silent, **options: Any
     ) -> Bundle:
-        def trace_once(spec: ComponentSpec) -> ir.Model:
+        def trace_once(spec: ComponentSpec, recipe: Recipe | None) -> ir.Model:
             config = getattr(open_source(source).config, spec.weights)
-            found = [model for name, known, model in traced if (name, known) == (spec.name, config)]
+            key = spec.name, config, _layers_of(recipe)
+            found = [model for known, model in traced if known == key]
             if not found:
-                found = [trace(spec)]
-                traced.append((spec.name, config, *found))
+                found = [trace(spec, recipe)]
+                traced.append((key, *found))
             model = found[0].clone()
             # A clone gives names to its nodes.
             for node in model.graph:
@@ -87,10 +97,19 @@ def export_quickly() -> Export:
             return model
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(exporter, "trace", trace_once)
+            patch.setattr(exporter, "_trace", trace_once)
             return exporter.export(ExportOptions(source=source, output=output, **options), progress)
 
     return export
+
+
+def _layers_of(recipe: Recipe | None) -> object:
+    """What of a recipe shows in a graph: all but the numbers, which are in weight files."""
+    if recipe is None:
+        return None
+    static = {layer: scale is not None for layer, scale in recipe.layers.items()}
+    kind = recipe.scheme.name, recipe.options.weight_scale
+    return kind, static, recipe.embeddings, set(recipe.smooth), set(recipe.attention)
 
 
 @pytest.fixture(scope="session")

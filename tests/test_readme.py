@@ -42,7 +42,7 @@ def test_commands_and_code_run_in_order(tmp_path: Path) -> None:
     lines = [line for block in blocks("sh") for line in block.splitlines()]
     commands = [shlex.split(stand_in(line), comments=True) for line in lines]
     wanx = [words for words in commands if words and words[0] == "wanx"]
-    assert {words[1] for words in wanx} == {"run", "export", "inspect", "verify", "doctor"}
+    assert {words[1] for words in wanx} == {"run", "export", "compare", "inspect", "verify", "doctor"}
     line = '{"prompt": "a cat", "seed": 7, "output": "cat.mp4"}'
     assert line in README
     (tmp_path / "prompts.jsonl").write_text(line)
@@ -51,6 +51,7 @@ def test_commands_and_code_run_in_order(tmp_path: Path) -> None:
     assert (tmp_path / "out.mp4").stat().st_size > 0
     for name in ("cat.mp4", "cat-1.png", "cat-4.png", "videos/cat.mp4"):
         assert (tmp_path / name).stat().st_size > 0
+    assert (tmp_path / "report" / "accuracy.html").stat().st_size > 0
     (code,) = blocks("python")
     check = "\nassert video.frames.shape == (17, 64, 64, 3)\n"
     run([sys.executable, "-c", stand_in(code) + check], tmp_path)

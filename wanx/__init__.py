@@ -25,6 +25,8 @@ from wanx.progress import Progress, silent
 if TYPE_CHECKING:
     from wanx.benchmarks.comparison import Comparison
     from wanx.bundle import Bundle
+    from wanx.export.calibration_options import CalibrationOptions
+    from wanx.export.scheme import QuantizeOptions
     from wanx.runtime.pipeline import Pipeline
 
 __version__ = "0.1.0"
@@ -66,17 +68,24 @@ def export(
     precision: str = "auto",
     target: str = "cpu",
     force: bool = False,
+    gate: bool = False,
+    quantize: QuantizeOptions | None = None,
+    calibration: CalibrationOptions | None = None,
+    progress: Progress = silent,
 ) -> Bundle:
     """Export a checkpoint to a bundle; see :class:`wanx.export.options.ExportOptions`.
 
     Raises:
+        GateError: the bundle is not accurate enough, and ``gate`` was asked for.
         WanxError: the checkpoint, the options or the disk do not allow it.
     """
     from wanx.export import require_packages
 
     require_packages()
+    from wanx.export.calibration_options import CalibrationOptions
     from wanx.export.exporter import export as run_export
     from wanx.export.options import ExportOptions
+    from wanx.export.scheme import QuantizeOptions
 
     options = ExportOptions(
         source=source,
@@ -84,8 +93,11 @@ def export(
         precision=precision,
         target=target,
         force=force,
+        gate=gate,
+        quantize=quantize or QuantizeOptions(),
+        calibration=calibration or CalibrationOptions(),
     )
-    return run_export(options)
+    return run_export(options, progress)
 
 
 def compare(

@@ -91,7 +91,7 @@ def export(
     from wanx.export import require_packages
 
     require_packages()
-    from wanx.export.calibrate import CalibrationOptions
+    from wanx.export.calibration_options import CalibrationOptions
     from wanx.export.exporter import export as run_export
     from wanx.export.exporter import plan
     from wanx.export.options import ExportOptions

@@ -18,8 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from wanx.errors import CorruptInputError
+from wanx.input_file import parse_json_object
+from wanx.manifest import printable
 
 GOLDEN = "golden/dit.safetensors"
+_MAX_TEXT = 1 << 26  # numbers of one text feature; Wan2.1 has 512 x 4096
 
 Array = NDArray[Any]
 
@@ -96,12 +99,10 @@ def golden_from_tensors(tensors: dict[str, Array], run: dict[str, str]) -> Golde
     contexts = {}
     for name, value in tensors.items():
         kind, _, branch = name.partition(".")
+        if value.dtype != (np.int64 if kind == "context_shape" else np.float32):
+            raise ValueError(f"{name} is {value.dtype}")
         if kind == "context":
-            _, length, width = (int(size) for size in tensors[f"context_shape.{branch}"])
-            if not value.shape[1] <= length <= 1 << 16 or value.shape[2] != width:
-                raise ValueError(f"{name} does not fit its shape")
-            contexts[branch] = np.zeros((1, length, width), np.float32)
-            contexts[branch][:, : value.shape[1]] = value
+            contexts[branch] = _whole_context(value, tensors[f"context_shape.{branch}"].tolist())
     numbers = sorted({int(name.split(".")[1]) for name in tensors if name.startswith("step.")})
     steps = tuple(
         GoldenStep(
@@ -112,12 +113,31 @@ def golden_from_tensors(tensors: dict[str, Array], run: dict[str, str]) -> Golde
         )
         for number in numbers
     )
+    if not contexts or not steps:
+        raise ValueError("there are no steps in it")
+    for step in steps:
+        if step.timestep.shape != (1,):
+            raise ValueError(f"step {step.step} has a timestep of shape {step.timestep.shape}")
     constants = {
         name.removeprefix("constant."): value
         for name, value in tensors.items()
         if name.startswith("constant.")
     }
     return Golden(run=run, constants=constants, contexts=contexts, steps=steps)
+
+
+def _whole_context(used: Array, shape: object) -> Array:
+    """Give text features back the rows of zeros that were left out."""
+    rows, width = used.shape[1:] if used.ndim == 3 else (0, 0)
+    match shape:
+        case [1, int(length), int(last)] if (
+            len(used) == 1 and 0 < rows <= length and 0 < last == width
+            and length * width <= _MAX_TEXT
+        ):  # fmt: skip
+            whole = np.zeros((1, length, width), np.float32)
+            whole[:, :rows] = used
+            return whole
+    raise ValueError(f"text features {used.shape} do not fit into {shape}")
 
 
 def write_golden(golden: Golden, path: Path) -> None:
@@ -135,9 +155,9 @@ def read_golden(path: Path) -> Golden:
     try:
         with safe_open(path, framework="numpy") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            run = json.loads((file.metadata() or {})["run"])
-        return golden_from_tensors(tensors, {str(key): str(run[key]) for key in run})
+            run = parse_json_object((file.metadata() or {})["run"].encode(), path)
+        return golden_from_tensors(tensors, {key: str(value) for key, value in run.items()})
     except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
         raise CorruptInputError(
-            f"{path} holds no golden steps ({error}); export the bundle again"
+            f"{path} holds no golden steps ({printable(error)[:240]}); export the bundle again"
         ) from None

@@ -92,7 +92,8 @@ def print_estimate(resolved: ResolvedExport, needs: Estimate) -> None:
     OUT.print(table)
     OUT.print(
         f"bundle {size(needs.bundle_bytes)}, peak memory about {size(needs.peak_memory_bytes)}, "
-        f"time about {duration(needs.seconds)}"
+        f"time about {duration(needs.seconds)}, of which calibration "
+        f"{duration(needs.calibration_seconds)}"
     )
 
 

@@ -5,16 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from wanx.bundle import Bundle
 from wanx.config import PRESETS
+from wanx.export.calibration_options import CalibrationOptions
 from wanx.export.components import expected_tensors
 from wanx.export.estimate import estimate
 from wanx.export.exporter import plan
 from wanx.export.options import ExportOptions, resolve
+from wanx.export.recipe import Recipe, dit_candidates, smoothing_of, text_recipe
+from wanx.export.scheme import SCHEMES, QuantizeOptions
+from wanx.export.weights import write_weights
 from wanx.models.checkpoint import Checkpoint
 from wanx.models.tensor_source import SafetensorsTensor
 from wanx.models.weights import ComponentWeights
@@ -139,3 +145,71 @@ def test_sizes_of_real_exports(
         tensors = load_file(bundle.root / "weights" / f"{group}.safetensors")
         assert size == sum(tensor.nbytes for tensor in tensors.values())
     assert bundle.size_bytes <= needs.bundle_bytes
+
+
+@pytest.mark.parametrize(
+    ("precision", "options"),
+    [
+        ("int8", {}),
+        ("int8", {"smooth": 0.5, "keep_high": ("blocks.0.*", "*.ffn.2")}),
+        ("fp8", {}),
+        ("fp8", {"weight_scale": "tensor"}),
+        ("fp8", {"activation_scale": "dynamic", "components": ("dit",)}),
+        ("fp8", {"components": ("text_encoder",)}),
+    ],
+)
+def test_sizes_of_8_bit_weights(precision: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """Where no layer falls back, which nobody knows before it is measured."""
+    quantize = QuantizeOptions(**options)
+    resolved, needs = plan(ExportOptions(source="tiny", precision=precision, quantize=quantize))
+    config = resolved.checkpoint.config
+    wanted, _ = dit_candidates(config.dit, quantize)
+    scale = None if quantize.activation_scale == "dynamic" else 0.1
+    vectors = {v for name in wanted if quantize.smooth and (v := smoothing_of(name))}
+    recipes = {
+        "dit": Recipe(
+            scheme=SCHEMES[precision],
+            options=quantize,
+            layers=dict.fromkeys(wanted, scale),
+            smooth={vector: torch.ones(config.dit.dim) for vector in vectors},
+        ),
+        "text_encoder": text_recipe(config.text_encoder),
+    }
+    for group, size in needs.weight_bytes.items():
+        recipe = recipes.get(group) if group in quantize.components else None
+        folder = tmp_path / group
+        folder.mkdir()
+        write_weights(resolved, group, folder, lambda portion: None, recipe)
+        files = [load_file(file) for file in folder.iterdir()]
+        written = sum(tensor.nbytes for tensors in files for tensor in tensors.values())
+        assert size == pytest.approx(written, rel=0.01)
+        source = resolved.checkpoint.components[group].nbytes
+        assert (size < 0.6 * source) == (recipe is not None)
+
+
+@pytest.mark.parametrize(
+    ("precision", "golden_steps", "forwards"),
+    [("int8", 3, 2 * 5), ("fp8", 0, 2 * 5), ("bf16", 3, 3), ("bf16", 0, 0)],
+)
+def test_time_of_calibration(
+    precision: str, golden_steps: int, forwards: int, tmp_path: Path
+) -> None:
+    """A trajectory of 21·30·52 tokens, both branches, or the golden steps of one."""
+    checkpoint = full_size_checkpoint("t2v-14B", "BF16")
+
+    def seconds(**options: Any) -> tuple[float, float]:
+        calibration = CalibrationOptions(
+            prompts=2, steps=5, width=832, height=480, frames=81, **options
+        )
+        asked = ExportOptions(
+            source="x", output=tmp_path, precision=precision, calibration=calibration
+        )
+        needs = estimate(resolve(asked, checkpoint))
+        return needs.calibration_seconds, needs.seconds
+
+    calibrating, whole = seconds(golden_steps=golden_steps)
+    operations = 2 * DIT_SIZES["t2v-14B"][0] * 1e6 * 21 * 30 * 52 * 2 * forwards
+    assert calibrating == pytest.approx(operations / 150e9, rel=1e-6)
+    assert calibrating <= whole
+    less, less_whole = seconds(golden_steps=min(golden_steps, 1))
+    assert whole - less_whole == pytest.approx(calibrating - less)

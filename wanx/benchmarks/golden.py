@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from wanx.benchmarks.comparison import Agreement, Gates, agreement, worst
 from wanx.bundle import Bundle
-from wanx.errors import GateError
+from wanx.errors import CorruptInputError, GateError
 from wanx.golden import GOLDEN, read_golden
 from wanx.progress import Progress, silent
 from wanx.runtime.sessions import open_session
@@ -28,10 +28,17 @@ def check_golden(
     with open_session(bundle, "dit", threads=threads) as session:
         for done, (step, branch, feeds) in enumerate(samples, 1):
             velocity = session.run(feeds)["velocity"]
+            expected = step.velocities[branch]
+            if velocity.shape != expected.shape:
+                raise CorruptInputError(
+                    f"{bundle.root / GOLDEN}: step {step.step} expects a velocity "
+                    f"{expected.shape} where the graph answers {velocity.shape}; export the "
+                    "bundle again"
+                )
             found.append(
                 agreement(
                     velocity,
-                    step.velocities[branch],
+                    expected,
                     component="dit",
                     branch=branch,
                     step=step.step,

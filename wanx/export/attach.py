@@ -7,6 +7,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from wanx.errors import WanxError
+from wanx.models.weights import some_of
 from wanx.safetensors_file import TensorRef
 
 IR_TYPES = {
@@ -27,11 +29,18 @@ def attach(model: ir.Model, tensors: Mapping[str, TensorRef], root: Path) -> dic
 
     Returns:
         How many tensors of each stored type the graph reads.
+
+    Raises:
+        WanxError: the files lack a tensor.
     """
     counts: dict[str, int] = {}
-    for name, value in list(model.graph.initializers.items()):
-        if value.const_value is not None:
-            continue
+    open_ends = {n: v for n, v in model.graph.initializers.items() if v.const_value is None}
+    if missing := [name for name in open_ends if name not in tensors]:
+        raise WanxError(
+            f"{model.graph.name} reads {len(missing)} tensors that were not written: "
+            f"{some_of(missing)}; this is a fault of wanx, please report it"
+        )
+    for name, value in open_ends.items():
         ref = tensors[name]
         stored = IR_TYPES[ref.dtype]
         wanted, shape = value.dtype, value.shape

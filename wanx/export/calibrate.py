@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -17,9 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from wanx.bundle import Bundle
-from wanx.config import ModelConfig
-from wanx.errors import UsageError
-from wanx.export.calibration_set import calibration_set
+from wanx.export.calibration_options import CalibrationOptions, golden_only, planned_runs
 from wanx.export.calibration_state import Calibration, state_path
 from wanx.export.observe import Observers
 from wanx.export.stream import StreamedDiT
@@ -29,59 +26,12 @@ from wanx.progress import Progress, silent
 from wanx.runtime.conditioning import condition
 from wanx.runtime.denoise import Trajectory
 from wanx.runtime.guidance import Branch, branches
-from wanx.runtime.inputs import Inputs, read_inputs
-from wanx.runtime.options import ResolvedRun, RunOptions, resolve
+from wanx.runtime.inputs import Inputs
+from wanx.runtime.options import ResolvedRun
 from wanx.runtime.sessions import open_session
-from wanx.runtime.sizes import latent_shape, size_for_image
 from wanx.runtime.text import PromptTokenizer, encode_prompts
 
-_FRAMES = 17  # of a clip whose length nobody chose
-_GOLDEN_TOKENS = 320  # where nothing but golden steps is recorded
-
 Float32 = NDArray[np.float32]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrationOptions:
-    """What calibration runs.
-
-    Attributes:
-        file: JSON Lines of prompts, with the images that the task takes; None is the shipped set.
-        prompts: how many of them, from the first.
-        steps: denoising steps of each trajectory.
-        width: pixels; None takes the model's own size where it has at most ``max_tokens``, and
-            otherwise a small one of the same shape.
-        height: pixels, likewise.
-        frames: a multiple of 4, plus 1, likewise.
-        max_tokens: see ``width``.
-        golden_steps: steps of the first trajectory that the bundle keeps, spread from the first
-            to the last; 0 keeps none.
-        fresh: start anew even if there is a saved calibration.
-    """
-
-    file: Path | None = None
-    prompts: int = 4
-    steps: int = 6
-    width: int | None = None
-    height: int | None = None
-    frames: int | None = None
-    max_tokens: int = 1280
-    golden_steps: int = 3
-    fresh: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse numbers that no calibration has.
-
-        Raises:
-            UsageError: a number is out of range.
-        """
-        for flag, value, least, most in (
-            ("--calibration-prompts", self.prompts, 1, 10_000),
-            ("--calibration-steps", self.steps, 1, 1000),
-            ("--golden-steps", self.golden_steps, 0, 100),
-        ):
-            if not least <= value <= most:
-                raise UsageError(f"{flag} is {value}; choose {least} to {most}")
 
 
 def calibrate(
@@ -107,9 +57,9 @@ def calibrate(
         WanxError: an activation is not finite; the message names the layer.
     """
     config, watched = checkpoint.config, sorted(points)
-    runs = _resolved(options, config)
+    runs = planned_runs(options, config)
     asked = (*watched, options.golden_steps)
-    path = state_path(checkpoint, bundle, [run for run, _ in runs], asked) if watched else None
+    path = state_path(checkpoint, bundle, runs, asked) if watched else None
     trajectories = _trajectories(runs, bundle)
     if path is not None and options.fresh:
         path.unlink(missing_ok=True)
@@ -154,10 +104,7 @@ def record_golden(
     Raises:
         UsageError, WanxError: as :func:`calibrate`.
     """
-    short = replace(
-        options, prompts=1, steps=options.golden_steps, max_tokens=_GOLDEN_TOKENS
-    )  # fmt: skip
-    golden = calibrate(checkpoint, bundle, short, (), progress).golden
+    golden = calibrate(checkpoint, bundle, golden_only(options), (), progress).golden
     assert golden is not None, "golden_steps is 0"
     return golden
 
@@ -237,37 +184,6 @@ def _with_step(
         constants=trajectory.constants,
         contexts={branch: value["context"] for branch, value in feeds.items()},
         steps=(step,),
-    )
-
-
-def _resolved(options: CalibrationOptions, config: ModelConfig) -> list[tuple[ResolvedRun, Inputs]]:
-    runs = []
-    for asked in calibration_set(options.file, config, limit=options.prompts):
-        sized = _sized(asked, options, config)
-        inputs = read_inputs(sized, config.task)
-        runs.append((resolve(sized, config, inputs), inputs))
-    return runs
-
-
-def _sized(run: RunOptions, options: CalibrationOptions, config: ModelConfig) -> RunOptions:
-    """The size that the options ask for, else the run itself, else one that costs little."""
-    defaults = config.defaults
-    width, height, frames = defaults.width, defaults.height, defaults.frames
-    _, times, rows, columns = latent_shape(width, height, frames, config.vae)
-    patch_time, patch_height, patch_width = config.dit.patch_size
-    patch = patch_height * patch_width
-    if times // patch_time * rows * columns // patch > options.max_tokens:
-        frames = min(frames, _FRAMES)
-        times = (frames - 1) // config.vae.temporal_stride + 1
-        cells = options.max_tokens / (times // patch_time) * patch
-        area = cells * config.vae.spatial_stride**2
-        width, height = size_for_image(height, width, area, config)
-    return replace(
-        run,
-        width=options.width or run.width or width,
-        height=options.height or run.height or height,
-        frames=options.frames or run.frames or frames,
-        steps=options.steps,
     )
 
 

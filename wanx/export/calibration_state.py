@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+import wanx
 from wanx.bundle import Bundle
 from wanx.errors import WanxError
 from wanx.export.observe import Observers
@@ -25,6 +27,7 @@ from wanx.export.recipe import Recipe
 from wanx.export.scheme import QuantizeOptions, Scheme
 from wanx.golden import Golden, golden_from_tensors, golden_tensors
 from wanx.models.checkpoint import Checkpoint
+from wanx.runtime.inputs import Inputs
 from wanx.runtime.options import ResolvedRun
 
 Float32 = NDArray[np.float32]
@@ -47,7 +50,10 @@ class Calibration:
     path: Path | None = None
 
     def save(self) -> None:
-        """Write everything to ``path`` in one step, so that a kill leaves it whole."""
+        """Write everything to ``path`` in one step, so that a kill leaves it whole.
+
+        Where the folder cannot be written, nothing is kept and nothing fails.
+        """
         if self.path is None:
             return
         tensors = {f"observed.{name}": t for name, t in self.observers.state().items()}
@@ -87,19 +93,34 @@ class Calibration:
 
 
 def _save(tensors: dict[str, Tensor], facts: object, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(facts)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        save_file(tensors, partial, metadata={"facts": json.dumps(facts)})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with suppress(OSError, SafetensorError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            digest = _digest(tensors, text)
+            save_file(tensors, partial, metadata={"facts": text, "sha256": digest})
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], Any]:
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors, json.loads((file.metadata() or {})["facts"])
+        metadata = file.metadata() or {}
+    # After a power failure, a file of the right size can hold zeros.
+    if metadata["sha256"] != _digest(tensors, metadata["facts"]):
+        raise ValueError(f"{path} is damaged")
+    return tensors, json.loads(metadata["facts"])
+
+
+def _digest(tensors: dict[str, Tensor], facts: str) -> str:
+    digest = hashlib.sha256(facts.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -111,30 +132,42 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def state_path(
-    checkpoint: Checkpoint, bundle: Bundle, runs: Sequence[ResolvedRun], asked: Iterable[object]
+    checkpoint: Checkpoint,
+    bundle: Bundle,
+    runs: Sequence[tuple[ResolvedRun, Inputs]],
+    asked: Iterable[object],
 ) -> Path | None:
     """Where the calibration of these weights on these runs is kept, in the user's cache folder.
 
     Args:
         checkpoint: its denoiser's files count by name, size and time of change.
-        bundle: its text encoder counts by its hashes.
-        runs: what is run.
+        bundle: the weights of its other components count by their hashes.
+        runs: what is run; images count by their pixels, videos as files do.
         asked: whatever else changes what is seen.
 
     Returns:
         None where there is no cache folder.
     """
-    weights = bundle.manifest.components["text_encoder"].weights
+    manifest = bundle.manifest
+    others = {n: c.weights for n, c in manifest.components.items() if n != "dit"}
     facts = {
+        "wanx": wanx.__version__,
         "weights": [_identity(file) for file in checkpoint.components["dit"].files],
-        "text_encoder": [bundle.manifest.files[name].sha256 for name in weights],
-        "runs": [asdict(run) for run in runs],
+        "others": {n: [manifest.files[w].sha256 for w in files] for n, files in others.items()},
+        "runs": [[asdict(run), *_pictures(inputs)] for run, inputs in runs],
         "asked": [str(item) for item in asked],
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     cache = platformdirs.user_cache_path("wanx", appauthor=False)
     # Without a home folder the path stays relative, "~/.cache": it would land in the cwd.
     return cache / "calibration" / f"{key[:32]}.safetensors" if cache.is_absolute() else None
+
+
+def _pictures(inputs: Inputs) -> Iterator[object]:
+    for image in (inputs.image, inputs.last_image, *inputs.references):
+        yield None if image is None else [image.shape, hashlib.sha256(image.tobytes()).hexdigest()]
+    for video in (inputs.video, inputs.mask):
+        yield None if video is None else _identity(video.path)
 
 
 def _identity(file: Path) -> list[str | int]:

@@ -7,7 +7,8 @@ import json
 from dataclasses import asdict, replace
 
 from wanx.bundle import Bundle
-from wanx.export.calibrate import CalibrationOptions, calibrate
+from wanx.export.calibrate import calibrate
+from wanx.export.calibration_options import CalibrationOptions
 from wanx.export.calibration_state import load_recipe, save_recipe
 from wanx.export.recipe import Recipe, dit_candidates, shared_input
 from wanx.export.scheme import QuantizeOptions, Scheme

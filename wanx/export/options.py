@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from wanx.config import Task
+from wanx.config import ModelConfig, Task
 from wanx.errors import UsageError
-from wanx.export.calibrate import CalibrationOptions
+from wanx.export.calibration_options import CalibrationOptions, golden_only, planned_runs
 from wanx.export.recipe import dit_candidates, require_matches, text_recipe
 from wanx.export.scheme import SCHEMES, QuantizeOptions, Scheme
 from wanx.models.checkpoint import Checkpoint
+from wanx.runtime.options import ResolvedRun
 
 Precision = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
 STORED_TYPES: dict[str, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
@@ -85,6 +86,7 @@ class ResolvedExport:
         scheme: number format of 8-bit layers; None where there are none.
         options: as the user gave them.
         eight_bit: per group, the tensors that the scheme would store in 8 bits.
+        runs: trajectories that are watched to calibrate, or that golden steps are recorded from.
     """
 
     checkpoint: Checkpoint
@@ -94,6 +96,7 @@ class ResolvedExport:
     scheme: Scheme | None
     options: ExportOptions
     eight_bit: dict[str, frozenset[str]]
+    runs: tuple[ResolvedRun, ...]
 
     def stored_type(self, group: str, dtype: str) -> str:
         """Type in which a tensor of type ``dtype`` of a group of weights is written."""
@@ -102,21 +105,23 @@ class ResolvedExport:
     def weight_bytes(self, group: str) -> int:
         """Size of a group of weights in the bundle."""
         eight_bit = self.eight_bit.get(group, frozenset())
+        per_tensor = group == "dit" and self.options.quantize.weight_scale == "tensor"
         total = 0
         for name, tensor in self.checkpoint.components[group].tensors.items():
             count = tensor.nbytes // WIDTH[tensor.dtype]
             if name in eight_bit:
-                total += count + 4 * tensor.shape[0]  # a scale for each row
+                total += count + 4 * (1 if per_tensor else tensor.shape[0])  # and scales
             else:
                 total += count * WIDTH[self.stored_type(group, tensor.dtype)]
         return total
 
 
 def resolve(options: ExportOptions, checkpoint: Checkpoint) -> ResolvedExport:
-    """Decide what ``auto`` stands for, and which tensors can be 8-bit.
+    """Decide what ``auto`` stands for, which tensors can be 8-bit, and what calibrates.
 
     Raises:
         UsageError: a pattern of ``--keep-high`` matches no layer, or all of them.
+        WanxError: as :func:`~wanx.export.calibration_options.planned_runs`.
     """
     scheme = SCHEMES.get(options.precision)
     if scheme is not None:
@@ -132,6 +137,7 @@ def resolve(options: ExportOptions, checkpoint: Checkpoint) -> ResolvedExport:
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
         most = max(sizes, key=lambda dtype: sizes[dtype])
         precision = next(name for name, dtype in STORED_TYPES.items() if dtype == most)
+    eight_bit = {} if scheme is None else _eight_bit(checkpoint, options.quantize)
     return ResolvedExport(
         checkpoint=checkpoint,
         output=options.output or Path(f"{checkpoint.config.name}-{precision}"),
@@ -139,8 +145,19 @@ def resolve(options: ExportOptions, checkpoint: Checkpoint) -> ResolvedExport:
         storage={"dit": stored, "text_encoder": stored, "vae": None, "image_encoder": None},
         scheme=scheme,
         options=options,
-        eight_bit={} if scheme is None else _eight_bit(checkpoint, options.quantize),
+        eight_bit=eight_bit,
+        runs=_runs(options.calibration, checkpoint.config, calibrates="dit" in eight_bit),
     )
+
+
+def _runs(
+    options: CalibrationOptions, config: ModelConfig, *, calibrates: bool
+) -> tuple[ResolvedRun, ...]:
+    if not calibrates:
+        if not options.golden_steps:
+            return ()
+        options = golden_only(options)
+    return tuple(run for run, _ in planned_runs(options, config))
 
 
 def _eight_bit(checkpoint: Checkpoint, options: QuantizeOptions) -> dict[str, frozenset[str]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wanx.errors import CorruptInputError
-from wanx.export.recipe import Recipe, shared_input, smoothing_of
+from wanx.export.recipe import SHARED_INPUTS, Recipe, shared_input, smoothing_of
 from wanx.export.scheme import Scheme
 from wanx.models.floats import Chunk
 from wanx.models.tensor_source import TensorSource
@@ -141,7 +141,8 @@ def scale_tensors(tensors: Mapping[str, TensorSource], recipe: Recipe) -> dict[s
         if isinstance(source, QuantizedTensor)
     }
     shared = set()
-    for name, scale in recipe.layers.items():
+    for name in sorted(recipe.layers, key=_place_among_readers):
+        scale = recipe.layers[name]
         if scale is not None and shared_input(name) not in shared:
             shared.add(shared_input(name))
             found[f"{name}.input_scale"] = torch.tensor(scale)
@@ -149,3 +150,12 @@ def scale_tensors(tensors: Mapping[str, TensorSource], recipe: Recipe) -> dict[s
         for letter, scale in zip("qkv", scales, strict=True):
             found[f"{name}.{letter}_scale"] = torch.tensor(scale)
     return found | dict(recipe.smooth)
+
+
+def _place_among_readers(layer: str) -> int:
+    """Number of a layer among those that read its input: the first one names their scale."""
+    for group in SHARED_INPUTS:
+        for place, member in enumerate(group):
+            if layer.endswith(f".{member}"):
+                return place
+    return 0

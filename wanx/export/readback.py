@@ -1,29 +1,24 @@
-"""What was really built: 8-bit layers are read back from the graph and from the weight files.
+"""What was really built: 8-bit layers are read back from the graph.
 
 Nothing here trusts the code that quantised. A layer counts as 8-bit when its MatMul multiplies
-8-bit operands, whatever it is called, and a stored weight is right when every number is the 8-bit
-one nearest to its original.
+8-bit operands, whatever it is called.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import torch
 from onnx_ir.passes.common import InlinePass
-from torch import Tensor
 
 from wanx.errors import WanxError
-from wanx.export.quantize import FLOATS, QuantizedTensor
 from wanx.export.recipe import Recipe
 from wanx.export.scheme import WEIGHT_ONLY
-from wanx.models.tensor_source import SafetensorsTensor, TensorSource
 from wanx.models.weights import some_of
-from wanx.safetensors_file import TensorRef
 
 _EIGHT_BITS = {ir.DataType.INT8: "int8", ir.DataType.FLOAT8E4M3FN: "fp8"}
 # What the other operand's type may be: int8 can come shifted by 128.
@@ -31,9 +26,26 @@ _PARTNERS = {
     ir.DataType.INT8: (ir.DataType.INT8, ir.DataType.UINT8),
     ir.DataType.FLOAT8E4M3FN: (ir.DataType.FLOAT8E4M3FN,),
 }
+_ATTENTION = "fp8 attention"
 _PASSED = ("Cast", "CastLike", "Transpose", "Identity", "Reshape")
-_SPOT_BYTES = 1 << 20
-_SLACK = 1e-3  # of a step, for the rounding of scales and products in fp32
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layer:
+    """How a graph computes one layer that has an 8-bit weight, or one 8-bit attention.
+
+    Attributes:
+        kind: as :func:`eight_bit_layers` says it.
+        weight_scale: name of the tensor that its weight is multiplied by.
+        input_scales: fixed scales of its inputs; an attention has those of q, k and v.
+    """
+
+    kind: str
+    weight_scale: str | None = None
+    input_scales: tuple[float, ...] = ()
+
+
+_HIGH = _Layer(kind="not 8-bit")
 
 
 def eight_bit_layers(graph: Path, root: Path) -> dict[str, str]:
@@ -46,69 +58,124 @@ def eight_bit_layers(graph: Path, root: Path) -> dict[str, str]:
     Returns:
         By tensor name: ``int8`` or ``fp8`` where the other operand has the same 8 bits with a
         fixed scale, ``fp8 dynamic`` where its scale is found while running, ``int8-weight`` where
-        it is not quantised or the weight is a table.
+        it is not quantised or the weight is a table. By module name: ``fp8 attention``.
     """
-    return {name: kind for name, kind, _ in _layers(graph, root)}
+    return {name: layer.kind for name, layer in _layers(graph, root).items()}
 
 
-def _layers(graph: Path, root: Path) -> Iterator[tuple[str, str, float | None]]:
-    """Yield weight, kind and static input scale of every layer with an 8-bit weight."""
+def _layers(graph: Path, root: Path) -> dict[str, _Layer]:
     model = ir.load(graph)
     model = InlinePass()(model).model
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value.base_dir = root
+    found: dict[str, _Layer] = {}
+    attentions: dict[str, dict[str, float]] = {}
     for node in model.graph.all_nodes():
         if node.op_type == "Gather":
-            weight = _weight(node.inputs[0])
+            weight, _ = _weight(node.inputs[0])
             if weight is not None:
-                yield weight.name or "", WEIGHT_ONLY, None
+                found[_name(weight)] = _Layer(kind=WEIGHT_ONLY, weight_scale=_scale_of_rows(node))
         elif node.op_type == "MatMulIntegerToFloat":
-            weight = _weight(node.inputs[1])
+            weight, _ = _weight(node.inputs[1])
             if weight is not None:
-                yield weight.name or "", *_kind(weight, node.inputs[0], node.inputs[2])
+                scales = _initializer(node.inputs[3]), _initializer(node.inputs[2])
+                found[_name(weight)] = _layer(weight, scales[0], node.inputs[0], scales[1])
         elif node.op_type in ("MatMul", "Gemm"):
             for index in (1, 0):
-                weight = _weight(node.inputs[index])
+                weight, scale = _weight(node.inputs[index])
                 if weight is not None:
-                    yield weight.name or "", *_kind(weight, node.inputs[1 - index])
+                    found[_name(weight)] = _layer(weight, scale, node.inputs[1 - index])
                     break
+            else:
+                _add_attention(attentions, node)
+    for name, scales_of in attentions.items():
+        ordered = tuple(scales_of.get(letter, math.nan) for letter in "qkv")
+        found[name] = _Layer(kind=_ATTENTION, input_scales=ordered)
+    return found
 
 
-def _kind(
-    weight: ir.Value, other: ir.Value | None, scale: ir.Value | None = None
-) -> tuple[str, float | None]:
-    """Say what a product multiplies; ``scale`` is that of an input that stays in 8 bits."""
+def _layer(
+    weight: ir.Value, scale: ir.Value | None, x: ir.Value | None, step: ir.Value | None = None
+) -> _Layer:
+    """Say what a product multiplies; ``step`` is the scale of an input that stays in 8 bits."""
     assert weight.dtype is not None
-    number = _EIGHT_BITS[weight.dtype]
-    step, value = _initializer(scale), other
+    kind = _EIGHT_BITS[weight.dtype]
+    scales: tuple[float, ...] = ()
+    quantised, step = _quantised(x, _PARTNERS[weight.dtype], step)
+    if not quantised:
+        kind += "-weight"
+    elif step is None:
+        kind += " dynamic"
+    else:
+        scales = (_number(step),)
+    name = None if scale is None else _name(scale)
+    return _Layer(kind=kind, weight_scale=name, input_scales=scales)
+
+
+def _add_attention(attentions: dict[str, dict[str, float]], product: ir.Node) -> None:
+    """Note the scales of a product of two quantised activations: q kᵀ, or p v.
+
+    The scale of p is a constant of the graph, and so tells the two apart.
+    """
+    fp8 = (ir.DataType.FLOAT8E4M3FN,)
+    (left, first), (right, second) = (_quantised(value, fp8) for value in product.inputs[:2])
+    if left and right and second is not None:
+        name = _name(second).rpartition(".")[0]
+        found = {"v": second} if first is None else {"q": first, "k": second}
+        attentions.setdefault(name, {}).update((key, _number(s)) for key, s in found.items())
+
+
+def _quantised(
+    value: ir.Value | None, types: tuple[ir.DataType, ...], step: ir.Value | None = None
+) -> tuple[bool, ir.Value | None]:
+    """Whether an operand was quantised to one of ``types``, and its scale if that is fixed."""
     while value is not None and (node := value.producer()) is not None:
         if node.op_type == "DequantizeLinear":
             step = _initializer(node.inputs[1])
         elif node.op_type == "QuantizeLinear":
-            if _quantized_type(node) not in _PARTNERS[weight.dtype]:
-                break
-            if step is not None and _initializer(node.inputs[1]) is step:
-                assert step.const_value is not None
-                return number, float(step.const_value.numpy())
-            return f"{number} dynamic", None
+            fixed = step is not None and _initializer(node.inputs[1]) is step
+            return _quantised_type(node) in types, step if fixed else None
         elif node.op_type not in _PASSED:
             break
         value = node.inputs[0]
-    return f"{number}-weight", None
+    return False, None
 
 
-def _quantized_type(node: ir.Node) -> ir.DataType | None:
+def _quantised_type(node: ir.Node) -> ir.DataType | None:
     if "output_dtype" in node.attributes and node.attributes["output_dtype"].as_int():
         return ir.DataType(node.attributes["output_dtype"].as_int())
     zero = node.inputs[2] if len(node.inputs) > 2 else None
     return None if zero is None else zero.dtype
 
 
-def _weight(value: ir.Value | None) -> ir.Value | None:
-    """The 8-bit initialiser that a value is made of by casts, transposes and scales."""
-    value = _initializer(value, (*_PASSED, "DequantizeLinear"))
-    return value if value is not None and value.dtype in _EIGHT_BITS else None
+def _weight(value: ir.Value | None) -> tuple[ir.Value | None, ir.Value | None]:
+    """The 8-bit initialiser that a value is made of, and the one that scales it."""
+    scale = None
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type == "DequantizeLinear":
+            scale = _initializer(node.inputs[1])
+        elif node.op_type not in _PASSED:
+            return None, None
+        value = node.inputs[0]
+    if value is None or not value.is_initializer() or value.dtype not in _EIGHT_BITS:
+        return None, None
+    return value, scale
+
+
+def _scale_of_rows(gather: ir.Node) -> str | None:
+    """Name of the tensor whose rows, looked up alike, multiply those of a table."""
+    (use, *others) = gather.outputs[0].uses()
+    while not others and use.node.op_type in _PASSED:
+        (use, *others) = use.node.outputs[0].uses()
+    if others or use.node.op_type != "Mul":
+        return None
+    factor = use.node.inputs[1 - use.idx]
+    twin = None if factor is None else factor.producer()
+    if twin is None or twin.op_type != "Gather" or twin.inputs[1] is not gather.inputs[1]:
+        return None
+    scale = _initializer(twin.inputs[0], (*_PASSED, "Unsqueeze"))
+    return None if scale is None else _name(scale)
 
 
 def _initializer(value: ir.Value | None, passed: tuple[str, ...] = _PASSED) -> ir.Value | None:
@@ -119,103 +186,60 @@ def _initializer(value: ir.Value | None, passed: tuple[str, ...] = _PASSED) -> i
     return value
 
 
+def _name(value: ir.Value) -> str:
+    return value.name or ""
+
+
+def _number(scale: ir.Value) -> float:
+    assert scale.const_value is not None
+    return float(scale.const_value.numpy())
+
+
 def require_recipe(component: str, graph: Path, root: Path, recipe: Recipe) -> dict[str, int]:
-    """Compare the 8-bit layers of a built graph with the recipe.
+    """Compare the 8-bit layers and attentions of a built graph with the recipe.
 
     Returns:
-        How many layers there are of each kind.
+        How many there are of each kind.
 
     Raises:
-        WanxError: a layer is missing, of another kind, has another scale, or is not in the recipe.
+        WanxError: one is missing, of another kind, has another scale, or is not in the recipe.
     """
-    wanted: dict[str, tuple[str, float | None]] = {}
-    dynamic = recipe.options.activation_scale == "dynamic" and recipe.scheme.name != WEIGHT_ONLY
+    kind: str = recipe.scheme.name
+    if recipe.options.activation_scale == "dynamic" and kind != WEIGHT_ONLY:
+        kind += " dynamic"
+    wanted: dict[str, _Layer] = {}
     for name in (*recipe.layers, *recipe.embeddings):
-        kind = f"{recipe.scheme.name} dynamic" if dynamic else recipe.scheme.name
-        wanted[f"{name}.weight"] = kind, recipe.layers.get(name)
-    found = {name: (kind, scale) for name, kind, scale in _layers(graph, root)}
-    wrong = []
-    for name in sorted(wanted.keys() | found.keys()):
-        want, have = wanted.get(name), found.get(name)
-        if want is None or have is None or want[0] != have[0]:
-            wrong.append(f"{name} is {_said(have)} instead of {_said(want)}")
-        elif want[1] is not None and np.float32(want[1]) != np.float32(have[1]):
-            wrong.append(f"{name} has the input scale {have[1]:.6g} instead of {want[1]:.6g}")
+        scale, weight = recipe.layers.get(name), f"{name}.weight"
+        scales = () if scale is None else (scale,)
+        wanted[weight] = _Layer(kind=kind, weight_scale=f"{weight}_scale", input_scales=scales)
+    for name, of_qkv in recipe.attention.items():
+        wanted[name] = _Layer(kind=_ATTENTION, input_scales=of_qkv)
+    found = _layers(graph, root)
+    names = sorted(wanted.keys() | found.keys())
+    wrong = [
+        f"{name} {fault}"
+        for name in names
+        if (fault := _fault(wanted.get(name, _HIGH), found.get(name, _HIGH)))
+    ]
     if wrong:
         raise WanxError(
             f"{component} was not quantised as the recipe says: {some_of(wrong)}; this is a fault "
             "of wanx, please report it"
         )
-    return dict(Counter(kind for kind, _ in found.values()))
+    return dict(Counter(layer.kind for layer in found.values()))
 
 
-def _said(layer: tuple[str, float | None] | None) -> str:
-    return "not 8-bit" if layer is None else layer[0]
+def _fault(want: _Layer, have: _Layer) -> str:
+    """Say how a layer differs from what is wanted; empty where it does not."""
+    if have.kind != want.kind:
+        return f"is {have.kind} instead of {want.kind}"
+    if have.weight_scale != want.weight_scale:
+        return f"is scaled by {have.weight_scale or 'nothing'} instead of {want.weight_scale}"
+    if _in_fp32(have) != _in_fp32(want):
+        scales = (", ".join(f"{s:.6g}" for s in it.input_scales) for it in (have, want))
+        return "has the input scale {} instead of {}".format(*scales)
+    return ""
 
 
-def require_nearest(
-    sources: Mapping[str, TensorSource], written: Mapping[str, TensorRef], recipe: Recipe
-) -> None:
-    """Check the first megabyte of every quantised weight against its original.
-
-    Every stored number times its scale must be within half a step of the original, and the largest
-    number of a row must use the format's whole range.
-
-    Args:
-        sources: of the weights, some of them quantised.
-        written: where the tensors of the bundle lie, scales among them.
-        recipe: what they were quantised by.
-
-    Raises:
-        WanxError: names the weights that are wrong.
-    """
-    wrong = []
-    for name in sorted(recipe.weights):
-        source = sources[name]
-        assert isinstance(source, QuantizedTensor)
-        original = _first_rows(source.source)
-        if source.smooth is not None:
-            original = original * source.smooth
-        stored = _stored_rows(written[name], len(original), source.scheme.dtype)
-        scale = _read(written[f"{name}_scale"], torch.float32)
-        scale = scale if scale.dim() == 0 else scale[: len(original), None]
-        if not _is_nearest(original, stored, scale, source):
-            wrong.append(name)
-    if wrong:
-        raise WanxError(
-            f"{len(wrong)} weights do not match their scales: {some_of(wrong)}; this is a fault "
-            "of wanx or of the disk, export again and report it if it stays"
-        )
-
-
-def _is_nearest(original: Tensor, stored: Tensor, scale: Tensor, source: QuantizedTensor) -> bool:
-    units = original / scale
-    if source.scheme.dtype == torch.int8:
-        half_step = torch.full_like(units, 0.5)
-    else:
-        # E4M3: three bits of mantissa, and below 2^-6 steps of 2^-9.
-        _, exponent = torch.frexp(units.abs().clamp_min(2.0**-6))
-        half_step = torch.ldexp(torch.ones(()), exponent - 5)
-    if ((stored - units).abs() > half_step * (1 + _SLACK) + _SLACK * half_step.amin()).any():
-        return False
-    largest = stored.abs().amax(dim=1)
-    if source.per_tensor:
-        return True  # the largest number may lie further on
-    zero = original.abs().amax(dim=1) < 1e-30
-    return bool(((largest >= 0.99 * source.scheme.limit) | zero).all())
-
-
-def _first_rows(source: TensorSource) -> Tensor:
-    row = source.nbytes // source.shape[0]
-    piece = next(source.iter_bytes(max(1, _SPOT_BYTES // row) * row))
-    return torch.frombuffer(piece, dtype=FLOATS[source.dtype]).view(-1, source.shape[1]).float()
-
-
-def _stored_rows(ref: TensorRef, rows: int, dtype: torch.dtype) -> Tensor:
-    piece = next(SafetensorsTensor.from_ref(ref).iter_bytes(rows * ref.shape[1]))
-    return torch.frombuffer(piece, dtype=dtype).view(rows, -1).float()
-
-
-def _read(ref: TensorRef, dtype: torch.dtype) -> Tensor:
-    data = b"".join(SafetensorsTensor.from_ref(ref).iter_bytes())
-    return torch.frombuffer(bytearray(data), dtype=dtype).view(ref.shape)
+def _in_fp32(layer: _Layer) -> list[float]:
+    return [float(np.float32(scale)) for scale in layer.input_scales]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -55,7 +56,8 @@ class QuantizeOptions:
         smooth: SmoothQuant's α, how far outliers move from activations into weights; 0 is off.
         attention: ``fp8`` quantises Q, K, V and the probabilities of self-attention too.
         layer_gate_db: a layer below this stays high; None takes the scheme's own.
-        percentile: of the magnitudes, above which activations are clipped; 100 clips none.
+        percentile: of the magnitudes, above which activations are clipped; 100 clips none. Inputs
+            that are smoothed or scaled per token are never clipped.
     """
 
     components: tuple[str, ...] = QUANTIZED
@@ -71,8 +73,10 @@ class QuantizeOptions:
         """Refuse what no scheme has.
 
         Raises:
-            UsageError: a component without 8-bit layers, or a number out of range.
+            UsageError: a component without 8-bit layers or none at all, or a number out of range.
         """
+        if not self.components:
+            raise UsageError(f"--quantize names nothing; choose {' or '.join(QUANTIZED)}")
         for name in self.components:
             if name not in QUANTIZED:
                 raise UsageError(
@@ -83,6 +87,10 @@ class QuantizeOptions:
         if not 50 <= self.percentile <= 100:
             raise UsageError(
                 f"--percentile is {self.percentile:g}; choose 50 to 100 (clip nothing)"
+            )
+        if self.layer_gate_db is not None and not math.isfinite(self.layer_gate_db):
+            raise UsageError(
+                f"--layer-gate is {self.layer_gate_db:g}; choose a finite number of dB, such as 24"
             )
         choices = {
             "weight_scale": ("channel", "tensor"),

@@ -7,6 +7,7 @@ mix.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from wanx.errors import WanxError
-from wanx.export.observe import Observers, input_scale
+from wanx.export.observe import Observer, Observers, input_scale
 from wanx.export.recipe import SMOOTHED, Recipe, shared_input, smoothing_of
 from wanx.export.scheme import QuantizeOptions, Scheme
 from wanx.export.stream import StreamedDiT
@@ -26,8 +27,9 @@ from wanx.kernels.quant_linear import quant_linear, quant_linear_rows
 from wanx.kernels.quantize import quantize, quantize_rows
 from wanx.models.quantized import quantize_weight
 
-_ROWS = 256  # of each recorded input that are compared, evenly spread
+_ROWS = 128  # of each recorded input that are compared, evenly spread
 _FP8_LIMIT = 448
+_MOST_DB = 200.0  # an exact answer has no noise
 _LEAST_WEIGHT = 1e-5  # columns below it do not pull a smoothing vector towards infinity
 
 
@@ -45,8 +47,11 @@ class _Noise:
     @property
     def sqnr_db(self) -> float:
         if self.noise == 0:
-            return 200.0
-        return max(-200.0, 10 * float(torch.tensor(self.signal / self.noise).log10()))
+            return _MOST_DB
+        if not (self.signal > 0 and math.isfinite(self.noise)):
+            return -_MOST_DB
+        ratio = 10 * (math.log10(self.signal) - math.log10(self.noise))
+        return min(_MOST_DB, max(-_MOST_DB, ratio))
 
 
 @dataclass
@@ -72,15 +77,20 @@ class _Measurement:
         }
         if self.options.smooth:
             self._smooth(linears, name)
+        seen: dict[str, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in linears}
         with ExitStack() as hooks:
             for layer, module in linears.items():
-                twin = self._twin(layer, module)
-                hooks.callback(module.register_forward_hook(self._compare(layer, twin)).remove)
+                hook = module.register_forward_hook(_keep_rows(seen[layer]))
+                hooks.callback(hook.remove)
             for layer in sorted(self.attentions & inside.keys()):
-                twin = self._attention_twin(layer, inside[layer])
-                hook = inside[layer].register_forward_hook(self._compare(layer, twin))
+                hook = inside[layer].register_forward_hook(self._attention(layer, inside[layer]))
                 hooks.callback(hook.remove)
             yield
+        # One layer at a time, so that a single 8-bit copy is in memory, and made once.
+        for layer, module in linears.items():
+            x, y = (torch.cat(rows, dim=1) for rows in zip(*seen.pop(layer), strict=True))
+            self.noise[layer] = _Noise()
+            self.noise[layer].add(y, self._eight_bit(layer, module, x))
 
     def _smooth(self, linears: Mapping[str, nn.Linear], block: str) -> None:
         """Choose the smoothing vectors of a block (Xiao et al. 2022, eq. 4)."""
@@ -92,6 +102,8 @@ class _Measurement:
             columns = [reader.weight.abs().amax(0) for reader in readers if reader is not None]
             largest = torch.stack(columns).amax(0).float()
             point = self.observers[f"{block}.{members[0]}"]
+            if not point.count:
+                input_scale(point, self.scheme.limit)  # says what is wrong
             seen = point.channel_amax.to(largest.device)
             factor = seen.clamp_min(1e-5) ** alpha / largest.clamp_min(_LEAST_WEIGHT) ** (1 - alpha)
             self.smooth[f"{block}.{vector}"] = factor.clamp(1e-4, 1e4).cpu()
@@ -99,7 +111,8 @@ class _Measurement:
     def _scale(self, layer: str) -> float | None:
         if self.options.activation_scale == "dynamic":
             return None
-        point = self.observers[shared_input(layer)]
+        point = Observer(layer)  # so that an error names this layer, not the one it shares with
+        point.merge(self.observers[shared_input(layer)])
         vector = self.smooth.get(smoothing_of(layer) or "")
         if vector is None:
             return input_scale(point, self.scheme.limit, self.options.percentile)
@@ -108,7 +121,8 @@ class _Measurement:
             return input_scale(point, self.scheme.limit)  # says what is wrong
         return float(torch.tensor(amax / self.scheme.limit))
 
-    def _twin(self, layer: str, module: nn.Linear) -> Callable[..., Tensor]:
+    def _eight_bit(self, layer: str, module: nn.Linear, x: Tensor) -> Tensor:
+        """What the layer would make of ``x`` in 8 bits."""
         vector = self.smooth.get(smoothing_of(layer) or "")
         scale = self.layers[layer] = self._scale(layer)
         weight = module.weight.float()
@@ -117,20 +131,17 @@ class _Measurement:
             weight = weight * smooth
         per_tensor = self.options.weight_scale == "tensor"
         weight8, weight_scale = quantize_weight(weight, self.scheme.dtype, per_tensor=per_tensor)
+        x = x.float() if smooth is None else x.float() / smooth
+        bias = module.bias.float()
+        if scale is None:
+            rows, row_scale = quantize_rows(x)
+            return quant_linear_rows(rows, row_scale, weight8, weight_scale, bias)
+        step = torch.tensor(scale, device=x.device)
+        x8 = quantize(x, step, self.scheme.dtype)
+        return quant_linear(x8, step, weight8, weight_scale, bias)
 
-        def twin(x: Tensor) -> Tensor:
-            x = x.float() if smooth is None else x.float() / smooth
-            bias = module.bias.float()
-            if scale is None:
-                rows, row_scale = quantize_rows(x)
-                return quant_linear_rows(rows, row_scale, weight8, weight_scale, bias)
-            step = torch.tensor(scale, device=x.device)
-            x8 = quantize(x, step, self.scheme.dtype)
-            return quant_linear(x8, step, weight8, weight_scale, bias)
-
-        return twin
-
-    def _attention_twin(self, layer: str, module: nn.Module) -> Callable[..., Tensor]:
+    def _attention(self, layer: str, module: nn.Module) -> Callable[..., None]:
+        """Make a hook that compares an attention with its 8-bit twin, given all of k and v."""
         scales = tuple(
             input_scale(self.observers[f"{layer}.{letter}"], _FP8_LIMIT, self.options.percentile)
             for letter in "qkv"
@@ -138,23 +149,31 @@ class _Measurement:
         self.attention[layer] = scales  # type: ignore[assignment]
         heads: int = module.num_heads  # type: ignore[assignment]
 
-        def twin(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            steps = [torch.tensor(scale, device=q.device) for scale in scales]
-            return quant_attention(q, k, v, *steps, num_heads=heads)
-
-        return twin
-
-    def _compare(self, layer: str, twin: Callable[..., Tensor]) -> Callable[..., None]:
         noise = self.noise[layer] = _Noise()
 
         def compare(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            length = output.shape[1]
-            rows = torch.linspace(0, length - 1, min(length, _ROWS)).round().long()
-            rows = rows.to(output.device)
-            first, *others = inputs
-            noise.add(output[:, rows], twin(first[:, rows], *others))
+            q, k, v = inputs
+            steps = [torch.tensor(scale, device=q.device) for scale in scales]
+            rows = _rows(output)
+            noise.add(output[:, rows], quant_attention(q[:, rows], k, v, *steps, num_heads=heads))
 
         return compare
+
+
+def _keep_rows(kept: list[tuple[Tensor, Tensor]]) -> Callable[..., None]:
+    """Make a hook that keeps some rows of a layer's input and output."""
+
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        rows = _rows(output)
+        kept.append((inputs[0][:, rows], output[:, rows]))
+
+    return keep
+
+
+def _rows(output: Tensor) -> Tensor:
+    length = output.shape[1]
+    rows = torch.linspace(0, length - 1, min(length, _ROWS)).round().long()
+    return rows.to(output.device)
 
 
 def decide(
@@ -207,9 +226,10 @@ def decide(
         attention={n: s for n, s in measured.attention.items() if n not in failed},
     ).without(failed)
     if not recipe.layers:
-        best = max(sqnr, key=lambda name: sqnr[name])
+        best = max(wanted, key=lambda name: sqnr[name])
         raise WanxError(
-            f"no layer reaches {gate:g} dB at {scheme.name} (best: {best} with {sqnr[best]:.1f} "
-            "dB); try --smooth 0.5, another --precision, or a lower --layer-gate"
+            f"no layer can be {scheme.name}: below {gate:g} dB, or sharing a smoothed input with "
+            f"one that is (best: {best} with {sqnr[best]:.1f} dB); try another --smooth or "
+            "--precision, or a lower --layer-gate"
         )
     return recipe

@@ -14,7 +14,7 @@ from torch import Tensor
 from wanx.checksum import sha256_file
 from wanx.export.options import WIDTH, ResolvedExport
 from wanx.export.quantize import quantize_weights, scale_tensors
-from wanx.export.readback import require_nearest
+from wanx.export.readback_weights import require_nearest
 from wanx.export.recipe import Recipe
 from wanx.hashing_file import CopiedFile
 from wanx.input_file import open_input
@@ -96,7 +96,7 @@ def write_weights(
         _write_scales(
             scale_tensors(sources, recipe), folder / f"{group}-scales.safetensors", written
         )
-        require_nearest(sources, written.tensors, recipe)
+        require_nearest(weights.tensors, written.tensors, recipe)
     return written
 
 

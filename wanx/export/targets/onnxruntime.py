@@ -7,7 +7,7 @@ The portable graph runs there as it is. Three bodies are replaced:
 - ``QuantLinear`` in int8, by the product that MLAS runs on VNNI: of unsigned activations with
   signed weights. ONNX Runtime finds it by itself only where a single layer reads the input.
 - ``WeightOnlyLinear``, which turns its activations instead of its weight: ONNX Runtime would keep a
-  turned copy of that.
+  turned copy of that, or take the layer for a ``MatMulNBits`` and round its input to 8 bits too.
 """
 
 from __future__ import annotations
