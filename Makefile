@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test accuracy lint clean
 
 # A video from the built-in tiny model: export it, then run the bundle.
 demo: $(VENV)/.installed-export
@@ -12,6 +12,10 @@ demo: $(VENV)/.installed-export
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+# Part of `test`; see tools/accuracy_envelopes.py for new envelopes.
+accuracy: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m accuracy -rP
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

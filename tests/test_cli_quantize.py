@@ -149,6 +149,10 @@ FP8 = ["--precision", "fp8"]
         ([*FP8, "--calibration-size", "60x64"], "use 48 or 64"),
         ([*FP8, "--calibration-frames", "0"], "frames must be 4n+1"),
         ([*FP8, "--golden-steps", "-1"], "--golden-steps is -1; choose 0 to 100"),
+        (
+            [*FP8, "--gate", "--golden-steps", "0"],
+            "--gate runs the golden steps, and --golden-steps 0 makes none",
+        ),
         (["--calibration-size", "60x64"], "use 48 or 64"),  # golden steps have a size as well
     ],
 )

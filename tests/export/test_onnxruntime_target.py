@@ -1,17 +1,31 @@
-"""The processor's own attention against the op's reference."""
+"""What the processor runs instead of an op, against the op's reference and the portable graph."""
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from checkpoints import TASKS
+from eightbit import SMALL, Built, build, make_recipe, random_feeds, random_weights
 from onnx import TensorProto, helper
 from peers import relative_error
 
-from wanx.export.targets.onnxruntime import specialise
+from wanx.config import DiTConfig
+from wanx.export.components import ComponentSpec, GraphInput
+from wanx.export.scheme import QuantizeOptions
+from wanx.export.targets.onnxruntime import profile_products, specialise
+from wanx.export.trace import trace
 from wanx.kernels.attention import Attention, BiasedAttention, attention_reference
+from wanx.kernels.quant_linear import QuantLinear
+from wanx.models.quantized import WeightOnlyLinear, quantize_weight
+from wanx.runtime.sessions.onnxruntime import session_options
 
 
 def build_model(heads: int, scale: float, *, biased: bool = False) -> ir.Model:
@@ -67,3 +81,146 @@ def test_a_model_without_attention_stays_as_it_is() -> None:
     before = ir.to_proto(model).SerializeToString(deterministic=True)
     assert not specialise(model)
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
+
+
+def build_linear(
+    weight: np.ndarray, x_scale: float, scales: np.ndarray, bias: np.ndarray
+) -> ir.Model:
+    """Quantise an input in a node of its own, and multiply it in a ``QuantLinear``."""
+    constants = {
+        "x_scale": np.float32(x_scale),
+        "weight": weight,
+        "weight_scale": scales,
+        "bias": bias,
+    }
+    graph = helper.make_graph(
+        [
+            helper.make_node("QuantizeLinear", ["x", "x_scale"], ["x8"], output_dtype=3),
+            helper.make_node("QuantLinear", ["x8", *constants], ["y"], domain="wanx"),
+        ],
+        "linear",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, "L", weight.shape[1]])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, "L", weight.shape[0]])],
+        [onnx.numpy_helper.from_array(np.asarray(v), name) for name, v in constants.items()],
+    )
+    model = helper.make_model(
+        graph,
+        functions=[QuantLinear.to_function_proto()],
+        opset_imports=[helper.make_opsetid("", 23), helper.make_opsetid("wanx", 1)],
+        ir_version=11,
+    )
+    return ir.from_proto(model)
+
+
+@pytest.mark.parametrize("extreme", [False, True])
+@pytest.mark.parametrize("size", [(1, 1, 1), (7, 13, 5), (19, 257, 66), (130, 1030, 33)])
+def test_specialised_int8_linear(size: tuple[int, int, int], extreme: bool, tmp_path: Path) -> None:
+    """The integer sum is exact, also where all numbers are the largest; (rows, K, N)."""
+    rows, k, n = size
+    generator = np.random.default_rng(0)
+    numbers = np.array([-127, 127]) if extreme else np.arange(-127, 128)
+    weight = generator.choice(numbers, (n, k)).astype(np.int8)
+    x8 = generator.choice([-128, 127] if extreme else np.arange(-128, 128), (1, rows, k))
+    if extreme:
+        weight[0], x8[0, 0], x8[0, -1] = 127, 127, -128
+    scales = generator.uniform(0.001, 0.1, n).astype(np.float32)
+    bias = generator.standard_normal(n, dtype=np.float32)
+    model = build_linear(weight, 0.5, scales, bias)
+    assert specialise(model)
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(),
+        session_options(tmp_path, threads=1),
+        providers=["CPUExecutionProvider"],
+    )
+    x = (0.5 * x8).astype(np.float32)
+    x[x8 == 127] = 1e9  # beyond the range of 8 bits
+    (y,) = session.run(None, {"x": x})
+    exact = (x8.astype(np.int64) @ weight.astype(np.int64).T) * (0.5 * scales.astype(np.float64))
+    np.testing.assert_allclose(y, exact + bias, rtol=1e-5, atol=1e-4)
+
+
+def optimised(graph: Path, root: Path) -> onnx.GraphProto:
+    """What ONNX Runtime makes of a graph before it runs it."""
+    options = session_options(root, threads=1)
+    options.optimized_model_filepath = str(root / "optimised.onnx")
+    onnxruntime.InferenceSession(graph.read_bytes(), options, providers=["CPUExecutionProvider"])
+    return onnx.load(root / "optimised.onnx").graph
+
+
+def build_network(folder: Path, config: DiTConfig, scheme: str, attention: str = "high") -> Built:
+    weights, feeds = random_weights(config), random_feeds(config)
+    options = QuantizeOptions(attention=attention)  # type: ignore[arg-type]
+    return build(folder, config, weights, make_recipe(config, weights, feeds, scheme, options))
+
+
+@pytest.mark.parametrize(
+    ("config", "inputs"), [(SMALL, 7), (replace(TASKS["i2v"][2], num_layers=1), 8)]
+)
+def test_an_int8_network_multiplies_integers(
+    config: DiTConfig, inputs: int, tmp_path: Path
+) -> None:
+    """Every input is rounded once for all layers that read it, and no weight is dequantised."""
+    built = build_network(tmp_path, config, "int8")
+    layers = len(built.recipe.layers)
+    assert layers == (10 if inputs == 7 else 12) * config.num_layers
+    nodes = Counter(node.op_type for node in optimised(built.engine, tmp_path).node)
+    assert nodes["MatMulIntegerToFloat"] == layers
+    # Text and images are the same in all blocks, and here have the same scales.
+    assert nodes["QuantizeLinear"] == 6 * config.num_layers + inputs - 6
+    assert nodes["DequantizeLinear"] == 0
+
+    before = sorted(path.name for path in tmp_path.iterdir())
+    products = profile_products(built.spec, built.engine, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    attentions = products.pop("MultiHeadAttention")
+    assert attentions == (2 if inputs == 7 else 3) * config.num_layers
+    assert products.pop("MatMulIntegerToFloat") == layers
+    # Outside the blocks: patches, text (2), time (2), modulation, head; and images (2).
+    assert products.keys() <= {"MatMul", "Gemm", "FusedMatMul"}
+    assert sum(products.values()) == inputs + (inputs == 8)
+
+    for length in (1, 13):
+        feeds = random_feeds(config, length)
+        portable, engine = (built.run(feeds, engine=engine) for engine in (False, True))
+        assert relative_error(engine, portable) <= 1e-5
+
+
+@pytest.mark.parametrize("attention", ["high", "fp8"])
+def test_an_fp8_network(attention: str, tmp_path: Path) -> None:
+    """The processor has no products in fp8; the numbers are those of the portable graph."""
+    config = replace(SMALL, num_layers=1)
+    built = build_network(tmp_path, config, "fp8", attention)
+    assert "MatMulIntegerToFloat" not in profile_products(built.spec, built.engine, tmp_path)
+    feeds = random_feeds(config, 45)
+    portable, engine = (built.run(feeds, engine=engine) for engine in (False, True))
+    assert relative_error(engine, portable) <= 1e-5
+
+
+@pytest.mark.parametrize("size", [(1, 24, 40), (45, 33, 7)])
+def test_a_layer_with_an_8_bit_weight_alone(size: tuple[int, int, int], tmp_path: Path) -> None:
+    """Its input is not rounded, and its weight is kept neither wide nor turned; (rows, K, N)."""
+    rows, k, n = size
+    spec = ComponentSpec(
+        name="module", weights="module", outputs=("y",), axes={"L": 24},
+        build=lambda: WeightOnlyLinear(k, n, dtype=torch.int8, bias=False),
+        inputs=(GraphInput(name="x", shape=(1, "L", k)),),
+    )  # fmt: skip
+    model = trace(spec)
+    torch.manual_seed(0)
+    weight, scale = quantize_weight(torch.randn(n, k), torch.int8)
+    for name, value in (("weight", weight), ("weight_scale", scale)):
+        initializer = model.graph.initializers[name]
+        initializer.const_value = ir.tensor(value.numpy(), name=name)
+    assert specialise(model)
+    path = tmp_path / "engine.onnx"
+    path.write_bytes(ir.to_proto(model).SerializeToString())
+    graph = optimised(path, tmp_path)
+    assert "MatMulNBits" not in {node.op_type for node in graph.node}
+    kept = {tuple(t.dims): t.data_type for t in graph.initializer if len(t.dims) == 2}
+    assert kept == {(n, k): TensorProto.INT8}
+    session = onnxruntime.InferenceSession(
+        path.read_bytes(), session_options(tmp_path, threads=1), providers=["CPUExecutionProvider"]
+    )
+    x = torch.randn(1, rows, k)
+    expected = x.double() @ (weight.double() * scale.double()[:, None]).T
+    assert relative_error(session.run(None, {"x": x.numpy()})[0], expected) <= 1e-5

@@ -5,9 +5,11 @@ from __future__ import annotations
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 from data import Scene, split_scenes
 from detector import Sighting, detect
+from safetensors.numpy import load_file
 
 import wanx
 from wanx.builtin import BUILTIN, builtin_bundle
@@ -62,7 +64,22 @@ def test_it_equals_a_fresh_export(name: str, tmp_path: Path) -> None:
     }
     if other & {"torch", "onnx", "onnx-ir", "onnxscript"}:
         pytest.skip(f"graphs were traced with other versions of {', '.join(sorted(other))}")
-    fresh = wanx.export(name, tmp_path / "fresh").manifest
-    assert fresh.files == shipped.manifest.files
+    made = wanx.export(name, tmp_path / "fresh")
+    fresh = made.manifest
+    assert fresh.files.keys() == shipped.manifest.files.keys()
+    for path, record in shipped.manifest.files.items():
+        if path.startswith("golden/"):
+            # Computed in fp32, whose last bits differ between processors.
+            require_alike(load_file(made.root / path), load_file(shipped.root / path))
+        else:
+            assert fresh.files[path] == record
     assert fresh.components == shipped.manifest.components
     assert fresh.config == shipped.manifest.config
+
+
+def require_alike(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert value.dtype == theirs[name].dtype
+        assert value.shape == theirs[name].shape
+        assert np.allclose(value, theirs[name], rtol=1e-4, atol=1e-4), name

@@ -13,7 +13,7 @@ from wanx.runtime.options import ResolvedRun, RunOptions, resolve
 from wanx.runtime.sizes import latent_shape, size_for_image
 
 _FRAMES = 17  # of a clip whose length nobody chose
-_GOLDEN_TOKENS = 320  # where nothing but golden steps is recorded
+_GOLDEN_TOKENS = 96  # where nothing but golden steps is recorded
 
 
 @dataclass(frozen=True, kw_only=True)

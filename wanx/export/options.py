@@ -65,6 +65,8 @@ class ExportOptions:
             raise UsageError(
                 f"--target {self.target} is not available; choose {', '.join(TARGETS)}"
             )
+        if self.gate and not self.calibration.golden_steps:
+            raise UsageError("--gate runs the golden steps, and --golden-steps 0 makes none")
         if self.precision in SCHEMES:
             self.quantize.check(self.precision)
         elif self.quantize != QuantizeOptions():

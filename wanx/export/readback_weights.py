@@ -44,14 +44,14 @@ def require_nearest(
     ]
     if wrong:
         raise WanxError(
-            f"{len(wrong)} weights do not match their scales: {some_of(wrong)}; this is a fault "
+            f"these weights do not match their scales: {some_of(wrong)}; this is a fault "
             "of wanx or of the disk, export again and report it if it stays"
         )
     wrong = [name for name, v in recipe.smooth.items() if not torch.equal(_read(written[name]), v)]
     if wrong:
         raise WanxError(
-            f"{len(wrong)} smoothing vectors are not those of the recipe: {some_of(wrong)}; this is "
-            "a fault of wanx or of the disk, export again and report it if it stays"
+            f"these smoothing vectors are not those of the recipe: {some_of(wrong)}; this is a "
+            "fault of wanx or of the disk, export again and report it if it stays"
         )
 
 

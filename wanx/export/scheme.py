@@ -36,7 +36,13 @@ class Scheme:
 SCHEMES = {
     "int8": Scheme(name="int8", dtype=torch.int8, stored="I8", limit=127, layer_gate_db=24),
     "fp8": Scheme(
-        name="fp8", dtype=torch.float8_e4m3fn, stored="F8_E4M3", limit=448, layer_gate_db=25
+        # E4M3 gives 28.5 dB where nothing stands out. With 25 dB the last step of the built-in
+        # model falls below a cosine of 0.99.
+        name="fp8",
+        dtype=torch.float8_e4m3fn,
+        stored="F8_E4M3",
+        limit=448,
+        layer_gate_db=27.5,
     ),
     WEIGHT_ONLY: Scheme(
         name=WEIGHT_ONLY, dtype=torch.int8, stored="I8", limit=127, layer_gate_db=0

@@ -1,0 +1,138 @@
+"""Wrong 8-bit weights planted into real exports of the built-in model; none may be published."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import faults
+import pytest
+import torch
+
+FAULTS: dict[str, faults.Case] = {
+    "weight scales of twice the size": (
+        faults.edit_scales(faults.change_every(".weight_scale", lambda scale: 2 * scale)),
+        {},
+        ("these weights do not match their scales: ", "blocks.0.ffn.0.weight", "and 50 more"),
+    ),
+    "weight scales of half the size, fp8": (
+        faults.edit_scales(faults.only("blocks.1.ffn.0.weight_scale", lambda scale: scale / 2)),
+        faults.FP8,
+        ("these weights do not match their scales: blocks.1.ffn.0.weight;",),
+    ),
+    "weight scales that are swapped": (
+        faults.edit_scales(
+            faults.swap("blocks.1.self_attn.k.weight_scale", "blocks.4.cross_attn.q.weight_scale")
+        ),
+        {},
+        (
+            "these weights do not match their scales: ",
+            "blocks.1.self_attn.k.weight",
+            "blocks.4.cross_attn.q.weight",
+        ),
+    ),
+    "weight scales that are swapped, fp8": (
+        faults.edit_scales(
+            faults.swap("blocks.1.ffn.0.weight_scale", "blocks.2.ffn.0.weight_scale")
+        ),
+        faults.FP8,
+        (
+            "these weights do not match their scales: ",
+            "blocks.1.ffn.0.weight",
+            "blocks.2.ffn.0.weight",
+        ),
+    ),
+    "weight scales one row off": (
+        faults.edit_scales(faults.change_every(".weight_scale", lambda scale: scale.roll(1))),
+        {},
+        ("these weights do not match their scales: blocks.0.cross_attn.k.weight, ", "and 50 more"),
+    ),
+    "weight scales one row off, fp8": (
+        faults.edit_scales(
+            faults.only("blocks.5.ffn.2.weight_scale", lambda scale: scale.roll(-1))
+        ),
+        faults.FP8,
+        ("these weights do not match their scales: blocks.5.ffn.2.weight;",),
+    ),
+    "weight scales that are not numbers": (
+        faults.edit_scales(
+            faults.only("blocks.1.ffn.0.weight_scale", lambda scale: scale * torch.nan)
+        ),
+        {},
+        ("these weights do not match their scales: blocks.1.ffn.0.weight;",),
+    ),
+    "one scale where there is one per row": (
+        faults.edit_scales(faults.only("blocks.1.ffn.0.weight_scale", lambda scale: scale.amax())),
+        {},
+        ("these weights do not match their scales: blocks.1.ffn.0.weight;",),
+    ),
+    "a scale per tensor that is none": (
+        faults.edit_scales(
+            faults.only("blocks.1.ffn.0.weight_scale", lambda scale: scale * torch.nan)
+        ),
+        faults.FP8_ALL,
+        ("these weights do not match their scales: blocks.1.ffn.0.weight;",),
+    ),
+    "weights that are zero": (
+        faults.edit_numbers(faults.zeros),
+        {},
+        ("these weights do not match their scales: blocks.0.cross_attn.k.weight, ", "and 50 more"),
+    ),
+    "weights that are zero, per tensor": (
+        faults.edit_numbers(faults.zeros_of_a_huge_scale),
+        faults.FP8_ALL,
+        ("these weights do not match their scales: blocks.0.cross_attn.k.weight",),
+    ),
+    "weights rounded down": (
+        faults.edit_numbers(faults.floored),
+        {},
+        ("these weights do not match their scales: blocks.0.cross_attn.k.weight, ", "and 50 more"),
+    ),
+    "weights rounded toward zero": (
+        faults.edit_numbers(faults.toward_zero),
+        {},
+        ("these weights do not match their scales: blocks.0.cross_attn.k.weight, ", "and 50 more"),
+    ),
+    "weights rounded toward zero, fp8": (
+        faults.edit_numbers(faults.toward_zero),
+        faults.FP8,
+        ("these weights do not match their scales: blocks.0.cross_attn.k.weight, ", "and 50 more"),
+    ),
+    "weights of seven bits": (
+        faults.edit_numbers(faults.half_the_range),
+        {},
+        ("these weights do not match their scales: blocks.0.cross_attn.k.weight, ", "and 50 more"),
+    ),
+    "one number two steps off": (
+        faults.edit_numbers(faults.one_wrong_number),
+        {},
+        ("these weights do not match their scales: blocks.4.ffn.0.weight;",),
+    ),
+    "one number that is none": (
+        faults.edit_numbers(faults.one_nan),
+        faults.FP8_ALL,
+        ("these weights do not match their scales: blocks.4.ffn.0.weight;",),
+    ),
+    "weights that are not smoothed": (
+        faults.unsmoothed_weights,
+        {},
+        (
+            "scales: blocks.0.ffn.0.weight, blocks.0.self_attn.k.weight",
+            "and 14 more",
+        ),
+    ),
+    "smoothing vectors that are swapped": (
+        faults.edit_scales(faults.swap("blocks.1.attn_smooth", "blocks.1.ffn_smooth")),
+        {},
+        (
+            "these smoothing vectors are not those of the recipe: ",
+            "blocks.1.attn_smooth, blocks.1.ffn_smooth",
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_stops_the_export(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults.require_refused(FAULTS[fault], tmp_path, monkeypatch)
