@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,14 @@ from wanx.bundle import Bundle
 from wanx.errors import WanxError
 from wanx.export import exporter, quantize, weights
 from wanx.export.calibration_options import CalibrationOptions
+from wanx.export.choose_recipe import choose_recipe
 from wanx.export.components import dit_spec, text_encoder_spec
 from wanx.export.options import ExportOptions
 from wanx.export.quantize import QuantizedTensor
 from wanx.export.recipe import Recipe
 from wanx.export.scheme import SCHEMES, QuantizeOptions
+from wanx.export.source import open_source
+from wanx.golden import Golden
 
 CALIBRATION = CalibrationOptions(prompts=1, steps=2, golden_steps=2, width=32, height=32, frames=5)
 BLOCKS = 6
@@ -34,14 +38,27 @@ Scales = dict[str, Tensor]
 Case = tuple[Fault, dict[str, Any], tuple[str, ...]]
 
 
+open_once = functools.cache(open_source)
+_CHOSEN: dict[object, tuple[Recipe, Golden]] = {}
+
+
+def choose_once(*args: Any) -> tuple[Recipe, Golden]:
+    _, _, scheme, options, *_ = args
+    if (scheme, options) not in _CHOSEN:
+        _CHOSEN[scheme, options] = choose_recipe(*args)
+    return _CHOSEN[scheme, options]
+
+
 def exporter_of(folder: Path, patch: pytest.MonkeyPatch) -> Export:
-    """Export text encoder and denoiser, and no VAE; what was traced or calibrated is reused."""
+    """Export text encoder and denoiser, and no VAE; what no fault concerns is done once for all."""
     patch.setattr(
         exporter,
         "component_specs",
         lambda config: [text_encoder_spec(config.text_encoder), dit_spec(config.dit)],
     )
     patch.setattr(exporter, "trace", trace_once)
+    patch.setattr(exporter, "open_source", open_once)
+    patch.setattr(exporter, "choose_recipe", choose_once)
 
     def act(precision: str = "int8", *, gate: bool = False, **asked: Any) -> Bundle:
         # A gate of 0 dB keeps all blocks alike.
@@ -125,6 +142,26 @@ def high_attention(recipe: Recipe) -> Recipe:
     return replace(recipe, attention={})
 
 
+def store_wide(patch: pytest.MonkeyPatch) -> None:
+    """Write the denoiser's weights as they are."""
+    quantised = weights.quantize_weights
+    patch.setattr(
+        weights,
+        "quantize_weights",
+        lambda source, recipe: (
+            source.tensors if source.component == "dit" else quantised(source, recipe)
+        ),
+    )
+
+
+def store_as_int8(patch: pytest.MonkeyPatch) -> None:
+    """Write numbers and scales of int8, whatever the recipe says."""
+    quantised = weights.quantize_weights
+    patch.setattr(
+        weights, "quantize_weights", lambda source, recipe: quantised(source, as_int8(recipe))
+    )
+
+
 def edit_scales(change: Callable[[Scales], None]) -> Fault:
     """Alter the scales before they are written."""
 
@@ -183,8 +220,7 @@ def edit_numbers(change: Callable[[QuantizedTensor, Tensor, Tensor], Tensor]) ->
                     numbers = change(self, units, scale)
                 else:
                     numbers = rounded(self, units, scale)
-                if whole is None or not self.scales:
-                    self.scales.append(scale)
+                self.scales.append(scale)
                 yield numbers.to(self.scheme.dtype).view(torch.uint8).numpy().data.cast("B")
 
         patch.setattr(QuantizedTensor, "iter_bytes", iter_bytes)

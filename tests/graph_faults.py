@@ -113,6 +113,29 @@ def ignore_rows(model: ir.Model) -> None:
     model.graph.remove(mul, safe=True)
 
 
+def add_rows(model: ir.Model) -> None:
+    """Add the scales of a table to its numbers."""
+    cast = reader(model, "token_embedding.weight").outputs[0].uses()[0].node
+    cast.outputs[0].uses()[0].node.op_type = "Add"
+
+
+def scale_other_rows(model: ir.Model) -> None:
+    """Multiply the numbers of a table by the scales of other rows."""
+    expanded = reader(model, "token_embedding.weight_scale")
+    gather = expanded.outputs[0].uses()[0].node
+    others = ir.node("Mod", [gather.inputs[1], gather.inputs[1]])
+    others.outputs[0].name = "others"
+    model.graph.insert_before(gather, others)
+    gather.replace_input_with(1, others.outputs[0])
+
+
+def round_to_int8(model: ir.Model) -> None:
+    """Round the input of one layer to int8, whatever its weight is."""
+    scale = initializer(model, "blocks.2.ffn.2.input_scale")
+    (node,) = {node for node, _ in scale.uses() if node.op_type == "QuantizeLinear"}
+    node.attributes["output_dtype"] = ir.AttrInt64("output_dtype", ir.DataType.INT8)
+
+
 def drop_gelu(model: ir.Model) -> None:
     for node in [node for node in model.graph if node.op_type == "Gelu"]:
         node.outputs[0].replace_all_uses_with(node.inputs[0])

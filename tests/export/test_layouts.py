@@ -211,7 +211,8 @@ def test_progress(checkpoint: Path, export_quickly: Callable[..., Bundle], tmp_p
         told.setdefault(stage, []).append((done, total, unit))
 
     bundle = export_quickly(checkpoint, tmp_path / "bundle", progress=progress)
-    assert set(told) == {"write dit", "write text_encoder", "write vae", "trace graphs"}
+    stages = {"write dit", "write text_encoder", "write vae", "trace graphs", "golden steps"}
+    assert set(told) == stages
     for stage, steps in told.items():
         assert [done for done, _, _ in steps] == sorted(done for done, _, _ in steps)
         done, total, unit = steps[-1]

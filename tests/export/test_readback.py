@@ -175,6 +175,21 @@ FAULTS: dict[str, faults.Case] = {
         {},
         ("text_encoder was", "blocks.1.ffn.fc1.weight is scaled by nothing instead of "),
     ),
+    "an input of another type": (
+        graph_faults.edit_graph(graph_faults.round_to_int8),
+        faults.FP8,
+        ("blocks.2.ffn.2.weight is fp8-weight instead of fp8;",),
+    ),
+    "a table that scales are added to": (
+        graph_faults.edit_graph(graph_faults.add_rows, "text_encoder"),
+        {},
+        ("token_embedding.weight is scaled by nothing instead of token_embedding.weight_scale",),
+    ),
+    "a table with the scales of other rows": (
+        graph_faults.edit_graph(graph_faults.scale_other_rows, "text_encoder"),
+        {},
+        ("token_embedding.weight is scaled by nothing instead of token_embedding.weight_scale",),
+    ),
     "a table without scales": (
         graph_faults.edit_graph(graph_faults.ignore_rows, "text_encoder"),
         {},

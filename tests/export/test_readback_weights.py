@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import faults
 import pytest
 import torch
+from safetensors.torch import save_file
+
+from wanx.export.recipe import Recipe
+from wanx.export.scheme import SCHEMES, QuantizeOptions
+from wanx.export.weights import write_weights
+from wanx.models.weights import ComponentWeights, open_weights
 
 FAULTS: dict[str, faults.Case] = {
     "weight scales of twice the size": (
@@ -72,6 +80,16 @@ FAULTS: dict[str, faults.Case] = {
         faults.FP8_ALL,
         ("these weights do not match their scales: blocks.1.ffn.0.weight;",),
     ),
+    "weights that are stored wide": (
+        faults.store_wide,
+        {},
+        ("these weights do not match their scales: blocks.0.cross_attn.k.weight, ", "and 50 more"),
+    ),
+    "fp8 stored as int8": (
+        faults.store_as_int8,
+        faults.FP8,
+        ("these weights do not match their scales: blocks.0.cross_attn.k.weight, ", "and 50 more"),
+    ),
     "weights that are zero": (
         faults.edit_numbers(faults.zeros),
         {},
@@ -136,3 +154,40 @@ def test_a_fault_stops_the_export(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     faults.require_refused(FAULTS[fault], tmp_path, monkeypatch)
+
+
+LAYER = "blocks.0.ffn.2"
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (9, 7), (1500, 1001)])
+@pytest.mark.parametrize("per_tensor", [False, True])
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sound_weights_are_not_refused(
+    dtype: torch.dtype, scheme: str, per_tensor: bool, shape: tuple[int, int], tmp_path: Path
+) -> None:
+    """Rows of zeros, tiny and huge ones, and more than is looked at."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator) * torch.logspace(-37, 3, shape[0])[:, None]
+    weight[-3:-2] = 0
+    write(weight.to(dtype), scheme, per_tensor, tmp_path)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-40, 1e-31])
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_tensors_that_become_zeros(per_tensor: bool, size: float, tmp_path: Path) -> None:
+    write(torch.full((3, 5), size), "fp8", per_tensor, tmp_path)
+
+
+def write(weight: torch.Tensor, scheme: str, per_tensor: bool, folder: Path) -> None:
+    """Write a weight as an export does, which reads it back."""
+    save_file({f"{LAYER}.weight": weight}, folder / "dit.safetensors")
+    tensors, files = open_weights(folder, "dit")
+    component = ComponentWeights(component="dit", tensors=tensors, files=files)
+    resolved: Any = SimpleNamespace(
+        checkpoint=SimpleNamespace(components={"dit": component}), stored_type=lambda _, kind: kind
+    )
+    options = QuantizeOptions(weight_scale="tensor" if per_tensor else "channel")
+    recipe = Recipe(scheme=SCHEMES[scheme], options=options, layers={LAYER: 1.0})
+    (folder / "weights").mkdir()
+    write_weights(resolved, "dit", folder / "weights", lambda _: None, recipe)

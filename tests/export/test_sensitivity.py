@@ -113,9 +113,9 @@ def eight_bits(x: Tensor, scale: Tensor | float, scheme: str) -> Tensor:
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """At most 256 rows, evenly spread."""
+    """At most 128 rows, evenly spread."""
     length = x.shape[1]
-    return x[:, np.rint(np.linspace(0, length - 1, min(length, 256))).astype(int)]
+    return x[:, np.rint(np.linspace(0, length - 1, min(length, 128))).astype(int)]
 
 
 def sqnr_db(pairs: list[tuple[Tensor, Tensor]]) -> float:

@@ -69,17 +69,22 @@ def test_it_equals_a_fresh_export(name: str, tmp_path: Path) -> None:
     assert fresh.files.keys() == shipped.manifest.files.keys()
     for path, record in shipped.manifest.files.items():
         if path.startswith("golden/"):
-            # Computed in fp32, whose last bits differ between processors.
-            require_alike(load_file(made.root / path), load_file(shipped.root / path))
+            # In fp32 the last bits differ between processors. The shipped ones come from the
+            # trained weights, these from the bundle's, which may be rounded to 16 bits.
+            within = 1e-4 if shipped.manifest.precision == "fp32" else 1e-2
+            require_alike(load_file(made.root / path), load_file(shipped.root / path), within)
         else:
             assert fresh.files[path] == record
     assert fresh.components == shipped.manifest.components
     assert fresh.config == shipped.manifest.config
 
 
-def require_alike(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+def require_alike(
+    ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], within: float
+) -> None:
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         assert value.dtype == theirs[name].dtype
         assert value.shape == theirs[name].shape
-        assert np.allclose(value, theirs[name], rtol=1e-4, atol=1e-4), name
+        difference = np.linalg.norm(value.astype(np.float64) - theirs[name])
+        assert difference <= within * np.linalg.norm(theirs[name]), name

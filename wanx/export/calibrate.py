@@ -76,7 +76,8 @@ def calibrate(
         done = first.step * blocks
 
         def on_block(count: int, _: int, done: int = done) -> None:
-            progress("calibrate", done + count, first.steps * blocks, "steps")
+            stage = "calibrate" if watched else "golden steps"
+            progress(stage, done + count, first.steps * blocks, "steps")
 
         answers = _answers(dit, trajectories, watch, on_block)
         if first.step + 1 in recorded:

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import onnx_ir as ir
+import torch
 
 import wanx
 from wanx.benchmarks.comparison import Gates
@@ -202,6 +203,10 @@ class _Build:
         self, groups: list[str], recipes: Mapping[str, Recipe], stop: threading.Event
     ) -> dict[str, WrittenWeights]:
         written = {}
+        # In this thread alone. Pieces are small, and another core is tracing or hashing: threads
+        # that wait for each other took several times as long.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         for group in groups:
             total = self._resolved.weight_bytes(group)
             count = byte_counter(self._progress, f"write {group}", total)
@@ -214,6 +219,7 @@ class _Build:
             written[group] = write_weights(
                 self._resolved, group, self._folder / "weights", on_bytes, recipes.get(group)
             )
+        torch.set_num_threads(threads)
         return written
 
 

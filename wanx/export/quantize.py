@@ -18,8 +18,8 @@ from wanx.models.weights import ComponentWeights
 from wanx.safetensors_file import DTYPE_BYTES
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_PIECE = 1 << 20  # the rows worked on stay in a core's cache from the first pass to the last
-_TINY = 1e-30  # rows below it are stored as zeros, before their scale underflows
+_PIECE = 4 << 20
+TINY = 1e-30  # rows below it are stored as zeros, before their scale underflows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class QuantizedTensor(TensorSource):
         scheme: the number format.
         per_tensor: one scale for all rows.
         smooth: ``[K]`` in fp32; the weight is multiplied by it before.
-        scales: filled while the bytes go by: fp32 scales of successive rows.
+        scales: filled while the bytes go by: fp32 scales of successive rows, or of all of them.
     """
 
     source: TensorSource
@@ -66,6 +66,11 @@ class QuantizedTensor(TensorSource):
         )  # fmt: skip
 
     @property
+    def offset(self) -> int:
+        """Where the source lies in its file, for reading in the order of the disk."""
+        return getattr(self.source, "offset", 0)
+
+    @property
     def scale(self) -> Tensor:
         """The scales once all bytes went by: fp32 ``[N]``, or a scalar."""
         joined = torch.cat(self.scales)
@@ -79,9 +84,8 @@ class QuantizedTensor(TensorSource):
             whole = torch.stack([amax.amax() for _, amax in self._rows(chunk)]).amax()[None]
         for rows, amax in self._rows(chunk):
             amax = amax if whole is None else whole
-            scale = torch.where(amax < _TINY, 1.0, amax / self.scheme.limit)
-            if whole is None or not self.scales:
-                self.scales.append(scale)
+            scale = torch.where(amax < TINY, 1.0, amax / self.scheme.limit)
+            self.scales.append(scale)
             scaled = torch.mul(rows, scale.reciprocal()[:, None])  # promotes 16 bits to fp32
             if self.scheme.dtype == torch.int8:
                 scaled.round_()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wanx.errors import WanxError
-from wanx.export.quantize import FLOATS
+from wanx.export.quantize import FLOATS, TINY
 from wanx.export.recipe import Recipe, smoothing_of
 from wanx.models.tensor_source import SafetensorsTensor, TensorSource
 from wanx.models.weights import some_of
@@ -62,25 +62,25 @@ def _is_right(
     recipe: Recipe,
 ) -> bool:
     dtype, per_tensor = recipe.scheme.dtype, recipe.options.weight_scale == "tensor"
-    stored_ref = written[name]
-    if stored_ref.dtype != recipe.scheme.stored:
+    stored_ref, scale_ref = written.get(name), written.get(f"{name}_scale")
+    if stored_ref is None or scale_ref is None:
         return False
     original = _first_rows(sources[name])
     vector = smoothing_of(name.removesuffix(".weight"))
     if vector is not None and vector in recipe.smooth:
         original = original * recipe.smooth[vector]
     stored = _stored_rows(stored_ref, len(original), dtype)
-    scale = _read(written[f"{name}_scale"])
+    scale = _read(scale_ref)
     if scale.shape != (() if per_tensor else stored_ref.shape[:1]):
         return False
     units = original / (scale if per_tensor else scale[: len(original), None])
     if not ((stored - units).abs() <= _half_steps(units, dtype)).all():  # nor where one is NaN
         return False
     if per_tensor:
-        largest, zero = _largest(stored_ref, dtype), (original == 0).all()
+        largest, amax = _largest(stored_ref, dtype), original.abs().amax()
     else:
-        largest, zero = stored.abs().amax(dim=1), original.abs().amax(dim=1) < 1e-30
-    return bool(((largest >= 0.99 * recipe.scheme.limit) | zero).all())
+        largest, amax = stored.abs().amax(dim=1), original.abs().amax(dim=1)
+    return bool(((largest >= 0.99 * recipe.scheme.limit) | (amax < TINY)).all())
 
 
 def _half_steps(units: Tensor, dtype: torch.dtype) -> Tensor:

@@ -160,6 +160,7 @@ def _check_pieces(header: SafetensorsHeader, digest: hashlib._Hash) -> Iterator[
 def _rewrite(rows: list[Row], path: Path, written: WrittenWeights, on_bytes: OnBytes) -> None:
     # A tensor must start at a multiple of its width, so wider types go first; then disk order.
     rows.sort(key=lambda row: (-WIDTH[row[1]], str(row[2].file), getattr(row[2], "offset", 0)))
+    narrowest = {file: WIDTH[stored] for _, stored, source in rows for file in source.files}
     hashes: dict[Path, Future[str]] = {}
     with ThreadPoolExecutor(max_workers=1) as hasher:
         header = [(name, stored, source.shape) for name, stored, source in rows]
@@ -167,8 +168,9 @@ def _rewrite(rows: list[Row], path: Path, written: WrittenWeights, on_bytes: OnB
             with SafetensorsWriter(path, header) as writer:
                 for _, stored, source in rows:
                     for file in source.files:
-                        if file not in hashes:
-                            # Beside the conversion, while the file's pages are still in memory.
+                        # Beside the conversion, while the file's pages are still in memory: so not
+                        # before its last tensors, which are most of it where it is quantised.
+                        if file not in hashes and WIDTH[stored] == narrowest[file]:
                             hashes[file] = hasher.submit(sha256_file, file)
                     for chunk in source.iter_converted(stored):
                         writer.write(chunk)
