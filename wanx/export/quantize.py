@@ -18,7 +18,7 @@ from wanx.models.weights import ComponentWeights
 from wanx.safetensors_file import DTYPE_BYTES
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_PIECE = 4 << 20
+_PIECE = 1 << 20  # the rows worked on stay in a core's cache from the first pass to the last
 TINY = 1e-30  # rows below it are stored as zeros, before their scale underflows
 
 
