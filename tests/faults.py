@@ -29,7 +29,9 @@ from wanx.golden import Golden
 CALIBRATION = CalibrationOptions(prompts=1, steps=2, golden_steps=2, width=32, height=32, frames=5)
 BLOCKS = 6
 FP8: dict[str, Any] = {"precision": "fp8"}
-FP8_ALL: dict[str, Any] = FP8 | {"attention": "fp8", "weight_scale": "tensor"}
+FP8_ATTENTION: dict[str, Any] = FP8 | {"attention": "fp8"}
+PER_TENSOR: dict[str, Any] = FP8 | {"weight_scale": "tensor"}
+DYNAMIC: dict[str, Any] = PER_TENSOR | {"activation_scale": "dynamic"}
 
 Export = Callable[..., Bundle]
 Fault = Callable[[pytest.MonkeyPatch], None]

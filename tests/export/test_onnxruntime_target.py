@@ -12,14 +12,12 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from checkpoints import TASKS
 from eightbit import SMALL, Built, build, make_recipe, random_feeds, random_weights
 from onnx import TensorProto, helper
 from peers import relative_error
 
 from wanx.config import DiTConfig
 from wanx.export.components import ComponentSpec, GraphInput
-from wanx.export.scheme import QuantizeOptions
 from wanx.export.targets.onnxruntime import profile_products, specialise
 from wanx.export.trace import trace
 from wanx.kernels.attention import Attention, BiasedAttention, attention_reference
@@ -147,49 +145,41 @@ def optimised(graph: Path, root: Path) -> onnx.GraphProto:
     return onnx.load(root / "optimised.onnx").graph
 
 
-def build_network(folder: Path, config: DiTConfig, scheme: str, attention: str = "high") -> Built:
+def build_network(folder: Path, config: DiTConfig, scheme: str) -> Built:
     weights, feeds = random_weights(config), random_feeds(config)
-    options = QuantizeOptions(attention=attention)  # type: ignore[arg-type]
-    return build(folder, config, weights, make_recipe(config, weights, feeds, scheme, options))
+    return build(folder, config, weights, make_recipe(config, weights, feeds, scheme))
 
 
-@pytest.mark.parametrize(
-    ("config", "inputs"), [(SMALL, 7), (replace(TASKS["i2v"][2], num_layers=1), 8)]
-)
-def test_an_int8_network_multiplies_integers(
-    config: DiTConfig, inputs: int, tmp_path: Path
-) -> None:
+def test_an_int8_network_multiplies_integers(tmp_path: Path) -> None:
     """Every input is rounded once for all layers that read it, and no weight is dequantised."""
-    built = build_network(tmp_path, config, "int8")
-    layers = len(built.recipe.layers)
-    assert layers == (10 if inputs == 7 else 12) * config.num_layers
+    built = build_network(tmp_path, SMALL, "int8")
+    layers, blocks = len(built.recipe.layers), SMALL.num_layers
+    assert layers == 10 * blocks
     nodes = Counter(node.op_type for node in optimised(built.engine, tmp_path).node)
     assert nodes["MatMulIntegerToFloat"] == layers
-    # Text and images are the same in all blocks, and here have the same scales.
-    assert nodes["QuantizeLinear"] == 6 * config.num_layers + inputs - 6
+    # Six a block, and the text, which is the same for all blocks and here has one scale.
+    assert nodes["QuantizeLinear"] == 6 * blocks + 1
     assert nodes["DequantizeLinear"] == 0
 
     before = sorted(path.name for path in tmp_path.iterdir())
     products = profile_products(built.spec, built.engine, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
-    attentions = products.pop("MultiHeadAttention")
-    assert attentions == (2 if inputs == 7 else 3) * config.num_layers
+    assert products.pop("MultiHeadAttention") == 2 * blocks
     assert products.pop("MatMulIntegerToFloat") == layers
-    # Outside the blocks: patches, text (2), time (2), modulation, head; and images (2).
+    # Outside the blocks: patches, text (2), time (2), modulation, head.
     assert products.keys() <= {"MatMul", "Gemm", "FusedMatMul"}
-    assert sum(products.values()) == inputs + (inputs == 8)
+    assert sum(products.values()) == 7
 
     for length in (1, 13):
-        feeds = random_feeds(config, length)
+        feeds = random_feeds(SMALL, length)
         portable, engine = (built.run(feeds, engine=engine) for engine in (False, True))
         assert relative_error(engine, portable) <= 1e-5
 
 
-@pytest.mark.parametrize("attention", ["high", "fp8"])
-def test_an_fp8_network(attention: str, tmp_path: Path) -> None:
+def test_an_fp8_network(tmp_path: Path) -> None:
     """The processor has no products in fp8; the numbers are those of the portable graph."""
     config = replace(SMALL, num_layers=1)
-    built = build_network(tmp_path, config, "fp8", attention)
+    built = build_network(tmp_path, config, "fp8")
     assert "MatMulIntegerToFloat" not in profile_products(built.spec, built.engine, tmp_path)
     feeds = random_feeds(config, 45)
     portable, engine = (built.run(feeds, engine=engine) for engine in (False, True))

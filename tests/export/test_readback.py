@@ -55,11 +55,6 @@ FAULTS: dict[str, faults.Case] = {
         KEEP_O,
         ("dit reads tensors that were not written: ", "blocks.3.cross_attn.o.weight_scale"),
     ),
-    "a kept layer in 8 bits in the files": (
-        faults.another_recipe(faults.with_more("cross_attn.o"), graph=False),
-        KEEP_O,
-        ("blocks.5.cross_attn.o.weight is int8-weight instead of not 8-bit",),
-    ),
     "inputs that are not quantised": (
         graph_faults.weight_only,
         {},
@@ -113,7 +108,7 @@ FAULTS: dict[str, faults.Case] = {
     ),
     "static scales built as dynamic": (
         faults.another_recipe(faults.dynamic),
-        faults.FP8,
+        faults.PER_TENSOR,
         ("blocks.0.cross_attn.k.weight is fp8 dynamic instead of fp8", "and 50 more"),
     ),
     "an engine with swapped input scales": (
@@ -149,14 +144,14 @@ FAULTS: dict[str, faults.Case] = {
     ),
     "attention left high": (
         faults.another_recipe(faults.high_attention),
-        faults.FP8_ALL,
+        faults.FP8_ATTENTION,
         ("blocks.0.self_attn.attend is not 8-bit instead of fp8 attention",),
     ),
     "attention scales that are swapped": (
         faults.edit_scales(
             faults.swap("blocks.1.self_attn.attend.q_scale", "blocks.1.self_attn.attend.v_scale")
         ),
-        faults.FP8_ALL,
+        faults.FP8_ATTENTION,
         ("blocks.1.self_attn.attend has the input scale ",),
     ),
     "attention scales that are swapped in the graph": (
@@ -165,7 +160,7 @@ FAULTS: dict[str, faults.Case] = {
                 "blocks.1.self_attn.attend.q_scale", "blocks.1.self_attn.attend.k_scale"
             )
         ),
-        faults.FP8_ALL,
+        faults.FP8_ATTENTION,
         ("blocks.1.self_attn.attend has the input scale ",),
     ),
     "a text encoder without a scale": (
@@ -207,9 +202,8 @@ def test_a_fault_stops_the_export(
 
 SOUND: dict[str, tuple[dict[str, Any], str]] = {
     "int8": ({}, "int8"),
-    "fp8": (faults.FP8, "fp8"),
-    "fp8, everything": (faults.FP8_ALL, "fp8"),
-    "dynamic": (faults.FP8 | {"activation_scale": "dynamic"}, "fp8 dynamic"),
+    "fp8, attention": (faults.FP8_ATTENTION, "fp8"),
+    "dynamic": (faults.DYNAMIC, "fp8 dynamic"),
 }
 
 

@@ -77,7 +77,7 @@ FAULTS: dict[str, faults.Case] = {
         faults.edit_scales(
             faults.only("blocks.1.ffn.0.weight_scale", lambda scale: scale * torch.nan)
         ),
-        faults.FP8_ALL,
+        faults.DYNAMIC,
         ("these weights do not match their scales: blocks.1.ffn.0.weight;",),
     ),
     "weights that are stored wide": (
@@ -97,7 +97,7 @@ FAULTS: dict[str, faults.Case] = {
     ),
     "weights that are zero, per tensor": (
         faults.edit_numbers(faults.zeros_of_a_huge_scale),
-        faults.FP8_ALL,
+        faults.DYNAMIC,
         ("these weights do not match their scales: blocks.0.cross_attn.k.weight",),
     ),
     "weights rounded down": (
@@ -127,7 +127,7 @@ FAULTS: dict[str, faults.Case] = {
     ),
     "one number that is none": (
         faults.edit_numbers(faults.one_nan),
-        faults.FP8_ALL,
+        faults.DYNAMIC,
         ("these weights do not match their scales: blocks.4.ffn.0.weight;",),
     ),
     "weights that are not smoothed": (

@@ -207,19 +207,21 @@ class _Build:
         # that wait for each other took several times as long.
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        for group in groups:
-            total = self._resolved.weight_bytes(group)
-            count = byte_counter(self._progress, f"write {group}", total)
+        try:
+            for group in groups:
+                total = self._resolved.weight_bytes(group)
+                count = byte_counter(self._progress, f"write {group}", total)
 
-            def on_bytes(portion: int, count: Callable[[int], None] = count) -> None:
-                if stop.is_set():
-                    raise CancelledError("the export was stopped; nothing was left behind")
-                count(portion)
+                def on_bytes(portion: int, count: Callable[[int], None] = count) -> None:
+                    if stop.is_set():
+                        raise CancelledError("the export was stopped; nothing was left behind")
+                    count(portion)
 
-            written[group] = write_weights(
-                self._resolved, group, self._folder / "weights", on_bytes, recipes.get(group)
-            )
-        torch.set_num_threads(threads)
+                written[group] = write_weights(
+                    self._resolved, group, self._folder / "weights", on_bytes, recipes.get(group)
+                )
+        finally:
+            torch.set_num_threads(threads)
         return written
 
 
