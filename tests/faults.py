@@ -211,10 +211,10 @@ def edit_numbers(change: Callable[[QuantizedTensor, Tensor, Tensor], Tensor]) ->
 
     def plant(patch: pytest.MonkeyPatch) -> None:
         def iter_bytes(self: QuantizedTensor, chunk: int = 1 << 20) -> Iterator[memoryview]:
-            self.scales.clear()
             whole = None
             if self.per_tensor:
                 whole = torch.stack([amax.amax() for _, amax in self._rows(chunk)]).amax()[None]
+            done = 0
             for rows, amax in self._rows(chunk):
                 scale = (amax if whole is None else whole) / self.scheme.limit
                 units = rows.float() / scale[:, None]
@@ -222,7 +222,8 @@ def edit_numbers(change: Callable[[QuantizedTensor, Tensor, Tensor], Tensor]) ->
                     numbers = change(self, units, scale)
                 else:
                     numbers = rounded(self, units, scale)
-                self.scales.append(scale)
+                self.scale[... if self.per_tensor else slice(done, done + len(rows))] = scale
+                done += len(rows)
                 yield numbers.to(self.scheme.dtype).view(torch.uint8).numpy().data.cast("B")
 
         patch.setattr(QuantizedTensor, "iter_bytes", iter_bytes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,14 +31,14 @@ class QuantizedTensor(TensorSource):
         scheme: the number format.
         per_tensor: one scale for all rows.
         smooth: ``[K]`` in fp32; the weight is multiplied by it before.
-        scales: filled while the bytes go by: fp32 scales of successive rows, or of all of them.
+        scale: fp32 ``[N]``, or a scalar for all rows; filled while the bytes go by.
     """
 
     source: TensorSource
     scheme: Scheme
     per_tensor: bool = False
     smooth: Tensor | None = None
-    scales: list[Tensor] = field(default_factory=list)
+    scale: Tensor
 
     @classmethod
     def of(
@@ -63,6 +63,7 @@ class QuantizedTensor(TensorSource):
         return cls(
             name=source.name, dtype=scheme.stored, shape=source.shape, nbytes=rows * columns,
             file=source.file, source=source, scheme=scheme, per_tensor=per_tensor, smooth=smooth,
+            scale=torch.empty(() if per_tensor else rows),
         )  # fmt: skip
 
     @property
@@ -70,30 +71,30 @@ class QuantizedTensor(TensorSource):
         """Where the source lies in its file, for reading in the order of the disk."""
         return getattr(self.source, "offset", 0)
 
-    @property
-    def scale(self) -> Tensor:
-        """The scales once all bytes went by: fp32 ``[N]``, or a scalar."""
-        joined = torch.cat(self.scales)
-        return joined[0] if self.per_tensor else joined
-
     def iter_bytes(self, chunk: int = _PIECE) -> Iterator[memoryview]:
         """Yield the 8-bit numbers, in row order; each piece is overwritten by the next."""
-        self.scales.clear()
-        whole = None
         if self.per_tensor:
-            whole = torch.stack([amax.amax() for _, amax in self._rows(chunk)]).amax()[None]
-        # Written over: the kernel clears fresh memory slower than a core multiplies.
+            whole = torch.stack([amax.amax() for _, amax in self._rows(chunk)]).amax()
+            self._set_scale(self.scale, whole)
+        # Written over: the kernel clears fresh memory slower than a core multiplies. And nothing made
+        # here outlives its piece: small things left between large ones cost the heap gigabytes.
         scaled, stored = torch.empty(0), torch.empty(0, dtype=self.scheme.dtype)
+        done = 0
         for rows, amax in self._rows(chunk):
-            amax = amax if whole is None else whole
-            scale = torch.where(amax < TINY, 1.0, amax / self.scheme.limit)
-            self.scales.append(scale)
+            scale = self.scale if self.per_tensor else self.scale[done : done + len(rows)]
+            done += len(rows)
+            if not self.per_tensor:
+                self._set_scale(scale, amax)
             if scaled.shape != rows.shape:  # the first piece, and the last
                 scaled, stored = (torch.empty_like(rows, dtype=b.dtype) for b in (scaled, stored))
-            torch.mul(rows, scale.reciprocal()[:, None], out=scaled)  # promotes 16 bits to fp32
+            # Promotes 16 bits to fp32.
+            torch.mul(rows, scale.reciprocal().unsqueeze(-1), out=scaled)
             if self.scheme.dtype == torch.int8:
                 scaled.round_()
             yield stored.copy_(scaled).view(torch.uint8).numpy().data.cast("B")
+
+    def _set_scale(self, scale: Tensor, amax: Tensor) -> None:
+        scale.copy_(torch.where(amax < TINY, 1.0, amax / self.scheme.limit))
 
     def iter_converted(self, dtype: str, chunk: int = _PIECE) -> Iterator[Chunk]:
         """Yield the 8-bit numbers; ``dtype`` can be no other."""
