@@ -76,8 +76,8 @@ class QuantizedTensor(TensorSource):
         if self.per_tensor:
             whole = torch.stack([amax.amax() for _, amax in self._rows(chunk)]).amax()
             self._set_scale(self.scale, whole)
-        # Written over: the kernel clears fresh memory slower than a core multiplies. And nothing made
-        # here outlives its piece: small things left between large ones cost the heap gigabytes.
+        # Written over: the kernel clears fresh memory slower than a core multiplies. And nothing
+        # made here outlives its piece: small things left between large ones cost the heap GBs.
         scaled, stored = torch.empty(0), torch.empty(0, dtype=self.scheme.dtype)
         done = 0
         for rows, amax in self._rows(chunk):
