@@ -5,6 +5,8 @@
 It copies the checkpoint's weights beside OUTPUT, removes the copy, and exports with every input
 scale set to 1 instead of calibrated: the bundle is good for nothing but its time, its memory and
 its size. Printed as JSON, like tools/measure_export.py, with the size of a bf16 bundle beside it.
+``weights_seconds`` is the part of the export in which the denoiser's weights are read, hashed,
+quantised, written, hashed and read back; tracing every graph makes the rest.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 
 from measure_export import copy_seconds, export_seconds, weight_files
@@ -21,21 +24,34 @@ from wanx.export.calibration_options import CalibrationOptions
 from wanx.export.options import ExportOptions, resolve
 from wanx.export.recipe import Recipe, dit_candidates
 from wanx.export.source import open_source
+from wanx.export.weights import write_weights
 
 
 def export_uncalibrated(source: Path, output: Path, precision: str) -> None:
-    """Export with input scales of 1, in this process."""
+    """Export with input scales of 1, in this process; leave the weights' time beside OUTPUT."""
 
     def fixed(checkpoint, bundle, scheme, options, *_):  # type: ignore[no-untyped-def]
         layers, kept = dit_candidates(checkpoint.config.dit, options)
         return Recipe(scheme=scheme, layers=dict.fromkeys(layers, 1.0), kept=kept), None
 
-    exporter.choose_recipe = fixed
+    def timed(resolved, group, *args):  # type: ignore[no-untyped-def]
+        start = time.perf_counter()
+        written = write_weights(resolved, group, *args)
+        if group == "dit":
+            seconds_file(output).write_text(str(time.perf_counter() - start))
+        return written
+
+    exporter.choose_recipe, exporter.write_weights = fixed, timed
     options = ExportOptions(
         source=source, output=output, precision=precision, force=True,
         calibration=CalibrationOptions(golden_steps=0),
     )  # fmt: skip
     exporter.export(options)
+
+
+def seconds_file(output: Path) -> Path:
+    """Where the exporting process leaves the time of the weights."""
+    return output.with_name(output.name + ".seconds")
 
 
 def bundle_gb(source: Path, precision: str) -> float:
@@ -64,12 +80,16 @@ def main() -> None:
     exporting, peak = export_seconds(
         files, [*command, str(arguments.source), str(arguments.output)]
     )
+    weights = float(seconds_file(arguments.output).read_text())
+    seconds_file(arguments.output).unlink()
     written = sum(path.stat().st_size for path in arguments.output.rglob("*")) / 1e9
     figures = {
         "source_gb": sum(path.stat().st_size for path in files) / 1e9,
         "copy_seconds": copying,
+        "weights_seconds": weights,
+        "weights_ratio": weights / copying,
         "export_seconds": exporting,
-        "ratio": exporting / copying,
+        "export_ratio": exporting / copying,
         "peak_anonymous_gb": peak / 1e9,
         "bundle_gb": written,
         "of_the_bf16_bundle": written / bundle_gb(arguments.source, "bf16"),

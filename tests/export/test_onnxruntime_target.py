@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -214,3 +215,37 @@ def test_a_layer_with_an_8_bit_weight_alone(size: tuple[int, int, int], tmp_path
     x = torch.randn(1, rows, k)
     expected = x.double() @ (weight.double() * scale.double()[:, None]).T
     assert relative_error(session.run(None, {"x": x.numpy()})[0], expected) <= 1e-5
+
+
+def test_weights_wait_for_their_input(tmp_path: Path) -> None:
+    """A layer's weight is widened when the layer before has run, not all weights at the start."""
+    layers = 6
+    spec = ComponentSpec(
+        name="module", weights="module", outputs=("y",), axes={"L": 24},
+        build=lambda: torch.nn.Sequential(
+            *(WeightOnlyLinear(8, 8, dtype=torch.int8, bias=False) for _ in range(layers))
+        ),
+        inputs=(GraphInput(name="input", shape=(1, "L", 8)),),
+    )  # fmt: skip
+    model = trace(spec)
+    for name, initializer in model.graph.initializers.items():
+        value = np.ones(8, np.float32) if "scale" in name else np.ones((8, 8), np.int8)
+        initializer.const_value = ir.tensor(value, name=name)
+    assert specialise(model)
+    options = session_options(tmp_path, threads=1)
+    options.enable_profiling = True
+    options.profile_file_prefix = str(tmp_path / "profile")
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    session.run(None, {"input": np.ones((1, 5, 8), np.float32)})
+    events = json.loads(Path(session.end_profiling()).read_bytes())
+    steps = [
+        event["args"]["op_name"]
+        for event in events
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
+    ]
+    order = [name for name in steps if name == "DequantizeLinear" or "MatMul" in name]
+    assert len(order) == 2 * layers
+    assert all(name == "DequantizeLinear" for name in order[::2])
+    assert all("MatMul" in name for name in order[1::2])

@@ -97,13 +97,28 @@ def _unsigned(model: ir.Model, function: ir.Function) -> bool:
 
 
 def _weight_first(_: ir.Model, function: ir.Function) -> bool:
-    """Turn x Wᵀ into (W xᵀ)ᵀ."""
+    """Turn x Wᵀ into (W xᵀ)ᵀ, and let the weight wait for x.
+
+    Otherwise ONNX Runtime widens the weights of many layers before it multiplies by the first. So
+    their scale is reshaped to -1, which it is already, found as the lesser of -1 and the length of
+    x.
+    """
     (product,) = (node for node in function if node.op_type == "MatMul")
     x, turned = product.inputs
     assert turned is not None
     transpose = turned.producer()
     assert transpose is not None
     assert transpose.op_type == "Transpose"
+    widen = transpose.inputs[0].producer()
+    assert widen is not None
+    length = ir.node("Shape", [x], {"start": 1, "end": 2})
+    minus_one = ir.node("Constant", [], {"value": ir.tensor(np.array([-1]))})
+    shape = ir.node("Min", [length.outputs[0], minus_one.outputs[0]])
+    scale = ir.node("Reshape", [widen.inputs[1], shape.outputs[0]])
+    for number, node in enumerate((length, minus_one, shape, scale)):
+        node.outputs[0].name = f"waiting_{number}"
+        function.insert_before(widen, node)
+    widen.replace_input_with(1, scale.outputs[0])
     columns = ir.node("Transpose", [x], {"perm": [0, 2, 1]})
     swapped = ir.node("MatMul", [transpose.inputs[0], columns.outputs[0]])
     rows = ir.node("Transpose", [swapped.outputs[0]], {"perm": [0, 2, 1]})
