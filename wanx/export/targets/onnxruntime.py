@@ -109,7 +109,9 @@ def _weight_first(_: ir.Model, function: ir.Function) -> bool:
     transpose = turned.producer()
     assert transpose is not None
     assert transpose.op_type == "Transpose"
-    widen = transpose.inputs[0].producer()
+    weight = transpose.inputs[0]
+    assert weight is not None
+    widen = weight.producer()
     assert widen is not None
     length = ir.node("Shape", [x], {"start": 1, "end": 2})
     minus_one = ir.node("Constant", [], {"value": ir.tensor(np.array([-1]))})
@@ -120,7 +122,7 @@ def _weight_first(_: ir.Model, function: ir.Function) -> bool:
         function.insert_before(widen, node)
     widen.replace_input_with(1, scale.outputs[0])
     columns = ir.node("Transpose", [x], {"perm": [0, 2, 1]})
-    swapped = ir.node("MatMul", [transpose.inputs[0], columns.outputs[0]])
+    swapped = ir.node("MatMul", [weight, columns.outputs[0]])
     rows = ir.node("Transpose", [swapped.outputs[0]], {"perm": [0, 2, 1]})
     for number, node in enumerate((columns, swapped, rows)):
         node.outputs[0].name = f"turned_{number}"
