@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import interpreter  # noqa: F401  # before any kernel is imported
 import pytest
 
 # The heavy packages are imported where they are used: most tests need none of them.

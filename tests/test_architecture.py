@@ -46,7 +46,7 @@ INTERNAL = {
         "progress",
         "runtime",
     },
-    "kernels": {"kernels"},
+    "kernels": {"errors", "kernels"},
     "models": {"config", "errors", "input_file", "kernels", "models", "safetensors_file"},
     "runtime": {"", "bundle", "config", "errors", "input_file", "progress", "runtime"},
 }

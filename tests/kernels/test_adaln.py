@@ -4,13 +4,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from interpreter import DEVICE
 from peers import relative_error
 from torch import Tensor
 
-from wanx.kernels.adaln import AdaLN, adaln, adaln_reference
+from wanx.kernels.adaln import AdaLN, adaln, adaln_reference, launch_adaln
 
 EPS = 0.05  # large enough to be seen
 SHAPES = [(1, 1, 8), (1, 7, 72), (2, 5, 96), (1, 33, 128)]
+# Rows shorter than a warp, and such as take more warps; lengths with and without a remainder.
+KERNEL_SHAPES = [*SHAPES, (1, 5, 3), (2, 8, 300), (1, 2, 2100)]
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -77,3 +80,71 @@ def test_op(shape: tuple[int, ...], check_op: Callable[..., None]) -> None:
         lambda *tensors: adaln(*tensors, eps=EPS),
         formula,
     )
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["each", "shared"])
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", KERNEL_SHAPES)
+def test_kernel(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    shared: bool,
+    run_kernel: Callable[..., tuple[Tensor, ...]],
+    assert_rounded_once: Callable[[Tensor, Tensor], None],
+) -> None:
+    x, scale, shift = arguments(shape, dtype)
+    if shared:
+        scale, shift = scale[:1], shift[:1]
+    _, out, _ = run_kernel(launch_adaln, x, scale, shift, EPS, dtype=dtype)
+    assert out.dtype == dtype
+    assert_rounded_once(out, formula(x.double(), scale.double(), shift.double()))
+
+
+def test_kernel_takes_one_modulation_of_the_batch_and_one_of_each(
+    run_kernel: Callable[..., tuple[Tensor, ...]],
+    assert_rounded_once: Callable[[Tensor, Tensor], None],
+) -> None:
+    x, scale, shift = arguments((2, 5, 96))
+    for values in ((x, scale[:1], shift), (x, scale, shift[:1])):
+        _, out, _ = run_kernel(launch_adaln, *values, EPS, dtype=x.dtype)
+        assert_rounded_once(out, formula(*(value.double() for value in values)))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_kernel_rounds_once(
+    dtype: torch.dtype,
+    run_kernel: Callable[..., tuple[Tensor, ...]],
+    assert_rounded_once: Callable[[Tensor, Tensor], None],
+) -> None:
+    """From fp32 to the dtype of the result, as the next linear wants it."""
+    values = arguments((2, 5, 96))
+    _, out, _ = run_kernel(launch_adaln, *values, EPS, dtype=dtype)
+    assert out.dtype == dtype
+    assert_rounded_once(out, formula(*(value.double() for value in values)))
+
+
+def test_kernel_makes_a_constant_row_the_shift(
+    run_kernel: Callable[..., tuple[Tensor, ...]],
+) -> None:
+    x, scale, shift = arguments((1, 3, 48))
+    for constant in (0.0, 5.0):
+        x = torch.full_like(x, constant)
+        _, out, _ = run_kernel(launch_adaln, x, scale, shift, EPS, dtype=x.dtype)
+        torch.testing.assert_close(out, shift.expand_as(x))
+
+
+def test_kernel_keeps_nan_in_its_token(run_kernel: Callable[..., tuple[Tensor, ...]]) -> None:
+    x, scale, shift = arguments((1, 7, 72))
+    _, clean, _ = run_kernel(launch_adaln, x, scale, shift, EPS, dtype=x.dtype)
+    x[0, 2, 3] = torch.nan
+    _, out, _ = run_kernel(launch_adaln, x, scale, shift, EPS, dtype=x.dtype)
+    assert out[0, 2].isnan().all()
+    others = torch.arange(7) != 2
+    assert torch.equal(out[:, others], clean[:, others])
+
+
+def test_op_runs_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wanx.kernels.adaln.runs_reference", lambda *_: False)
+    values = [value.to(DEVICE) for value in arguments((2, 5, 96), torch.bfloat16)]
+    _, expected, _ = launch_adaln(*values, EPS, dtype=torch.bfloat16)
+    assert torch.equal(adaln(*values, eps=EPS), expected)

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from interpreter import DEVICE
 from onnx_runs import run_function, traced
 from torch import Tensor, nn
 
 from wanx.export.components import GraphInput
 from wanx.kernels.quantize import (
     QuantizeRows,
+    launch_quantize,
     quantize,
     quantize_reference,
     quantize_rows,
@@ -19,6 +22,8 @@ from wanx.kernels.registry import NODES
 
 E4M3 = torch.float8_e4m3fn
 SHAPES = [(1, 1, 8), (1, 7, 130), (2, 5, 257), (33, 3)]
+# Rows of one number, and such as take more warps.
+KERNEL_SHAPES = [*SHAPES, (4, 1), (2, 2100)]
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 SCALES = [2.0**-126, 1e-6, 0.0173, 1.0, 3e4, 1e37]
 NAN, INF = float("nan"), float("inf")
@@ -172,3 +177,131 @@ def test_rows_op() -> None:
     overload = torch.ops.wanx.quantize_rows.default
     assert overload in NODES
     torch.library.opcheck(overload, (samples((2, 5, 9)),))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("x_type", TYPES)
+@pytest.mark.parametrize("dtype", [torch.int8, E4M3])
+def test_kernel_at_any_scale(
+    dtype: torch.dtype,
+    x_type: torch.dtype,
+    scale: float,
+    run_kernel: Callable[..., tuple[Tensor, Tensor]],
+    assert_rounded_to_8bit: Callable[[Tensor, Tensor], None],
+) -> None:
+    step = torch.tensor(scale)
+    x = (samples((2, 5, 257)).double() * step.double()).to(x_type)
+    x = x.where(x.isfinite(), 0)
+    q, _ = run_kernel(launch_quantize, x, step, dtype)
+    assert q.dtype == dtype
+    assert_rounded_to_8bit(q, x.double() / step.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, E4M3])
+@pytest.mark.parametrize("shape", KERNEL_SHAPES)
+def test_kernel(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    run_kernel: Callable[..., tuple[Tensor, Tensor]],
+    assert_rounded_to_8bit: Callable[[Tensor, Tensor], None],
+) -> None:
+    x, step = samples(shape), torch.tensor([0.173])
+    q, _ = run_kernel(launch_quantize, x, step, dtype)
+    assert_rounded_to_8bit(q, x.double() / step.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, E4M3])
+def test_kernel_rounds_ties_to_the_even_code(
+    dtype: torch.dtype, run_kernel: Callable[..., tuple[Tensor, Tensor]]
+) -> None:
+    grid = codes(dtype)
+    middle = ((grid[1:] + grid[:-1]) / 2).float()
+    q, _ = run_kernel(launch_quantize, middle, torch.tensor(1.0), dtype)
+    assert_nearest(q, middle.double())
+    assert (q.view(torch.uint8) % 2 == 0).all()
+
+
+@pytest.mark.parametrize("x_type", TYPES)
+def test_kernel_saturates(
+    x_type: torch.dtype, run_kernel: Callable[..., tuple[Tensor, Tensor]]
+) -> None:
+    one = torch.tensor(1.0)
+    x = torch.tensor([127.5, 128.4, 1000.0, -128.5, -129.0, 6e4, INF, -INF]).to(x_type)
+    q, _ = run_kernel(launch_quantize, x, one, torch.int8)
+    assert q.tolist() == [127, 127, 127, -128, -128, 127, 127, -128]
+    x = torch.tensor([448.0, 464.0, 465.0, -480.0, 6e4, INF, -INF]).to(x_type)
+    q, _ = run_kernel(launch_quantize, x, one, E4M3)
+    assert q.float().tolist() == [448, 448, 448, -448, 448, 448, -448]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, E4M3])
+def test_kernel_keeps_nan_in_its_element(
+    dtype: torch.dtype, run_kernel: Callable[..., tuple[Tensor, Tensor]]
+) -> None:
+    x, step = samples((3, 10)), torch.tensor(0.5)
+    clean, _ = run_kernel(launch_quantize, x, step, dtype)
+    bad = torch.zeros_like(x, dtype=torch.bool)
+    bad[1, 4] = bad[2, 9] = True
+    q, _ = run_kernel(launch_quantize, x.masked_fill(bad, NAN), step, dtype)
+    assert torch.equal(q.view(torch.uint8)[~bad], clean.view(torch.uint8)[~bad])
+    if dtype == E4M3:
+        assert torch.equal(q.float().isnan(), bad)
+
+
+@pytest.mark.parametrize("x_type", TYPES)
+@pytest.mark.parametrize("shape", KERNEL_SHAPES)
+def test_rows_kernel(
+    shape: tuple[int, ...],
+    x_type: torch.dtype,
+    run_kernel: Callable[..., tuple[Tensor, Tensor]],
+    assert_rounded_to_8bit: Callable[[Tensor, Tensor], None],
+) -> None:
+    x = samples(shape) * torch.logspace(-3, 2, shape[-2])[:, None]
+    x = x.to(x_type)
+    q, scale = run_kernel(launch_quantize, x, None, E4M3)
+    assert (q.dtype, scale.dtype) == (E4M3, torch.float32)
+    exact = x.double().abs().amax(-1, keepdim=True) / 448
+    torch.testing.assert_close(scale.double(), exact, rtol=1e-6, atol=0)
+    assert_rounded_to_8bit(q, x.double() / exact)
+
+
+def test_rows_kernel_takes_rows_of_any_size(
+    run_kernel: Callable[..., tuple[Tensor, Tensor]],
+    assert_rounded_to_8bit: Callable[[Tensor, Tensor], None],
+) -> None:
+    """From nothing through subnormal numbers to the largest ones."""
+    row = samples((1, 19))
+    x = row / row.abs().max() * torch.logspace(-45, 38, 84)[:, None]
+    x = torch.cat([torch.zeros(1, 19), x])
+    q, scale = run_kernel(launch_quantize, x, None, E4M3)
+    exact = x.double().abs().amax(-1, keepdim=True).clamp_min(448 * 2.0**-126) / 448
+    torch.testing.assert_close(scale.double(), exact, rtol=1e-6, atol=0)
+    assert (q.float()[0] == 0).all()
+    assert_rounded_to_8bit(q, x.double() / exact)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_rows_kernel_keeps_a_row_that_is_not_finite_to_itself(
+    bad: float, run_kernel: Callable[..., tuple[Tensor, Tensor]]
+) -> None:
+    x = samples((3, 10))
+    clean, clean_scale = run_kernel(launch_quantize, x, None, E4M3)
+    x[1, 4] = bad
+    q, scale = run_kernel(launch_quantize, x, None, E4M3)
+    assert q.float()[1, 4].isnan()
+    assert (q.double() * scale.double()).sum(-1).isnan().tolist() == [False, True, False]
+    for row in (0, 2):
+        assert torch.equal(q[row].view(torch.uint8), clean[row].view(torch.uint8))
+        assert torch.equal(scale[row], clean_scale[row])
+
+
+def test_ops_run_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wanx.kernels.quantize.runs_reference", lambda *_: False)
+    x, step = samples((2, 5, 9)).to(DEVICE), torch.tensor(0.3, device=DEVICE)
+    for dtype in (torch.int8, E4M3):
+        expected, _ = launch_quantize(x, step, dtype)
+        assert torch.equal(quantize(x, step, dtype).view(torch.uint8), expected.view(torch.uint8))
+    expected, expected_scale = launch_quantize(x, None, E4M3)
+    q, scale = quantize_rows(x)
+    assert torch.equal(q.view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(scale, expected_scale)

@@ -4,14 +4,22 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from interpreter import DEVICE
 from peers import relative_error
 from torch import Tensor
 
-from wanx.kernels.rms_norm_rope import RMSNormRope, rms_norm_rope, rms_norm_rope_reference
+from wanx.kernels.rms_norm_rope import (
+    RMSNormRope,
+    launch_rms_norm_rope,
+    rms_norm_rope,
+    rms_norm_rope_reference,
+)
 
 EPS = 0.05  # large enough to be seen
 # (batch, length, heads, width of a head)
 SIZES = [(1, 1, 1, 24), (1, 7, 3, 24), (2, 5, 2, 32), (1, 13, 1, 128), (1, 9, 5, 6)]
+# Heads of which the kernel makes blocks: their width is a power of two, their number any.
+KERNEL_SIZES = [(1, 1, 1, 16), (1, 7, 3, 32), (2, 5, 2, 64), (1, 3, 12, 128), (2, 4, 5, 16)]
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -86,3 +94,61 @@ def test_op(size: tuple[int, int, int, int], check_op: Callable[..., None]) -> N
         lambda *tensors: rms_norm_rope(*tensors, num_heads=heads, eps=EPS),
         formula(heads),
     )
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("size", KERNEL_SIZES)
+def test_kernel(
+    size: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    run_kernel: Callable[..., tuple[Tensor, Tensor]],
+    assert_rounded_once: Callable[[Tensor, Tensor], None],
+) -> None:
+    heads = size[2]
+    values = arguments(size, dtype)
+    exact = formula(heads)(*(value.double() for value in values))
+    outs = run_kernel(launch_rms_norm_rope, *values, heads, EPS)
+    for wanted, out in zip(exact, outs, strict=True):
+        assert out.dtype == dtype
+        assert_rounded_once(out, wanted)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_kernel_takes_rows_that_lie_apart(
+    dtype: torch.dtype, run_kernel: Callable[..., tuple[Tensor, Tensor]]
+) -> None:
+    """The rows of a packed q‖k‖v, and of one whose k has a row of its own distance."""
+    q, k, *others = arguments((2, 5, 3, 32), dtype)
+    expected = run_kernel(launch_rms_norm_rope, q, k, *others, 3, EPS)
+    packed_q, packed_k, _ = (
+        torch.cat([q, k, torch.full_like(q, torch.nan)], -1).to(DEVICE).split(96, -1)
+    )
+    by_length = k.transpose(0, 1).contiguous().to(DEVICE).transpose(0, 1)
+    for keys in (packed_k, by_length):
+        outs = run_kernel(launch_rms_norm_rope, packed_q, keys, *others, 3, EPS)
+        for out, wanted in zip(outs, expected, strict=True):
+            assert out.is_contiguous()
+            assert torch.equal(out, wanted)
+
+
+def test_kernel_keeps_zeros_and_nan_in_their_tokens(
+    run_kernel: Callable[..., tuple[Tensor, Tensor]],
+) -> None:
+    q, k, *others = arguments((1, 7, 3, 32))
+    clean_q, clean_k = run_kernel(launch_rms_norm_rope, q, k, *others, 3, EPS)
+    q[0, 1] = 0
+    q[0, 2, 3] = torch.nan
+    out_q, out_k = run_kernel(launch_rms_norm_rope, q, k, *others, 3, EPS)
+    assert (out_q[0, 1] == 0).all()
+    assert out_q[0, 2].isnan().all()
+    rest = [0, 3, 4, 5, 6]
+    assert torch.equal(out_q[:, rest], clean_q[:, rest])
+    assert torch.equal(out_k, clean_k)
+
+
+def test_op_runs_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wanx.kernels.rms_norm_rope.runs_reference", lambda *_: False)
+    values = [value.to(DEVICE) for value in arguments((2, 5, 2, 32), torch.bfloat16)]
+    expected = launch_rms_norm_rope(*values, 2, EPS)
+    for out, wanted in zip(rms_norm_rope(*values, num_heads=2, eps=EPS), expected, strict=True):
+        assert torch.equal(out, wanted)

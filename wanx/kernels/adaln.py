@@ -2,8 +2,11 @@
 
     y = LN(x) · (1 + scale) + shift        LN(x) = (x - mean) / √(variance + eps), per token
 
-x ``[B, L, D]``; scale and shift ``[B, 1, D]`` in fp32. The statistics and the modulation run in
-fp32; y has the shape and dtype of x.
+x ``[B, L, D]``; scale and shift ``[B, 1, D]``, or ``[1, 1, D]`` for the whole batch, in fp32. The
+statistics and the modulation run in fp32; y has the shape and dtype of x.
+
+The kernel reads each token once. A program takes a few tokens, for which it keeps the modulation.
+Its variants, in files of their own, update the residual stream first and round y to 8 bits.
 """
 
 from __future__ import annotations
@@ -12,15 +15,134 @@ import torch
 from onnxscript import opset23 as op
 from onnxscript import script
 from torch import Tensor
+from torch.library import triton_op
 from torch.nn import functional as F
 
+from wanx.kernels.launch import (
+    FLOATS,
+    jit,
+    launch,
+    next_power_of_two,
+    runs_reference,
+    tl,
+    unsupported_tensors,
+)
+from wanx.kernels.quantize import round_to_8bit, row_scale_of
 from wanx.kernels.registry import DOMAIN, needs_gradient, register
+
+TOKENS = 4  # of a program
+LARGEST_DIM = 16384
 
 
 def adaln_reference(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """Compute AdaLN in fp32 and return it in the dtype of ``x``."""
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
     return (normed * (1 + scale.float()) + shift.float()).to(x.dtype)
+
+
+def unsupported_reason(x: Tensor, *others: Tensor, fp8: bool = False) -> str | None:
+    """Why the kernel cannot run on ``x`` and the other tensors of its op, or None."""
+    if reason := unsupported_tensors(x, *others, fp8=fp8):
+        return reason
+    if x.dtype not in FLOATS:
+        return f"x is {x.dtype}"
+    if x.shape[-1] > LARGEST_DIM:
+        return f"D is {x.shape[-1]}, above {LARGEST_DIM}"
+    for tensor in others:
+        if tensor.ndim == 3 and not tensor.is_contiguous():
+            return f"a tensor {list(tensor.shape)} is not contiguous"
+    return None if x.is_contiguous() else f"x {list(x.shape)} is not contiguous"
+
+
+@jit
+def _adaln_kernel(  # type: ignore[no-untyped-def]
+    x, z, gate, updated, scale, shift, q_scale, out, out_scale,
+    length, gate_stride, scale_stride, shift_stride, eps,
+    D: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
+    RESIDUAL: tl.constexpr, STATIC: tl.constexpr, DYNAMIC: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(1)
+    column = tl.arange(0, BLOCK)
+    inside = column < D
+    factor = 1.0 + tl.load(scale + batch * scale_stride + column, mask=inside, other=0.0)
+    offset = tl.load(shift + batch * shift_stride + column, mask=inside, other=0.0)
+    if RESIDUAL:
+        weight = tl.load(gate + batch * gate_stride + column, mask=inside, other=0.0)
+    if STATIC:
+        inverse = 1.0 / tl.load(q_scale)
+    first = tl.program_id(0) * TOKENS
+    for token in range(first, min(first + TOKENS, length)):
+        row = batch.to(tl.int64) * length + token
+        place = row * D + column
+        value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        if RESIDUAL:
+            value += tl.load(z + place, mask=inside, other=0.0).to(tl.float32) * weight
+            tl.store(updated + place, value.to(updated.dtype.element_ty), mask=inside)
+        mean = tl.sum(value) / D
+        centred = tl.where(inside, value - mean, 0.0)
+        deviation = tl.rsqrt(tl.sum(centred * centred) / D + eps)
+        y = centred * deviation * factor + offset
+        if DYNAMIC:
+            largest = tl.max(tl.where(inside, tl.abs(y), 0.0))
+            row_scale = row_scale_of(largest)
+            tl.store(out_scale + row, row_scale)
+            y = y * (1.0 / row_scale)
+        if STATIC:
+            y = y * inverse
+        if STATIC or DYNAMIC:
+            tl.store(out + place, round_to_8bit(y, out.dtype.element_ty), mask=inside)
+        else:
+            tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
+
+
+def launch_adaln(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    *,
+    dtype: torch.dtype,
+    z: Tensor | None = None,
+    gate: Tensor | None = None,
+    q_scale: Tensor | None = None,
+    by_row: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the kernel.
+
+    Args:
+        x: ``[B, L, D]``.
+        scale: ``[B, 1, D]`` or ``[1, 1, D]`` in fp32.
+        shift: the same.
+        eps: added to the variance.
+        dtype: of y.
+        z: what is added to ``x`` first, times ``gate``.
+        gate: like ``scale``.
+        q_scale: the static scale of a y in 8 bits.
+        by_row: a y in 8 bits has a scale for each token instead.
+
+    Returns:
+        The updated stream (``x`` itself without ``z``), y, and the scales of tokens ``[B, L, 1]``
+        in fp32 (empty unless ``by_row``).
+    """
+    batch, length, dim = x.shape
+    updated = x if z is None else torch.empty_like(x)
+    y = torch.empty_like(x, dtype=dtype)
+    scales = x.new_empty((batch, length, 1) if by_row else (0,), dtype=torch.float32)
+    # What a variant does not read is not looked at: any tensor will do in its place.
+    launch(
+        _adaln_kernel, (-(-length // TOKENS), batch),
+        x, x if z is None else z, scale if gate is None else gate, updated, scale, shift,
+        scale if q_scale is None else q_scale, y, scales if by_row else scale,
+        length, *(_batch_stride(t) for t in (scale if gate is None else gate, scale, shift)), eps,
+        D=dim, BLOCK=next_power_of_two(dim), TOKENS=TOKENS,
+        RESIDUAL=z is not None, STATIC=q_scale is not None, DYNAMIC=by_row,
+        num_warps=4 if dim <= 2048 else 8,
+    )  # fmt: skip
+    return updated, y, scales
+
+
+def _batch_stride(modulation: Tensor) -> int:
+    return 0 if modulation.shape[0] == 1 else modulation.stride(0)
 
 
 @script(DOMAIN, default_opset=op)
@@ -32,9 +154,11 @@ def AdaLN(x, scale, shift, eps: float):  # type: ignore[no-untyped-def]
     return op.CastLike(normed * (scale + one) + shift, x)
 
 
-@torch.library.custom_op("wanx::adaln", mutates_args=())
+@triton_op("wanx::adaln", mutates_args=())
 def _adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    return adaln_reference(x, scale, shift, eps)
+    if runs_reference("adaln", unsupported_reason(x, scale, shift), x):
+        return adaln_reference(x, scale, shift, eps)
+    return launch_adaln(x, scale, shift, eps, dtype=x.dtype)[1]
 
 
 @_adaln.register_fake

@@ -4,6 +4,8 @@
 
 q and o ``[B, Lq, H·d]``, k and v ``[B, Lk, H·d]``, all of one floating dtype; ``bias`` (optional)
 broadcasts to ``[B, H, Lq, Lk]``. ``scale`` is 1/√d unless given. Softmax runs in fp32.
+
+On a GPU the fastest provider of :mod:`wanx.kernels.attention_providers` runs, without a bias.
 """
 
 from __future__ import annotations
@@ -12,8 +14,11 @@ import torch
 from onnxscript import opset23 as op
 from onnxscript import script
 from torch import Tensor
+from torch.library import triton_op
 from torch.nn import functional as F
 
+from wanx.kernels.attention_providers import Provider, choose
+from wanx.kernels.launch import runs_reference
 from wanx.kernels.registry import DOMAIN, needs_gradient, register
 
 
@@ -37,8 +42,12 @@ def BiasedAttention(q, k, v, bias, num_heads: int, scale: float):  # type: ignor
     return op.Attention(q, k, v, bias, q_num_heads=num_heads, kv_num_heads=num_heads, scale=scale)
 
 
-@torch.library.custom_op("wanx::attention", mutates_args=())
+@triton_op("wanx::attention", mutates_args=())
 def _attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Tensor:
+    provider = choose(q, k, v, num_heads, bits=16)
+    if isinstance(provider, Provider):
+        return provider.run(q, k, v, num_heads, scale)
+    runs_reference("attention", provider, q)
     return attention_reference(q, k, v, None, num_heads, scale)
 
 

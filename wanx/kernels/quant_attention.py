@@ -9,6 +9,9 @@ runs in fp32. Rounding has no gradient, and neither has this op.
 
 The ONNX function has a QuantizeLinear and a DequantizeLinear on each of the four operands, the form
 that TensorRT turns into one FP8 kernel. Elsewhere it holds all Lq × Lk weights at once.
+
+On a GPU the fastest provider of :mod:`wanx.kernels.attention_providers` for 8 bits runs. It has
+scales of its own, of finer parts, which it finds while it runs.
 """
 
 from __future__ import annotations
@@ -17,7 +20,10 @@ import torch
 from onnxscript import opset23 as op
 from onnxscript import script
 from torch import Tensor
+from torch.library import triton_op
 
+from wanx.kernels.attention_providers import Provider, choose
+from wanx.kernels.launch import runs_reference
 from wanx.kernels.quantize import E4M3_MAX, quantize_reference
 from wanx.kernels.registry import DOMAIN, register
 
@@ -75,7 +81,7 @@ def QuantAttention(q, k, v, q_scale, k_scale, v_scale, num_heads: int, scale: fl
     return op.Reshape(op.Transpose(out, perm=[0, 2, 1, 3]), packed)
 
 
-@torch.library.custom_op("wanx::quant_attention", mutates_args=())
+@triton_op("wanx::quant_attention", mutates_args=())
 def _quant_attention(
     q: Tensor,
     k: Tensor,
@@ -86,6 +92,10 @@ def _quant_attention(
     num_heads: int,
     scale: float,
 ) -> Tensor:
+    provider = choose(q, k, v, num_heads, bits=8)
+    if isinstance(provider, Provider):
+        return provider.run(q, k, v, num_heads, scale)
+    runs_reference("quant_attention", provider, q)
     return quant_attention_reference(q, k, v, q_scale, k_scale, v_scale, num_heads, scale)
 
 

@@ -22,14 +22,24 @@ import torch
 from onnxscript import opset23 as op
 from onnxscript import script
 from torch import Tensor
+from torch.library import triton_op
 
-from wanx.kernels.registry import DOMAIN, Outputs, register, register_node
+from wanx.kernels.launch import (
+    FLOATS,
+    jit,
+    launch,
+    next_power_of_two,
+    runs_reference,
+    tl,
+    unsupported_tensors,
+)
+from wanx.kernels.registry import DOMAIN, ONNX_TYPES, Outputs, register, register_node
 
 E4M3_MAX = 448.0
 # The smallest amax whose scale is a normal number, so that x / scale is finite.
 SMALLEST_AMAX = E4M3_MAX * 2.0**-126
+LARGEST_ROW = 16384
 RANGES = {torch.int8: (-128.0, 127.0), torch.float8_e4m3fn: (-E4M3_MAX, E4M3_MAX)}
-ONNX_TYPES = {torch.int8: 3, torch.float8_e4m3fn: 17}
 
 
 def quantize_reference(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -46,6 +56,84 @@ def quantize_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     return quantize_reference(x32, scale, torch.float8_e4m3fn), scale
 
 
+def unsupported_reason(x: Tensor, *scales: Tensor, fp8: bool) -> str | None:
+    """Why the kernel cannot run, or None."""
+    if reason := unsupported_tensors(x, *scales, fp8=fp8):
+        return reason
+    if x.dtype not in FLOATS:
+        return f"x is {x.dtype}"
+    if x.shape[-1] > LARGEST_ROW:
+        return f"rows have {x.shape[-1]} numbers, above {LARGEST_ROW}"
+    if any(scale.numel() != 1 for scale in scales):
+        return "its scale is no scalar"
+    return None if x.is_contiguous() else f"x {list(x.shape)} is not contiguous"
+
+
+@jit
+def round_to_8bit(y, element: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Round fp32 to ``element``, int8 or e4m3, ties to even; out of range saturates, NaN stays."""
+    if element == tl.int8:
+        y = tl.minimum(tl.maximum(y, -128.0), 127.0)
+        # From 2²³ on fp32 has no fractions, so that adding 1.5 · 2²³ rounds to nearest even.
+        return ((y + 12582912.0) - 12582912.0).to(tl.int8)
+    y = tl.maximum(y, -448.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(y, 448.0, propagate_nan=tl.PropagateNan.ALL).to(element)
+
+
+@jit
+def row_scale_of(amax):  # type: ignore[no-untyped-def]
+    """The scale of an e4m3 row, from its largest magnitude in fp32."""
+    return tl.maximum(amax, 5.2662146917e-36) / 448.0  # 448 · 2⁻¹²⁶
+
+
+@jit
+def gelu_tanh(x):  # type: ignore[no-untyped-def]
+    """GELU by tanh u = 2 sigmoid(2u) - 1, u = √(2/π)(x + 0.044715x³), in fp32."""
+    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+@jit
+def _quantize_kernel(  # type: ignore[no-untyped-def]
+    x, scale, out, out_scale,
+    K: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr, STATIC: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < K
+    y = tl.load(x + row * K + column, mask=inside, other=0.0).to(tl.float32)
+    if GELU:
+        y = gelu_tanh(y)
+    if STATIC:
+        step = tl.load(scale)
+    else:
+        step = row_scale_of(tl.max(tl.abs(y)))
+        tl.store(out_scale + row, step)
+    y = round_to_8bit(y * (1.0 / step), out.dtype.element_ty)
+    tl.store(out + row * K + column, y, mask=inside)
+
+
+def launch_quantize(
+    x: Tensor, scale: Tensor | None, dtype: torch.dtype, *, gelu: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Run the kernel on ``x``, or on its tanh-GELU; without ``scale`` each row gets its own.
+
+    Returns:
+        The numbers, and the scales of rows (empty where they share ``scale``).
+    """
+    k = x.shape[-1]
+    out = torch.empty_like(x, dtype=dtype)
+    rows = (*x.shape[:-1], 1) if scale is None else (0,)
+    scales = x.new_empty(rows, dtype=torch.float32)
+    # What a variant does not use is not looked at: any tensor will do in its place.
+    launch(
+        _quantize_kernel, (x.numel() // k,),
+        x, scales if scale is None else scale, out, scales if scale is None else scale,
+        K=k, BLOCK=next_power_of_two(k), GELU=gelu, STATIC=scale is not None,
+        num_warps=4 if k <= 2048 else 8,
+    )  # fmt: skip
+    return out, scales
+
+
 @script(DOMAIN, default_opset=op)
 def QuantizeRows(x):  # type: ignore[no-untyped-def]
     x32 = op.Cast(x, to=1)
@@ -56,8 +144,11 @@ def QuantizeRows(x):  # type: ignore[no-untyped-def]
     return q, scale
 
 
-@torch.library.custom_op("wanx::quantize", mutates_args=())
+@triton_op("wanx::quantize", mutates_args=())
 def _quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    reason = unsupported_reason(x, scale, fp8=dtype == torch.float8_e4m3fn)
+    if not runs_reference("quantize", reason, x):
+        return launch_quantize(x, scale, dtype)[0]
     return quantize_reference(x, scale, dtype)
 
 
@@ -66,8 +157,10 @@ def _(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x, dtype=dtype)
 
 
-@torch.library.custom_op("wanx::quantize_rows", mutates_args=())
+@triton_op("wanx::quantize_rows", mutates_args=())
 def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    if not runs_reference("quantize_rows", unsupported_reason(x, fp8=True), x):
+        return launch_quantize(x, None, torch.float8_e4m3fn)
     return quantize_rows_reference(x)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 DOMAIN = Opset("wanx", 1)
+ONNX_TYPES = {torch.int8: 3, torch.float8_e4m3fn: 17}
 ONNX_FUNCTIONS: dict[str, OnnxFunction[..., Any]] = {}
 NODES: dict[Callable[..., Any], Callable[..., Any]] = {}
 Outputs = Sequence[tuple[torch.dtype, Sequence[int | torch.SymInt]]]
@@ -38,9 +39,9 @@ def register(
     """Let the ONNX ``function`` stand for the torch op ``overload`` in graphs.
 
     The function's inputs are the op's tensors and its attributes the op's other arguments, by the
-    same names. Each output of the op has the shape and dtype of the input at the same position,
-    unless ``outputs`` says otherwise: it takes the op's arguments and gives the dtype and shape of
-    each output.
+    same names; a dtype becomes the number that ONNX has for it. Each output of the op has the shape
+    and dtype of the input at the same position, unless ``outputs`` says otherwise: it takes the
+    op's arguments and gives the dtype and shape of each output.
     """
     arguments = overload._schema.arguments
     count = len(overload._schema.returns)
@@ -49,6 +50,7 @@ def register(
         named = list(zip(arguments, values, strict=True))
         inputs = [value for _, value in named if isinstance(value, Tensor)]
         attributes = {a.name: value for a, value in named if not isinstance(value, Tensor)}
+        attributes = {n: ONNX_TYPES.get(value, value) for n, value in attributes.items()}
         like = outputs(*values) if outputs else [(t.dtype, t.shape) for t in inputs[:count]]
         nodes = torch.onnx.ops.symbolic_multi_out(
             f"{DOMAIN.domain}::{function.name}",

@@ -6,6 +6,8 @@
 
 q and k ``[B, L, H·d]``; weights ``[H·d]``; cos and sin ``[L, d/2]`` in fp32, shared by all heads.
 Everything runs in fp32; the results have the dtype of their inputs.
+
+The kernel reads q and k once, a token in each program; rows may lie apart, as in a packed q‖k‖v.
 """
 
 from __future__ import annotations
@@ -14,7 +16,18 @@ import torch
 from onnxscript import opset23 as op
 from onnxscript import script
 from torch import Tensor
+from torch.library import triton_op
 
+from wanx.kernels.launch import (
+    FLOATS,
+    jit,
+    launch,
+    next_power_of_two,
+    runs_reference,
+    tl,
+    unsupported_tensors,
+)
+from wanx.kernels.quantize import round_to_8bit
 from wanx.kernels.registry import DOMAIN, needs_gradient, register
 from wanx.kernels.rms_norm import rms_norm_reference
 
@@ -44,6 +57,98 @@ def rms_norm_rope_reference(
     return q32.to(q.dtype), k32.to(k.dtype)
 
 
+def unsupported_reason(
+    q: Tensor, k: Tensor, *others: Tensor, num_heads: int, fp8: bool = False
+) -> str | None:
+    """Why the kernel cannot run on q, k and the other tensors of its op, or None."""
+    if reason := unsupported_tensors(q, k, *others, fp8=fp8):
+        return reason
+    if q.dtype not in FLOATS or k.dtype != q.dtype:
+        return f"q is {q.dtype} and k {k.dtype}"
+    if k.shape != q.shape:
+        return f"q is {list(q.shape)} and k {list(k.shape)}"
+    head = q.shape[-1] // num_heads
+    if head < 16 or head & (head - 1):
+        return f"heads of {head} are no power of two from 16 on"
+    for tensor in others:
+        if not tensor.is_contiguous():
+            return f"a tensor {list(tensor.shape)} is not contiguous"
+    return None
+
+
+@jit
+def _rotate_token(  # type: ignore[no-untyped-def]
+    x, weight, cosine, sine, scale, out, x_place, out_place, eps,
+    HEADS: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr, STATIC: tl.constexpr,
+):  # fmt: skip
+    head = tl.arange(0, BLOCK)[:, None]
+    column = head * HEAD + tl.arange(0, HEAD)[None, :]
+    inside = column < HEADS * HEAD
+    value = tl.load(x + x_place + column, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    mean_square = tl.sum(tl.sum(value * value, 1), 0) / (HEADS * HEAD)
+    normed = value * tl.rsqrt(mean_square + eps) * factor
+    even, odd = tl.split(tl.reshape(normed, [BLOCK, HEAD // 2, 2]))
+    y = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
+    y = tl.reshape(y, [BLOCK, HEAD])
+    if STATIC:
+        y = round_to_8bit(y * (1.0 / tl.load(scale)), out.dtype.element_ty)
+    tl.store(out + out_place + column, y.to(out.dtype.element_ty), mask=inside)
+
+
+@jit
+def _rms_norm_rope_kernel(  # type: ignore[no-untyped-def]
+    q, k, q_weight, k_weight, cos, sin, q_scale, k_scale, q_out, k_out,
+    length, q_batch_stride, q_stride, k_batch_stride, k_stride, eps,
+    HEADS: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr, STATIC: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0)
+    batch = tl.program_id(1).to(tl.int64)
+    pair = token * (HEAD // 2) + tl.arange(0, HEAD // 2)[None, :]
+    cosine = tl.load(cos + pair)
+    sine = tl.load(sin + pair)
+    place = (batch * length + token) * HEADS * HEAD
+    q_place = batch * q_batch_stride + token.to(tl.int64) * q_stride
+    k_place = batch * k_batch_stride + token.to(tl.int64) * k_stride
+    if tl.program_id(2) == 0:
+        _rotate_token(
+            q, q_weight, cosine, sine, q_scale, q_out, q_place, place, eps,
+            HEADS, HEAD, BLOCK, STATIC,
+        )  # fmt: skip
+    else:
+        _rotate_token(
+            k, k_weight, cosine, sine, k_scale, k_out, k_place, place, eps,
+            HEADS, HEAD, BLOCK, STATIC,
+        )  # fmt: skip
+
+
+def launch_rms_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    eps: float,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run the kernel; with ``scales`` of q and k its results are e4m3."""
+    batch, length, dim = q.shape
+    dtype = q.dtype if scales is None else torch.float8_e4m3fn
+    q_out, k_out = (q.new_empty(q.shape, dtype=dtype) for _ in range(2))
+    # Without scales they are not looked at: any tensor will do in their place.
+    q_scale, k_scale = (cos, cos) if scales is None else scales
+    launch(
+        _rms_norm_rope_kernel, (length, batch, 2),
+        q, k, q_weight, k_weight, cos, sin, q_scale, k_scale, q_out, k_out,
+        length, q.stride(0), q.stride(1), k.stride(0), k.stride(1), eps,
+        HEADS=num_heads, HEAD=dim // num_heads, BLOCK=next_power_of_two(num_heads),
+        STATIC=scales is not None, num_warps=4 if dim <= 2048 else 8,
+    )  # fmt: skip
+    return q_out, k_out
+
+
 @script(DOMAIN, default_opset=op)
 def RMSNormRope(q, k, q_weight, k_weight, cos, sin, num_heads: int, eps: float):  # type: ignore[no-untyped-def]
     batch_axis = op.Constant(value_ints=[0])
@@ -57,7 +162,7 @@ def RMSNormRope(q, k, q_weight, k_weight, cos, sin, num_heads: int, eps: float):
     return op.CastLike(q_rope, q), op.CastLike(k_rope, k)
 
 
-@torch.library.custom_op("wanx::rms_norm_rope", mutates_args=())
+@triton_op("wanx::rms_norm_rope", mutates_args=())
 def _rms_norm_rope(
     q: Tensor,
     k: Tensor,
@@ -68,7 +173,10 @@ def _rms_norm_rope(
     num_heads: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    return rms_norm_rope_reference(q, k, q_weight, k_weight, cos, sin, num_heads, eps)
+    reason = unsupported_reason(q, k, q_weight, k_weight, cos, sin, num_heads=num_heads)
+    if runs_reference("rms_norm_rope", reason, q):
+        return rms_norm_rope_reference(q, k, q_weight, k_weight, cos, sin, num_heads, eps)
+    return launch_rms_norm_rope(q, k, q_weight, k_weight, cos, sin, num_heads, eps)
 
 
 @_rms_norm_rope.register_fake
@@ -82,7 +190,7 @@ def _(
     num_heads: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k)
+    return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 register(torch.ops.wanx.rms_norm_rope.default, RMSNormRope)

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from wanx.errors import WanxError
+from wanx.kernels import launch
+from wanx.kernels.ahead import record
+from wanx.kernels.quantize import launch_quantize
+from wanx.kernels.quantize import unsupported_reason as quantize_reason
+from wanx.kernels.rms_norm_rope import unsupported_reason as rope_reason
+
+
+def on_gpu(*shape: int, dtype: torch.dtype = torch.bfloat16, stride: int = 1) -> Any:
+    """What the checks look at of a tensor on a GPU, which this machine may not have."""
+    return SimpleNamespace(
+        device=torch.device("cuda:0"), is_cuda=True, dtype=dtype, shape=torch.Size(shape),
+        ndim=len(shape), stride=lambda _=-1: stride, is_contiguous=lambda: stride == 1,
+        numel=lambda: torch.Size(shape).numel(),
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
+
+
+def test_what_runs() -> None:
+    assert launch.unsupported_tensors(on_gpu(2, 8), on_gpu(8), fp8=True) is None
+
+
+@pytest.mark.parametrize(
+    ("found", "fp8", "message"),
+    [((7, 5), False, "SM80 or newer, this GPU is SM75"), ((8, 6), True, "FP8 needs SM89")],
+)
+def test_old_gpus(
+    found: tuple[int, int], fp8: bool, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: found)
+    assert message in (launch.unsupported_tensors(on_gpu(2, 8), fp8=fp8) or "")
+
+
+def test_tensors_that_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.empty(2, 8)
+    assert "cpu and cuda:0" in (launch.unsupported_tensors(cpu, on_gpu(2, 8)) or "")
+    assert "not on cpu" in (launch.unsupported_tensors(cpu) or "")
+    assert "stride 3" in (launch.unsupported_tensors(on_gpu(2, 8, stride=3)) or "")
+    assert "float64" in (quantize_reason(on_gpu(2, 8, dtype=torch.float64), fp8=False) or "")
+    assert "20000" in (quantize_reason(on_gpu(2, 20000), fp8=False) or "")
+    assert "no scalar" in (quantize_reason(on_gpu(2, 8), on_gpu(2), fp8=False) or "")
+    assert "heads of 24" in (rope_reason(on_gpu(1, 2, 48), on_gpu(1, 2, 48), num_heads=2) or "")
+    monkeypatch.setattr(launch, "tl", None)
+    assert "pip install 'wanx[gpu]'" in (launch.unsupported_tensors(on_gpu(2, 8)) or "")
+
+
+def test_a_reference_instead_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    launch._report.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="wanx.kernels"):
+        assert launch.runs_reference("adaln", "no reason", torch.empty(1))
+        assert not caplog.records  # the processor has no kernels
+        assert not launch.runs_reference("adaln", None, on_gpu(1))
+        for _ in range(2):
+            assert launch.runs_reference("adaln", "x is odd", on_gpu(1))
+    assert [record.getMessage() for record in caplog.records] == [
+        "wanx::adaln runs as PyTorch operators, which is slower: x is odd"
+    ]
+
+
+def test_strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANX_STRICT", "1")
+    with pytest.raises(WanxError, match=r"wanx::adaln cannot run: x is odd; unset WANX_STRICT"):
+        launch.runs_reference("adaln", "x is odd", on_gpu(1))
+    assert launch.runs_reference("adaln", "x is odd", torch.empty(1))
+
+
+def test_recorded_launches() -> None:
+    x = torch.empty(3, 40, dtype=torch.bfloat16, device="meta")
+    (found,) = record(80, launch_quantize, x, None, torch.float8_e4m3fn)
+    assert found.signature["x"] == "*bf16"
+    assert found.signature["out"] == "*fp8e4nv"
+    assert found.signature["K"] == "constexpr"
+    assert (found.grid, found.constants["K"], found.oldest_sm) == ((3,), 40, 89)
+    assert found.aligned >= {"x", "out"}
+    with pytest.raises(TypeError, match="not str"):
+        record(80, lambda: launch.launch(found.kernel, (1,), "x"))
+    assert launch._recorder is None
+
+
+def test_everything_imports_and_runs_without_triton() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from wanx.kernels import ahead, attention, gelu_quantize, residual_adaln, rms_norm_rope_quantize
+x = torch.ones(1, 3, 16)
+print(residual_adaln.residual_adaln(x, x, x[:, :1], x[:, :1], x[:, :1], eps=1e-6)[0].sum().item())
+print(gelu_quantize.gelu_quantize(x, torch.tensor(0.1), torch.int8).sum().item())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["96.0", str(48 * 8)]

@@ -1,0 +1,215 @@
+"""Multi-head attention on packed heads in Triton, with both products in 8 bits.
+
+    o = softmax(scale · q (k - k̄)ᵀ) v        per head, k̄ the mean of k over its rows
+
+Subtracting k̄ from every key moves all scores of a query alike, which softmax does not see, and
+takes out the channels in which all keys are large (Zhang et al. 2024, arXiv:2411.10958). q and k
+are then rounded to int8 with a scale for each block of rows and head, v to e4m3 with one for each
+channel, and the weights of softmax, which lie in 0…1, to e4m3 by 1/448.
+
+q and o ``[B, Lq, H·d]``, k and v ``[B, Lk, H·d]``, all bf16 or fp16; d a power of two from 16 to
+128. Rows may lie apart, as in a packed q‖k‖v. Each block's product with v starts from zero and is
+added in fp32: the FP8 accumulators of Hopper keep about 22 bits. Remaining keys beyond whole blocks
+are masked in one last step, and nothing is padded but v's own 8-bit copy, to 16 bytes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from wanx.kernels.flash_attention import HALVES, unsupported_shapes
+from wanx.kernels.launch import jit, launch, tl, unsupported_tensors
+from wanx.kernels.quantize import round_to_8bit
+
+BLOCK_Q, BLOCK_K = 128, 128
+
+
+def attention_8bit_reference(
+    q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float
+) -> Tensor:
+    """Round the operands as the kernel does, attend in fp32, return the dtype of ``q``.
+
+    The kernel rounds a weight of softmax in units of the largest one so far, this one in units of
+    the largest of all.
+    """
+    split = [t.float().unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v)]
+    q32, k32, v32 = split
+    q8, q_scale = _rounded_blocks(q32, BLOCK_Q)
+    k8, k_scale = _rounded_blocks(k32 - k32.mean(2, keepdim=True), BLOCK_K)
+    v_scale = v32.abs().amax(2, keepdim=True).clamp_min(1e-30) / 448
+    v8 = (v32 / v_scale).to(torch.float8_e4m3fn).float()
+    score = (q8 @ k8.transpose(-2, -1)) * q_scale * k_scale.transpose(-2, -1) * scale
+    weight = torch.exp(score - score.amax(-1, keepdim=True))
+    rounded = (weight * 448).to(torch.float8_e4m3fn).float() / 448
+    out = (rounded @ v8) / weight.sum(-1, keepdim=True) * v_scale
+    return out.transpose(1, 2).flatten(-2).to(q.dtype)
+
+
+def _rounded_blocks(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Round ``[B, H, L, d]`` to integers; return them in fp32 and the scale of each row."""
+    amax = torch.stack([part.abs().amax((2, 3)) for part in x.split(block, 2)], 2)
+    scale = amax.clamp_min(1e-30).repeat_interleave(block, 2)[:, :, : x.shape[2], None] / 127
+    return (x / scale).round(), scale
+
+
+def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> str | None:
+    """Why the kernel cannot run, or None."""
+    if reason := unsupported_tensors(q, k, v, fp8=True):
+        return reason
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in HALVES:
+        return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}"
+    if reason := unsupported_shapes(q, k, v, num_heads):
+        return reason
+    head = q.shape[-1] // num_heads
+    return f"heads of {head} are above 128" if head > 128 else None
+
+
+@jit
+def _round_rows_kernel(  # type: ignore[no-untyped-def]
+    x, mean, out, scales, length, batch_stride, stride, heads,
+    HEAD: tl.constexpr, BLOCK: tl.constexpr, CENTRE: tl.constexpr,
+):  # fmt: skip
+    """Round one block of rows of one head to int8."""
+    block = tl.program_id(0)
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    row = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    column = head * HEAD + tl.arange(0, HEAD)[None, :]
+    inside = row < length
+    place = x + batch * batch_stride + row * stride + column
+    value = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    if CENTRE:
+        value = tl.where(inside, value - tl.load(mean + batch * heads * HEAD + column), 0.0)
+    scale = tl.maximum(tl.max(tl.max(tl.abs(value), 1), 0), 1e-30) / 127.0
+    tl.store(scales + (batch * heads + head) * tl.num_programs(0) + block, scale)
+    rounded = round_to_8bit(value / scale, tl.int8)
+    tl.store(out + (batch * length + row) * (heads * HEAD) + column, rounded, mask=inside)
+
+
+@jit
+def _round_values_kernel(  # type: ignore[no-untyped-def]
+    v, scales, out, length, padded, batch_stride, stride, heads,
+    HEAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Round one block of values of one head to e4m3, and turn it: FP8 products want keys inside."""
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, HEAD)
+    channel = (batch * heads + head) * HEAD + column
+    place = v + batch * batch_stride + row[:, None] * stride + head * HEAD + column[None, :]
+    value = tl.load(place, mask=row[:, None] < length, other=0.0).to(tl.float32)
+    rounded = round_to_8bit(value / tl.load(scales + channel)[None, :], tl.float8e4nv)
+    turned = out + channel[:, None] * padded + row[None, :]
+    tl.store(turned, tl.trans(rounded), mask=row[None, :] < padded)
+
+
+@jit
+def _attend(  # type: ignore[no-untyped-def]
+    queries, k_place, v_place, k_stride, padded, left, scale, highest, total, mixed,
+    HEAD: tl.constexpr, BLOCK_K: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Let queries ``[BLOCK_Q, HEAD]`` attend to one block of keys, of which ``left`` exist."""
+    row = tl.arange(0, BLOCK_K)
+    column = tl.arange(0, HEAD)
+    k_place += row[None, :] * k_stride + column[:, None]
+    v_place += column[:, None] * padded + row[None, :]
+    if MASK:
+        keys = tl.load(k_place, mask=row[None, :] < left, other=0)
+        values = tl.load(v_place, mask=row[None, :] < left, other=0.0)
+    else:
+        keys = tl.load(k_place)
+        values = tl.load(v_place)
+    score = tl.dot(queries, keys, out_dtype=tl.int32).to(tl.float32) * scale
+    if MASK:
+        score = tl.where(row[None, :] < left, score, float("-inf"))
+    highest_now = tl.maximum(highest, tl.max(score, 1))
+    # log₂ 448 = 8.807: the weights come out in units of 1/448.
+    weight = tl.exp2(score - (highest_now - 8.807354922057604)[:, None])
+    kept = tl.exp2(highest - highest_now)
+    total = total * kept + tl.sum(weight, 1)
+    mixed = mixed * kept[:, None] + tl.dot(weight.to(tl.float8e4nv), tl.trans(values))
+    return highest_now, total, mixed
+
+
+@jit
+def _attention_8bit_kernel(  # type: ignore[no-untyped-def]
+    q8, k8, v8, q_scale, k_scale, v_scale, out, scale, q_length, k_length, padded, heads,
+    HEAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    stride = heads * HEAD
+    row = block.to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)[:, None]
+    column = tl.arange(0, HEAD)
+    inside = row < q_length
+    q_place = (batch * q_length + row) * stride + head * HEAD + column[None, :]
+    queries = tl.load(q8 + q_place, mask=inside, other=0)
+    scale *= tl.load(q_scale + (batch * heads + head) * tl.num_programs(0) + block)
+    k_place = k8 + batch * k_length * stride + head * HEAD
+    v_place = v8 + (batch * heads + head) * HEAD * padded
+    k_scale += (batch * heads + head) * tl.cdiv(k_length, BLOCK_K)
+    highest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    mixed = tl.zeros([BLOCK_Q, HEAD], tl.float32)
+    whole = k_length // BLOCK_K
+    for i in range(whole):
+        highest, total, mixed = _attend(
+            queries, k_place, v_place, stride, padded, BLOCK_K, scale * tl.load(k_scale + i),
+            highest, total, mixed, HEAD, BLOCK_K, False,
+        )  # fmt: skip
+        k_place += BLOCK_K * stride
+        v_place += BLOCK_K
+    left = k_length - whole * BLOCK_K
+    if left > 0:
+        highest, total, mixed = _attend(
+            queries, k_place, v_place, stride, padded, left, scale * tl.load(k_scale + whole),
+            highest, total, mixed, HEAD, BLOCK_K, True,
+        )  # fmt: skip
+    channel = tl.load(v_scale + (batch * heads + head) * HEAD + column)
+    y = mixed / total[:, None] * channel[None, :]
+    tl.store(out + q_place, y.to(out.dtype.element_ty), mask=inside)
+
+
+def launch_attention_8bit(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Tensor:
+    """Run the kernels: q and k to int8, v to e4m3, then attention."""
+    batch, q_length, dim = q.shape
+    k_length, head = k.shape[1], dim // num_heads
+    q8, q_scale = _round_rows(q, None, num_heads, BLOCK_Q)
+    k8, k_scale = _round_rows(k, k.mean(1, dtype=torch.float32), num_heads, BLOCK_K)
+    v_scale = torch.linalg.vector_norm(v, math.inf, dim=1, dtype=torch.float32)
+    v_scale = v_scale.clamp_min(1e-30) / 448
+    padded = -(-k_length // 16) * 16
+    v8 = v.new_empty((batch, dim, padded), dtype=torch.float8_e4m3fn)
+    launch(
+        _round_values_kernel, (-(-padded // BLOCK_K), num_heads, batch),
+        v, v_scale, v8, k_length, padded, v.stride(0), v.stride(1), num_heads,
+        HEAD=head, BLOCK=BLOCK_K, num_warps=4,
+    )  # fmt: skip
+    out = q.new_empty(q.shape)
+    launch(
+        _attention_8bit_kernel, (-(-q_length // BLOCK_Q), num_heads, batch),
+        q8, k8, v8, q_scale, k_scale, v_scale, out, scale * math.log2(math.e),
+        q_length, k_length, padded, num_heads,
+        HEAD=head, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, num_warps=8, num_stages=3,
+    )  # fmt: skip
+    return out
+
+
+def _round_rows(
+    x: Tensor, mean: Tensor | None, num_heads: int, block: int
+) -> tuple[Tensor, Tensor]:
+    batch, length, dim = x.shape
+    blocks = -(-length // block)
+    x8 = x.new_empty(x.shape, dtype=torch.int8)
+    scales = x.new_empty((batch, num_heads, blocks), dtype=torch.float32)
+    launch(
+        _round_rows_kernel, (blocks, num_heads, batch),
+        x, scales if mean is None else mean, x8, scales, length, x.stride(0), x.stride(1),
+        num_heads, HEAD=dim // num_heads, BLOCK=block, CENTRE=mean is not None, num_warps=8,
+    )  # fmt: skip
+    return x8, scales

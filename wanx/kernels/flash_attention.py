@@ -1,0 +1,126 @@
+"""Multi-head attention on packed heads in Triton, in 16 bits.
+
+    o = softmax(scale · q kᵀ) v        per head
+
+q and o ``[B, Lq, H·d]``, k and v ``[B, Lk, H·d]``, all bf16 or fp16; d a power of two from 16 to
+256. Rows may lie apart, as in a packed q‖k‖v. Products accumulate in fp32, softmax runs in fp32 by
+powers of two, and its weights are rounded to the dtype of v before they multiply it.
+
+A program takes a block of queries of one head past all keys, keeping the running maximum and sum
+of each row (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135).
+Whatever remains of the keys beyond whole blocks is masked in one last step: nothing is padded.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from wanx.kernels.launch import jit, launch, sm_of, tl, unsupported_tensors
+
+BLOCK_Q = 128
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> str | None:
+    """Why the kernel cannot run, or None."""
+    if reason := unsupported_tensors(q, k, v):
+        return reason
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in HALVES:
+        return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}"
+    return unsupported_shapes(q, k, v, num_heads)
+
+
+def unsupported_shapes(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> str | None:
+    """What is wrong with the shapes of q, k and v, or None."""
+    if k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[-1] % num_heads:
+        shapes = [list(tensor.shape) for tensor in (q, k, v)]
+        return f"q, k and v are {shapes[0]}, {shapes[1]} and {shapes[2]}, with {num_heads} heads"
+    head = q.shape[-1] // num_heads
+    if not 16 <= head <= 256 or head & (head - 1):
+        return f"heads of {head} are no power of two between 16 and 256"
+    return None
+
+
+@jit
+def _attend(  # type: ignore[no-untyped-def]
+    queries, key_place, value_place, key_stride, value_stride, left, scale, highest, total, mixed,
+    HEAD: tl.constexpr, BLOCK_K: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Let queries ``[BLOCK_Q, HEAD]`` attend to one block of keys, of which ``left`` exist."""
+    row = tl.arange(0, BLOCK_K)
+    column = tl.arange(0, HEAD)
+    key_place += row[None, :] * key_stride + column[:, None]
+    value_place += row[:, None] * value_stride + column[None, :]
+    if MASK:
+        keys = tl.load(key_place, mask=row[None, :] < left, other=0.0)
+        values = tl.load(value_place, mask=row[:, None] < left, other=0.0)
+        score = tl.where(row[None, :] < left, tl.dot(queries, keys) * scale, float("-inf"))
+    else:
+        keys = tl.load(key_place)
+        values = tl.load(value_place)
+        score = tl.dot(queries, keys) * scale
+    highest_now = tl.maximum(highest, tl.max(score, 1))
+    weight = tl.exp2(score - highest_now[:, None])
+    kept = tl.exp2(highest - highest_now)
+    total = total * kept + tl.sum(weight, 1)
+    mixed = tl.dot(weight.to(values.dtype), values, mixed * kept[:, None])
+    return highest_now, total, mixed
+
+
+@jit
+def _attention_kernel(  # type: ignore[no-untyped-def]
+    q, k, v, out, scale, q_length, k_length,
+    q_batch_stride, q_stride, k_batch_stride, k_stride, v_batch_stride, v_stride,
+    out_batch_stride, out_stride,
+    HEAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * BLOCK_Q
+    head = tl.program_id(1) * HEAD
+    batch = tl.program_id(2).to(tl.int64)
+    row = tl.arange(0, BLOCK_Q)
+    column = tl.arange(0, HEAD)
+    inside = first + row[:, None] < q_length
+    q_place = q + batch * q_batch_stride + first * q_stride + head
+    queries = tl.load(q_place + row[:, None] * q_stride + column[None, :], mask=inside, other=0.0)
+    k_place = k + batch * k_batch_stride + head
+    v_place = v + batch * v_batch_stride + head
+    highest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    mixed = tl.zeros([BLOCK_Q, HEAD], tl.float32)
+    whole = k_length // BLOCK_K
+    for _ in range(whole):
+        highest, total, mixed = _attend(
+            queries, k_place, v_place, k_stride, v_stride, BLOCK_K, scale, highest, total, mixed,
+            HEAD, BLOCK_K, False,
+        )  # fmt: skip
+        k_place += BLOCK_K * k_stride
+        v_place += BLOCK_K * v_stride
+    left = k_length - whole * BLOCK_K
+    if left > 0:
+        highest, total, mixed = _attend(
+            queries, k_place, v_place, k_stride, v_stride, left, scale, highest, total, mixed,
+            HEAD, BLOCK_K, True,
+        )  # fmt: skip
+    y = (mixed / total[:, None]).to(out.dtype.element_ty)
+    out_place = out + batch * out_batch_stride + first * out_stride + head
+    tl.store(out_place + row[:, None] * out_stride + column[None, :], y, mask=inside)
+
+
+def launch_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Tensor:
+    """Run the kernel."""
+    batch, length, dim = q.shape
+    head = dim // num_heads
+    out = q.new_empty(q.shape)
+    # By shared memory and registers: more keys at once spill.
+    block_k = {80: 64, 90: 128, 100: 128}.get(sm_of(q), 32) // (1 if head <= 128 else 2)
+    launch(
+        _attention_kernel, (-(-length // BLOCK_Q), num_heads, batch),
+        q, k, v, out, scale * math.log2(math.e), length, k.shape[1],
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        out.stride(0), out.stride(1),
+        HEAD=head, BLOCK_Q=BLOCK_Q, BLOCK_K=block_k, num_warps=8, num_stages=3,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,146 @@
+"""Whether a Triton kernel can run on its arguments, and what happens where it cannot.
+
+Without Triton, kernels are plain functions that nobody calls, so every op can be imported and run
+by its reference anywhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import wrap_triton
+
+from wanx.errors import WanxError
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    tl = None
+
+    def jit(function: Any) -> Any:
+        """Leave a kernel that cannot be compiled as it is."""
+        return function
+else:
+    jit = triton.jit
+
+__all__ = [
+    "jit",
+    "launch",
+    "next_power_of_two",
+    "recorded",
+    "runs_reference",
+    "sm_of",
+    "tl",
+    "unsupported_tensors",
+]
+
+OLDEST = (8, 0)
+OLDEST_FP8 = (8, 9)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_log = logging.getLogger("wanx.kernels")
+_recorder: Callable[..., None] | None = None
+_target = 90
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """Run a kernel; compilers that trace the op see the kernel itself.
+
+    Args:
+        kernel: what :data:`jit` made.
+        grid: programs along each axis.
+        args: tensors and numbers, in the kernel's order.
+        meta: its ``constexpr`` parameters, and ``num_warps`` and ``num_stages``.
+    """
+    if _recorder is not None:
+        _recorder(kernel, grid, args, meta)
+    else:
+        wrap_triton(kernel)[grid](*args, **meta)
+
+
+@contextmanager
+def recorded(recorder: Callable[..., None], sm: int) -> Iterator[None]:
+    """Within it, launches for the GPU ``sm`` are told to ``recorder`` instead of run.
+
+    Their tensors need no memory.
+    """
+    global _recorder, _target
+    _recorder, _target = recorder, sm
+    try:
+        yield
+    finally:
+        _recorder = None
+
+
+def sm_of(tensor: Tensor) -> int:
+    """The GPU that a kernel with ``tensor`` will run on, such as 90."""
+    if _recorder is not None:
+        return _target
+    if not tensor.is_cuda:
+        return 90  # interpreted
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
+
+
+def runs_reference(op: str, reason: str | None, *tensors: Tensor) -> bool:
+    """Whether the reference of ``op`` has to run instead of its kernel.
+
+    On the processor that is no news. Elsewhere the ``reason`` is logged, once each.
+
+    Raises:
+        WanxError: there is a reason, and ``WANX_STRICT=1`` asks for kernels or nothing.
+    """
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        return True
+    if reason is None:
+        return False
+    if os.environ.get("WANX_STRICT") == "1":
+        raise WanxError(
+            f"the kernel of wanx::{op} cannot run: {reason}; unset WANX_STRICT to run PyTorch's "
+            "operators instead"
+        )
+    _report(op, reason)
+    return True
+
+
+@cache
+def _report(op: str, reason: str) -> None:
+    _log.warning("wanx::%s runs as PyTorch operators, which is slower: %s", op, reason)
+
+
+def unsupported_tensors(*tensors: Tensor, fp8: bool = False, triton: bool = True) -> str | None:
+    """What is wrong with the place and the layout of a kernel's tensors, or None.
+
+    Args:
+        tensors: all of a kernel's tensors; each row, their last axis, must be contiguous.
+        fp8: whether the kernel makes or takes float8_e4m3fn.
+        triton: whether Triton compiles it.
+    """
+    if triton and tl is None:
+        return "Triton is not installed: pip install 'wanx[gpu]'"
+    devices = {str(tensor.device) for tensor in tensors}
+    if len(devices) > 1:
+        return f"its tensors are on {' and '.join(sorted(devices))}"
+    if not tensors[0].is_cuda:
+        return f"it runs on NVIDIA GPUs, not on {tensors[0].device.type}"
+    found = torch.cuda.get_device_capability(tensors[0].device)
+    oldest = OLDEST_FP8 if fp8 else OLDEST
+    if found < oldest:
+        what = "FP8 needs" if fp8 else "it needs"
+        return f"{what} SM{oldest[0]}{oldest[1]} or newer, this GPU is SM{found[0]}{found[1]}"
+    for tensor in tensors:
+        if tensor.ndim and tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
+            return f"rows of {list(tensor.shape)} are not contiguous (stride {tensor.stride(-1)})"
+    return None
+
+
+def next_power_of_two(n: int) -> int:
+    """The smallest power of two that is not below ``n``."""
+    return 1 << (n - 1).bit_length()
