@@ -11,6 +11,7 @@ import torch
 
 from wanx.errors import WanxError
 from wanx.kernels import launch
+from wanx.kernels.adaln import unsupported_reason as adaln_reason
 from wanx.kernels.ahead import record
 from wanx.kernels.quantize import launch_quantize
 from wanx.kernels.quantize import unsupported_reason as quantize_reason
@@ -57,6 +58,18 @@ def test_tensors_that_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "heads of 24" in (rope_reason(on_gpu(1, 2, 48), on_gpu(1, 2, 48), num_heads=2) or "")
     monkeypatch.setattr(launch, "tl", None)
     assert "pip install 'wanx[gpu]'" in (launch.unsupported_tensors(on_gpu(2, 8)) or "")
+
+
+def test_tensors_that_adaln_would_misread() -> None:
+    x, row = on_gpu(2, 5, 24), on_gpu(2, 1, 24, dtype=torch.float32)
+    z, step = on_gpu(2, 5, 24), on_gpu(dtype=torch.float32)
+    assert adaln_reason(x, z, row, on_gpu(1, 1, 24, dtype=torch.float32), step) is None
+    for wrong in (
+        on_gpu(2, 4, 24), on_gpu(2, 1, 24), on_gpu(3, 1, 24, dtype=torch.float32),
+        on_gpu(2, dtype=torch.float32),
+    ):  # fmt: skip
+        reason = adaln_reason(x, row, wrong) or ""
+        assert f"{wrong.dtype} {list(wrong.shape)} does not belong to x [2, 5, 24]" in reason
 
 
 def test_a_reference_instead_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -48,9 +48,15 @@ def unsupported_reason(x: Tensor, *others: Tensor, fp8: bool = False) -> str | N
         return f"x is {x.dtype}"
     if x.shape[-1] > LARGEST_DIM:
         return f"D is {x.shape[-1]}, above {LARGEST_DIM}"
+    batch, _, dim = x.shape
     for tensor in others:
-        if tensor.ndim == 3 and not tensor.is_contiguous():
-            return f"a tensor {list(tensor.shape)} is not contiguous"
+        found = f"a tensor {tensor.dtype} {list(tensor.shape)}"
+        whole = tensor.shape == x.shape and tensor.dtype in FLOATS
+        modulates = tensor.shape in ((1, 1, dim), (batch, 1, dim)) and tensor.dtype == torch.float32
+        if not (whole or modulates or (tensor.numel() == 1 and tensor.dtype == torch.float32)):
+            return f"{found} does not belong to x {list(x.shape)}"
+        if not tensor.is_contiguous():
+            return f"{found} is not contiguous"
     return None if x.is_contiguous() else f"x {list(x.shape)} is not contiguous"
 
 
