@@ -187,10 +187,12 @@ def build(
     *,
     traced: Recipe | None = None,
     change: Change | None = None,
+    graphs: bool = True,
 ) -> Built:
-    """Quantise and trace; ``traced`` is what the graph is made by where a test plants a fault.
+    """Quantise, and trace unless no ``graphs`` are wanted.
 
-    ``change`` may alter the 8-bit weights and the scales before they are written.
+    ``traced`` is what the graph is made by where a test plants a fault; ``change`` may alter the
+    8-bit weights and the scales before they are written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     header = [(n, _stored(w), tuple(w.shape)) for n, w in weights.items()]
@@ -215,11 +217,12 @@ def build(
             writer.write(data)
     written = dict(writer.header.entries)
     spec = dit_spec(config)
-    model = trace_once(quantized_spec(spec, traced or recipe))
-    attach(model, written, folder)
-    save_graph(model, folder / "dit.onnx")
-    target.specialise(model)
-    save_graph(model, folder / "engine.onnx")
+    if graphs:
+        model = trace_once(quantized_spec(spec, traced or recipe))
+        attach(model, written, folder)
+        save_graph(model, folder / "dit.onnx")
+        target.specialise(model)
+        save_graph(model, folder / "engine.onnx")
     return Built(folder=folder, recipe=recipe, spec=spec, sources=original, written=written)
 
 

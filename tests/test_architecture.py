@@ -31,7 +31,7 @@ EXPORTER = {"export", "kernels", "models"}
 # The packages beyond the standard library that a folder may import, and the parts of wanx.
 EXTERNAL = {
     "benchmarks": {"PIL", "jinja2", "markupsafe", "matplotlib", "numpy", "pydantic"},
-    "kernels": {"onnxscript", "torch", "triton"},
+    "kernels": {"cudnn", "fa3_fwd_interface", "onnxscript", "torch", "triton"},
     "runtime": {"PIL", "av", "ftfy", "numpy", "onnxruntime", "tokenizers"},
 }
 INTERNAL = {
@@ -48,12 +48,20 @@ INTERNAL = {
     },
     "kernels": {"errors", "kernels"},
     "models": {"config", "errors", "input_file", "kernels", "models", "safetensors_file"},
-    "runtime": {"", "bundle", "config", "errors", "input_file", "progress", "runtime"},
+    "runtime": {
+        *("", "bundle", "config", "engine_plan", "errors", "input_file", "progress", "runtime"),
+        "trust",
+    },
+}
+# What runs PyTorch's compiled packages and what measures kernels; nothing else there imports them.
+WITH_TORCH = {
+    *(PACKAGE / "runtime" / "sessions" / name for name in ("aoti.py", "aoti_engine.py")),
+    *(PACKAGE / "benchmarks" / "gpu").glob("*.py"),
 }
 # The modules beside the folders that may import them: the API, the command line and what it shows.
 FRONT = {
-    *("__init__", "__main__", "cli", "cli_compare", "cli_export", "cli_options", "cli_run"),
-    *("doctor", "rendering", "rendering_accuracy"),
+    *("__init__", "__main__", "cli", "cli_build", "cli_compare", "cli_export", "cli_options"),
+    *("cli_run", "doctor", "rendering", "rendering_accuracy"),
 }
 
 NEVER_AT_RUNTIME = {
@@ -116,6 +124,10 @@ def test_imports_follow_the_layers(path: Path) -> None:
     parts = {found for name in names if (found := part(name)) is not None}
     packages = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"wanx"}
     own = own_part(path)
+    if path in WITH_TORCH:
+        packages -= {"safetensors", "torch"}
+        if own == "benchmarks":
+            parts -= {"export", "kernels", "models"}
     if own in INTERNAL:
         assert parts <= INTERNAL[own]
     elif own == "export":
@@ -197,7 +209,7 @@ def import_all(paths: Iterable[Path]) -> str:
 
 
 def test_runtime_never_asks_for_the_exporter(tmp_path: Path, extras: set[str]) -> None:
-    paths = [path for path in MODULES if own_part(path) == "runtime"]
+    paths = [path for path in MODULES if own_part(path) == "runtime" and path not in WITH_TORCH]
     asked = run_without(NEVER_AT_RUNTIME | extras, import_all(paths), tmp_path)
     assert asked.isdisjoint(NEVER_AT_RUNTIME)
 
@@ -207,7 +219,7 @@ def test_everything_but_the_exporter_imports_without_extras(
 ) -> None:
     assert {"torch", "onnx", "onnxscript", "diffusers", "pytest"} <= extras
     assert extras.isdisjoint({"wanx", "numpy", "onnxruntime", "google"})
-    paths = [path for path in MODULES if own_part(path) not in EXPORTER]
+    paths = [p for p in MODULES if own_part(p) not in EXPORTER and p not in WITH_TORCH]
     asked = run_without(extras, import_all(paths), tmp_path)
     assert asked.isdisjoint(NEVER_AT_RUNTIME)
 

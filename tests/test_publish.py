@@ -18,12 +18,12 @@ from typing import Any, NoReturn
 import pytest
 
 import wanx
-from wanx.bundle import open_bundle
+from wanx.bundle import open_bundle, read_bundle
 from wanx.checksum import sha256_file
 from wanx.config import PRESETS
-from wanx.errors import UsageError, WanxError
+from wanx.errors import CorruptInputError, UsageError, WanxError
 from wanx.manifest import Manifest, Provenance
-from wanx.publish import preflight_space, record_files, staging, write_manifest
+from wanx.publish import extending, preflight_space, record_files, staging, write_manifest
 
 
 def fill(folder: Path, text: str) -> None:
@@ -514,6 +514,73 @@ def test_a_disk_that_is_really_full(small_disk: Path) -> None:
     assert names(small_disk) == ["b"]
     with pytest.raises(WanxError, match=r"needs 3\.0 MB, its disk has"):
         export(target, "two", force=True, needed_bytes=3_000_000)
+
+
+def extend(target: Path, key: str, text: str, then: Callable[[], object] = lambda: None) -> None:
+    """Add one engine file, and leave out the engines that were there."""
+    with extending(target) as (folder, commit):
+        (folder / f"engines/{key}").mkdir(parents=True)
+        (folder / f"engines/{key}/plan.json").write_text(text)
+        then()
+        before = open_bundle(target).manifest
+        kept = {n: r for n, r in before.files.items() if not n.startswith("engines/")}
+        files = kept | record_files(folder)
+        commit(before.model_copy(update={"files": files, "target": "aoti"}))
+
+
+def test_engines_are_added_and_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "b"
+    export(target, "one")
+    for key in ("first", "second", "second"):
+        extend(target, key, f"plan of {key}")
+        bundle = open_bundle(target, verify="full")
+        assert bundle.manifest.target == "aoti"
+        assert [p.name for p in (target / "engines").iterdir()] == [key]
+        assert (target / "engines" / key / "plan.json").read_text() == f"plan of {key}"
+    assert names(tmp_path) == ["b"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()])
+def test_a_failed_build_changes_nothing(tmp_path: Path, error: BaseException) -> None:
+    target = tmp_path / "b"
+    export(target, "one")
+    extend(target, "key", "one")
+    before = open_bundle(target).hash
+    with pytest.raises(type(error)):
+        extend(target, "other", "two", lambda: raise_(error))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("wanx.publish.write_manifest", lambda *_: raise_(error))
+        with pytest.raises(type(error)):
+            extend(target, "other", "two")
+    assert open_bundle(target, verify="full").hash == before
+    assert names(tmp_path) == ["b"]
+
+
+def raise_(error: BaseException) -> NoReturn:
+    raise error
+
+
+def test_a_build_after_one_that_was_killed(tmp_path: Path) -> None:
+    """Between moving the engines and signing them, they are foreign; the next build heals that."""
+    target = tmp_path / "b"
+    export(target, "one")
+    (target / "engines/key").mkdir(parents=True)
+    (target / "engines/key/plan.json").write_text("half")
+    with pytest.raises(CorruptInputError, match="delete it"):
+        open_bundle(target)
+    with extending(target) as (folder, commit):
+        (folder / "engines/key").mkdir(parents=True)
+        (folder / "engines/key/plan.json").write_text("whole")
+        before = read_bundle(target).manifest
+        commit(before.model_copy(update={"files": before.files | record_files(folder)}))
+    assert open_bundle(target, verify="full").manifest.files.keys() >= {"engines/key/plan.json"}
+
+
+def test_building_while_exporting_is_refused(tmp_path: Path) -> None:
+    target = tmp_path / "b"
+    export(target, "one")
+    with extending(target), pytest.raises(UsageError, match="another export is writing"):
+        export(target, "two", force=True)
 
 
 def test_record_files(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ __all__ = [
     "GateError",
     "UsageError",
     "WanxError",
+    "build",
     "compare",
     "export",
     "load",
@@ -98,6 +99,26 @@ def export(
         calibration=calibration or CalibrationOptions(),
     )
     return run_export(options, progress)
+
+
+def build(bundle: str | Path, *, target: str = "aoti", progress: Progress = silent) -> Bundle:
+    """Build the engines of another target into a bundle, which runs on them from then on.
+
+    Args:
+        bundle: folder made by :func:`export`.
+        target: ``aoti``, or ``cpu``, which needs none.
+        progress: told how far each stage is.
+
+    Raises:
+        WanxError: the bundle is damaged or cannot be written, or the target cannot be built here.
+    """
+    from wanx.export import require_packages
+
+    require_packages()
+    from wanx.bundle import open_bundle
+    from wanx.export.build import build as run_build
+
+    return run_build(open_bundle(Path(bundle)), target, progress)
 
 
 def compare(

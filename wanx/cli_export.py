@@ -25,7 +25,9 @@ def export(
             "Quantised: int8, fp8."
         ),
     ] = "auto",
-    target: Annotated[str, option(help="What will run the bundle: cpu.")] = "cpu",
+    target: Annotated[
+        str, option(help="What will run the bundle: cpu, or aoti (compiled for this GPU).")
+    ] = "cpu",
     task: Annotated[
         str | None, option(help="Insist on this task; an error names what was found.")
     ] = None,

@@ -6,7 +6,9 @@ import importlib
 import os
 import platform
 import shutil
+import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -37,6 +39,8 @@ def examine() -> list[Finding]:
         _checked("video", _video),
         _checked("built-in model", _builtin),
         _export(),
+        _gpu(),
+        _compiler(),
     ]
 
 
@@ -86,3 +90,30 @@ def _export() -> Finding:
             detail = f"{package} is not installed; pip install 'wanx[export]' to export"
             return Finding("export", False, detail, required=False)
     return Finding("export", True, ", ".join(found), required=False)
+
+
+def _gpu() -> Finding:
+    """NVIDIA's own tool is asked, which takes no second where PyTorch takes several to import."""
+    query = "name,compute_cap,driver_version"
+    found = ""
+    if tool := shutil.which("nvidia-smi"):
+        command = [tool, f"--query-gpu={query}", "--format=csv,noheader"]
+        with suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+            found = done.stdout
+    gpus = [[part.strip() for part in row.split(",")] for row in found.splitlines()]
+    named = [
+        f"{name} (SM{capability.replace('.', '')}, driver {driver})"
+        for name, capability, driver in (row for row in gpus if len(row) == 3)
+    ]
+    if not named:
+        return Finding("gpu", False, "no NVIDIA GPU found; --target cpu needs none", required=False)
+    return Finding("gpu", True, ", ".join(named), required=False)
+
+
+def _compiler() -> Finding:
+    for name in ("g++", "clang++"):
+        if shutil.which(name):
+            return Finding("c++", True, f"{name}, which --target aoti calls", required=False)
+    detail = "no g++ or clang++; --target aoti needs one (apt install g++)"
+    return Finding("c++", False, detail, required=False)

@@ -61,7 +61,7 @@ def problems(
 
     for component in manifest.components.values():
         for graph in (component.graph, *component.engines.values()):
-            if graph in sound and graph not in damaged:
+            if graph in sound and graph not in damaged and graph.endswith(".onnx"):
                 problem = _graph_problem(root, graph, component, files)
                 if problem:
                     yield graph, problem

@@ -69,6 +69,50 @@ def staging(target: str | Path, *, force: bool = False, needed_bytes: int = 0) -
                 raise
 
 
+@contextmanager
+def extending(target: str | Path) -> Iterator[tuple[Path, Callable[[Manifest], None]]]:
+    """Yield an empty folder for engines to be added to the bundle ``target``, and what adds them.
+
+    The block writes ``engines/<key>`` into the folder and calls the function with the new manifest.
+    Engines that it lists no more are deleted. If the block raises, the bundle stays as it was.
+
+    Raises:
+        UsageError: another process is writing ``target``.
+        WanxError: the disk is full or the place cannot be written.
+    """
+    target = _absolute(target)
+    folder = _sibling(target, f"wanx-{os.getpid()}.partial")
+
+    def commit(manifest: Manifest) -> None:
+        engines, moved = target / "engines", []
+        engines.mkdir(exist_ok=True)
+        try:
+            for new in sorted((folder / "engines").glob("*")):
+                for path in (*new.rglob("*"), new):
+                    _sync(path)
+                shutil.rmtree(engines / new.name, ignore_errors=True)  # of a build that was killed
+                os.rename(new, engines / new.name)
+                moved.append(engines / new.name)
+            _sync(engines)
+            write_manifest(target, manifest)
+        except BaseException:
+            for path in moved:
+                shutil.rmtree(path, ignore_errors=True)
+            raise
+        listed = {Path(name).parts[1] for name in manifest.files if name.startswith("engines/")}
+        for old in engines.glob("*"):
+            if old.name not in listed:
+                shutil.rmtree(old, ignore_errors=True)
+
+    with _explained(target, folder, 0), _locked(target, timeout=0):
+        _clean(target)
+        try:
+            folder.mkdir()
+            yield folder, commit
+        finally:
+            _clean(target)
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json`` into ``folder`` in one step, replacing one that is there."""
     temporary = folder / f".{MANIFEST}.partial"

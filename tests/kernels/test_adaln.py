@@ -2,12 +2,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import onnx_ir as ir
 import pytest
 import torch
 from interpreter import DEVICE
 from peers import relative_error
 from torch import Tensor
 
+from wanx.export.components import ComponentSpec, GraphInput
+from wanx.export.trace import trace
 from wanx.kernels.adaln import AdaLN, adaln, adaln_reference, launch_adaln
 
 EPS = 0.05  # large enough to be seen
@@ -80,6 +83,39 @@ def test_op(shape: tuple[int, ...], check_op: Callable[..., None]) -> None:
         lambda *tensors: adaln(*tensors, eps=EPS),
         formula,
     )
+
+
+@pytest.mark.parametrize("wanted", TYPES)
+@pytest.mark.parametrize("given", TYPES)
+def test_op_rounds_once_to_another_type(
+    given: torch.dtype,
+    wanted: torch.dtype,
+    assert_rounded_once: Callable[[Tensor, Tensor], None],
+) -> None:
+    values = arguments((2, 5, 96), given)
+    torch.library.opcheck(torch.ops.wanx.adaln_to.default, (*values, EPS, wanted))
+    exact = formula(*(value.double() for value in values))
+    for out in (
+        adaln(*values, eps=EPS, dtype=wanted),
+        adaln(*(v.requires_grad_() for v in values), eps=EPS, dtype=wanted).detach(),
+    ):
+        assert out.dtype == wanted
+        assert_rounded_once(out, exact.detach())
+
+
+def test_another_type_is_the_same_node_and_a_cast() -> None:
+    class Normalise(torch.nn.Module):
+        def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+            return adaln(x, scale, shift, eps=EPS, dtype=torch.bfloat16)
+
+    shapes = {"x": (1, "L", 16), "scale": (1, 1, 16), "shift": (1, 1, 16)}
+    spec = ComponentSpec(
+        name="normalise", weights="none", build=Normalise, outputs=("y",), axes={"L": 24},
+        inputs=tuple(GraphInput(name=n, shape=shape) for n, shape in shapes.items()),
+    )  # fmt: skip
+    model = trace(spec)
+    assert [node.op_type for node in model.graph] == ["AdaLN", "Cast"]
+    assert model.graph.outputs[0].dtype == ir.DataType.BFLOAT16
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["each", "shared"])

@@ -151,6 +151,19 @@ def test_kernel_saturates(
 
 
 @pytest.mark.parametrize("dtype", QUANTISED)
+def test_kernel_divides_by_the_smallest_scales(
+    dtype: torch.dtype,
+    run_kernel: Callable[..., tuple[Tensor, ...]],
+    assert_rounded_to_8bit: Callable[[Tensor, Tensor], None],
+) -> None:
+    """Whose inverse is infinite in fp32; the shift alone is as small."""
+    x, scale, shift = arguments((2, 5, 72))
+    scale, shift, step = torch.full_like(scale, -1), shift * 4e-39, torch.tensor(1e-40)
+    _, q, _ = run_kernel(launch_adaln, x, scale, shift, EPS, dtype=dtype, q_scale=step)
+    assert_rounded_to_8bit(q, shift.double().expand_as(x) / step.double())
+
+
+@pytest.mark.parametrize("dtype", QUANTISED)
 def test_kernel_makes_a_row_of_zeros_the_shift(
     dtype: torch.dtype,
     run_kernel: Callable[..., tuple[Tensor, ...]],

@@ -6,17 +6,19 @@ import sys
 
 import pytest
 
-from wanx.kernels.ahead import KNOWN_SM
+from wanx.kernels.ahead import KNOWN_SM, main
+
+SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # of a block of threads
+COMPILED = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
 
 @pytest.mark.parametrize("sm", KNOWN_SM)
 def test_every_kernel_compiles(sm: int) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "wanx.kernels.ahead", "--sm", str(sm)],
         capture_output=True,
         text=True,
-        env=environment,
+        env=COMPILED,
     )
     assert done.returncode == 0, done.stderr
     rows = done.stdout.splitlines()[1:]
@@ -24,3 +26,36 @@ def test_every_kernel_compiles(sm: int) -> None:
     assert {"adaln", "residual_adaln", "gated_residual", "rms_norm_rope", "attention"} <= kernels
     fp8 = {"adaln, fp8", "gelu_quantize, fp8 rows", "rms_norm_rope, fp8"}
     assert fp8 <= kernels if sm >= 89 else fp8.isdisjoint(kernels)
+    stacks = [int(row.split()[-2]) for row in rows if row.startswith("attention, 8 bits")]
+    assert not any(stacks)
+    assert max(int(row.split()[-1]) for row in rows) <= SHARED_KIB[sm] * 1024
+
+
+def test_attention_of_wide_heads_fits_shared_memory() -> None:
+    code = """
+import torch
+from wanx.kernels.ahead import compile_for, record
+from wanx.kernels.flash_attention import launch_attention
+x = torch.empty(1, 2000, 512, dtype=torch.bfloat16, device="meta")
+for sm in (80, 89, 90, 100):
+    (launch,) = record(sm, launch_attention, x, x, x, 2, 0.0625)
+    print(sm, compile_for(launch, sm).metadata.shared)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=COMPILED, check=True
+    )
+    used = [map(int, line.split()) for line in done.stdout.splitlines()]
+    assert len(used) == 4
+    assert all(shared <= SHARED_KIB[sm] * 1024 for sm, shared in used)
+
+
+def test_an_unknown_gpu_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ahead", "--sm", "90", "--sm", "75"])
+    with pytest.raises(SystemExit) as ending:
+        main()
+    assert ending.value.code == 2
+    out, said = capsys.readouterr()
+    assert out == ""
+    assert said == "error: there is nothing for SM 75; known are 80, 89, 90, 100, 120\n"

@@ -136,6 +136,21 @@ def test_kernel_follows_gelu_into_its_tails(
     assert_rounded_to_8bit(q, formula(x[None]) / step.double())
 
 
+def test_kernel_does_not_cancel_far_below_zero(
+    run_kernel: Callable[..., tuple[Tensor, Tensor]],
+    assert_rounded_to_8bit: Callable[[Tensor, Tensor], None],
+) -> None:
+    """Each row has a scale of its own, so that none is lost beside the others."""
+    x = torch.linspace(-9.5, -4, 23)[:, None] * torch.linspace(1, 1.02, 64)
+    wide = x.double()
+    # As 1 + tanh u = 2 sigmoid(2u), where the formula cancels even in float64.
+    exact = wide * (2 * math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)).sigmoid()
+    q, scale = run_kernel(launch_quantize, x, None, E4M3, gelu=True)
+    rows = row_scales(exact)
+    torch.testing.assert_close(scale.double(), rows, rtol=5e-5, atol=0)
+    assert_rounded_to_8bit(q, exact / rows)
+
+
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.int8, 127), (E4M3, 448)], ids=["int8", "e4m3"])
 def test_kernel_saturates(
     dtype: torch.dtype, limit: int, run_kernel: Callable[..., tuple[Tensor, Tensor]]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,16 +14,22 @@ from wanx.errors import WanxError
 from wanx.kernels import launch
 from wanx.kernels.adaln import unsupported_reason as adaln_reason
 from wanx.kernels.ahead import record
+from wanx.kernels.gated_residual import unsupported_reason as gated_residual_reason
 from wanx.kernels.quantize import launch_quantize
 from wanx.kernels.quantize import unsupported_reason as quantize_reason
+from wanx.kernels.rms_norm import unsupported_reason as rms_norm_reason
 from wanx.kernels.rms_norm_rope import unsupported_reason as rope_reason
 
+FP32 = torch.float32
 
-def on_gpu(*shape: int, dtype: torch.dtype = torch.bfloat16, stride: int = 1) -> Any:
+
+def on_gpu(
+    *shape: int, dtype: torch.dtype = torch.bfloat16, stride: int = 1, contiguous: bool = True
+) -> Any:
     """What the checks look at of a tensor on a GPU, which this machine may not have."""
     return SimpleNamespace(
         device=torch.device("cuda:0"), is_cuda=True, dtype=dtype, shape=torch.Size(shape),
-        ndim=len(shape), stride=lambda _=-1: stride, is_contiguous=lambda: stride == 1,
+        ndim=len(shape), stride=lambda _=-1: stride, is_contiguous=lambda: contiguous,
         numel=lambda: torch.Size(shape).numel(),
     )  # fmt: skip
 
@@ -54,22 +61,60 @@ def test_tensors_that_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "stride 3" in (launch.unsupported_tensors(on_gpu(2, 8, stride=3)) or "")
     assert "float64" in (quantize_reason(on_gpu(2, 8, dtype=torch.float64), fp8=False) or "")
     assert "20000" in (quantize_reason(on_gpu(2, 20000), fp8=False) or "")
-    assert "no scalar" in (quantize_reason(on_gpu(2, 8), on_gpu(2), fp8=False) or "")
-    assert "heads of 24" in (rope_reason(on_gpu(1, 2, 48), on_gpu(1, 2, 48), num_heads=2) or "")
+    for scale in (on_gpu(2, dtype=FP32), on_gpu()):
+        assert "no scalar in fp32" in (quantize_reason(on_gpu(2, 8), scale, fp8=False) or "")
+    assert "[4] does not" in (rms_norm_reason(on_gpu(2, 8), on_gpu(4)) or "")
     monkeypatch.setattr(launch, "tl", None)
     assert "pip install 'wanx[gpu]'" in (launch.unsupported_tensors(on_gpu(2, 8)) or "")
 
 
 def test_tensors_that_adaln_would_misread() -> None:
-    x, row = on_gpu(2, 5, 24), on_gpu(2, 1, 24, dtype=torch.float32)
-    z, step = on_gpu(2, 5, 24), on_gpu(dtype=torch.float32)
-    assert adaln_reason(x, z, row, on_gpu(1, 1, 24, dtype=torch.float32), step) is None
+    x, z, step = on_gpu(2, 5, 24), on_gpu(2, 5, 24), on_gpu(dtype=FP32)
+    row, shared = on_gpu(2, 1, 24, dtype=FP32), on_gpu(1, 1, 24, dtype=FP32)
+    assert adaln_reason(x, row, shared, row, z=z, q_scale=step) is None
+    assert gated_residual_reason(x, z, shared) is None
     for wrong in (
-        on_gpu(2, 4, 24), on_gpu(2, 1, 24), on_gpu(3, 1, 24, dtype=torch.float32),
-        on_gpu(2, dtype=torch.float32),
+        on_gpu(2, 5, 24, dtype=FP32), on_gpu(2, 1, 24), on_gpu(3, 1, 24, dtype=FP32),
+        on_gpu(dtype=FP32),
     ):  # fmt: skip
-        reason = adaln_reason(x, row, wrong) or ""
-        assert f"{wrong.dtype} {list(wrong.shape)} does not belong to x [2, 5, 24]" in reason
+        message = f"{wrong.dtype} {list(wrong.shape)} does not belong to x [2, 5, 24]"
+        assert message in (adaln_reason(x, row, wrong, row, z=z) or "")
+        assert message in (gated_residual_reason(x, z, wrong) or "")
+    for wrong in (row, on_gpu(2, 4, 24)):
+        assert f"z {wrong.dtype}" in (adaln_reason(x, row, row, row, z=wrong) or "")
+    assert "no scalar in fp32" in (adaln_reason(x, row, row, q_scale=row) or "")
+    apart = on_gpu(2, 1, 24, dtype=FP32, contiguous=False)
+    assert "modulation torch.float32 [2, 1, 24] is not" in (adaln_reason(x, row, apart) or "")
+    assert "z [2, 5, 24] is not" in (
+        adaln_reason(x, row, row, row, z=on_gpu(2, 5, 24, contiguous=False)) or ""
+    )
+
+
+def test_tensors_that_rms_norm_rope_would_misread() -> None:
+    q, weight, table = on_gpu(2, 5, 96), on_gpu(96), on_gpu(5, 8, dtype=FP32)
+    step = on_gpu(dtype=FP32)
+    right = [weight, on_gpu(96, dtype=FP32), table, table, step, step]
+
+    def reason(place: int, wrong: Any) -> str:
+        others = [*right[:place], wrong, *right[place + 1 :]]
+        return rope_reason(q, q, *others, num_heads=6) or ""
+
+    assert rope_reason(q, q, *right, num_heads=6) is None
+    assert rope_reason(q, q, *right[:4], num_heads=6) is None
+    for place, name, wrong in (
+        (0, "q_weight", on_gpu(16)), (1, "k_weight", on_gpu(96, dtype=torch.float64)),
+        (2, "cos", on_gpu(5, 8)), (2, "cos", on_gpu(4, 8, dtype=FP32)),
+        (3, "sin", on_gpu(5, 16, dtype=FP32)), (3, "sin", on_gpu(1, 5, 8, dtype=FP32)),
+    ):  # fmt: skip
+        message = f"{name} {wrong.dtype} {list(wrong.shape)} does not belong to q [2, 5, 96]"
+        assert message in reason(place, wrong)
+    assert "sin [5, 8] is not contiguous" in reason(3, on_gpu(5, 8, dtype=FP32, contiguous=False))
+    assert "a scale torch.bfloat16 [] is no scalar in fp32" in reason(4, on_gpu())
+    assert "[6] is no scalar" in reason(5, on_gpu(6, dtype=FP32))
+    for heads in (4, 12, 5):
+        assert f"96 channels are not {heads} heads" in (
+            rope_reason(q, q, *right, num_heads=heads) or ""
+        )
 
 
 def test_a_reference_instead_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -100,9 +145,25 @@ def test_recorded_launches() -> None:
     assert found.signature["K"] == "constexpr"
     assert (found.grid, found.constants["K"], found.oldest_sm) == ((3,), 40, 89)
     assert found.aligned >= {"x", "out"}
-    with pytest.raises(TypeError, match="not str"):
-        record(80, lambda: launch.launch(found.kernel, (1,), "x"))
+    for wrong, message in (("x", "not str"), (x.double(), "bfloat16.* not of torch.float64")):
+        with pytest.raises(TypeError, match=message):
+            record(80, lambda wrong=wrong: launch.launch(found.kernel, (1,), wrong))
     assert launch._recorder is None
+
+
+def test_recorders_within_each_other() -> None:
+    told: list[str] = []
+    x = torch.empty(3, 40, device="meta")
+
+    def tell(name: str) -> Callable[..., None]:
+        return lambda *_: told.append(f"{name} {launch.sm_of(x)}")
+
+    with launch.recorded(tell("outer"), 80):
+        with launch.recorded(tell("inner"), 100):
+            launch_quantize(x, None, torch.int8)
+        launch_quantize(x, None, torch.int8)
+    assert told == ["inner 100", "outer 80"]
+    assert launch.sm_of(x) == 90
 
 
 def test_everything_imports_and_runs_without_triton() -> None:

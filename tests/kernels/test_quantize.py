@@ -25,7 +25,7 @@ SHAPES = [(1, 1, 8), (1, 7, 130), (2, 5, 257), (33, 3)]
 # Rows of one number, and such as take more warps.
 KERNEL_SHAPES = [*SHAPES, (4, 1), (2, 2100)]
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
-SCALES = [2.0**-126, 1e-6, 0.0173, 1.0, 3e4, 1e37]
+SCALES = [1e-40, 2.0**-126, 1e-6, 0.0173, 1.0, 3e4, 1e37]
 NAN, INF = float("nan"), float("inf")
 
 

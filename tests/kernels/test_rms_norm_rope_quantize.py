@@ -112,6 +112,19 @@ def test_kernel_takes_rows_that_lie_apart(
         assert torch.equal(out.view(torch.uint8), wanted.view(torch.uint8))
 
 
+def test_kernel_divides_by_the_smallest_scales(
+    run_kernel: Callable[..., tuple[Tensor, Tensor]],
+    assert_rounded_to_8bit: Callable[[Tensor, Tensor], None],
+) -> None:
+    """Whose inverse is infinite in fp32."""
+    q, k, q_weight, k_weight, cos, sin, _, _ = arguments((1, 7, 3, 32))
+    tiny = torch.tensor(1e-40)
+    values = (q, k, q_weight * 1e-38, k_weight * 1e-38, cos, sin, tiny, tiny)
+    outs = run(run_kernel, values, 3)
+    for out, wanted in zip(outs, quotients(values, 3), strict=True):
+        assert_rounded_to_8bit(out, wanted)
+
+
 def test_kernel_saturates(run_kernel: Callable[..., tuple[Tensor, Tensor]]) -> None:
     values = arguments((1, 7, 3, 32))
     small = torch.tensor(1e-9)

@@ -129,7 +129,8 @@ def denoise(session: Session, video: Trajectory, on_step: OnStep) -> Float32 | N
     session.bind(video.constants)
     while not video.done:
         feeds = video.feeds()
-        velocities = {branch: session.run(feed)["velocity"] for branch, feed in feeds.items()}
+        made = session.run_each(list(feeds.values()))
+        velocities = {b: out["velocity"] for b, out in zip(feeds, made, strict=True)}
         on_step(feeds, velocities)
         try:
             video.advance(velocities)

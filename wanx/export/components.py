@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,15 +26,15 @@ class GraphInput:
     shape: Shape
     dtype: torch.dtype = torch.float32
 
-    def example(self, axes: dict[str, int]) -> Tensor:
-        """A tensor of this shape, given the size of each axis."""
+    def example(self, axes: Mapping[str, int], device: torch.device | str = "cpu") -> Tensor:
+        """Zeros of this shape, given the size of each axis."""
         sizes = []
         for size in self.shape:
             if isinstance(size, str):
                 factor, axis = split_axis(size)
                 size = factor * axes[axis]
             sizes.append(size)
-        return torch.zeros(sizes, dtype=self.dtype)
+        return torch.zeros(sizes, dtype=self.dtype, device=device)
 
 
 def split_axis(size: str) -> tuple[int, str]:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,7 @@ from wanx.benchmarks.golden import check_golden, require_golden
 from wanx.bundle import Bundle, open_bundle
 from wanx.errors import CancelledError, WanxError
 from wanx.export.attach import attach
+from wanx.export.build import with_engines
 from wanx.export.calibrate import record_golden
 from wanx.export.choose_recipe import choose_recipe
 from wanx.export.components import ComponentSpec, component_specs, expected_tensors
@@ -95,7 +97,7 @@ def write_bundle(
 
 def _build(resolved: ResolvedExport, folder: Path, target: str, progress: Progress) -> None:
     options, checkpoint = resolved.options, resolved.checkpoint
-    build = _Build(resolved, folder, target, progress)
+    build = _Build(resolved, folder, progress)
     specs = component_specs(checkpoint.config)
     recipes = {}
     if "text_encoder" in resolved.eight_bit:
@@ -116,20 +118,19 @@ def _build(resolved: ResolvedExport, folder: Path, target: str, progress: Progre
     if golden is not None and options.calibration.golden_steps:
         (folder / GOLDEN).parent.mkdir()
         write_golden(golden, folder / GOLDEN)
-    bundle = build.bundle()
+    plain = build.bundle()
+    manifest = with_engines(folder, plain.manifest, target, folder, progress)
     if options.gate:
-        require_golden(check_golden(bundle, progress=progress), Gates())
-    write_manifest(folder, bundle.manifest)
+        built = replace(plain, manifest=manifest)
+        require_golden(check_golden(built, progress=progress), Gates())
+    write_manifest(folder, manifest)
 
 
 class _Build:
     """A bundle that grows by components in a folder."""
 
-    def __init__(
-        self, resolved: ResolvedExport, folder: Path, target: str, progress: Progress
-    ) -> None:
-        self._resolved, self._folder, self._target = resolved, folder, target
-        self._progress = progress
+    def __init__(self, resolved: ResolvedExport, folder: Path, progress: Progress) -> None:
+        self._resolved, self._folder, self._progress = resolved, folder, progress
         self._components: dict[str, Component] = {}
         self._sha256: dict[str, str] = {}
         self._sources: dict[str, str] = {}
@@ -158,7 +159,7 @@ class _Build:
             wanx_version=wanx.__version__,
             config=resolved.checkpoint.config,
             precision=resolved.precision,
-            target=self._target,
+            target="cpu",
             components={n: self._components[n] for n in names if n in self._components},
             provenance=Provenance(
                 source=resolved.checkpoint.source.name,

@@ -17,7 +17,7 @@ from wanx.runtime.options import ResolvedRun
 Precision = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
 STORED_TYPES: dict[str, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 WIDTH = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "F8_E4M3": 1}
-TARGETS = ("cpu",)
+TARGETS = ("cpu", "aoti")
 
 
 @dataclass(frozen=True, kw_only=True)

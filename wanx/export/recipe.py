@@ -98,6 +98,38 @@ class Recipe:
         )  # fmt: skip
 
 
+def recorded_recipe(record: Quantization, stored: Mapping[str, tuple[int, ...]]) -> Recipe:
+    """The recipe behind a manifest's record, as far as a network's structure depends on it.
+
+    Args:
+        record: of the component.
+        stored: name and shape of every tensor of its weight files. Vectors of smoothing come back
+            without their numbers, scales of attention as 1.
+    """
+    tables = {name for name in record.layers if name.endswith("embedding")}
+    options = QuantizeOptions(
+        weight_scale=record.weight_scale,
+        activation_scale="dynamic" if record.activation_scale == "dynamic" else "static",
+        attention=record.attention,
+    )
+    return Recipe(
+        scheme=SCHEMES[record.scheme],
+        options=options,
+        layers={n: layer.input_scale for n, layer in record.layers.items() if n not in tables},
+        embeddings=tuple(sorted(tables)),
+        smooth={n: torch.empty(s, device="meta") for n, s in stored.items() if _is_smoothing(n)},
+        attention={
+            name.removesuffix(".q_scale"): (1.0, 1.0, 1.0)
+            for name in stored
+            if name.endswith(".attend.q_scale")
+        },
+    )
+
+
+def _is_smoothing(tensor: str) -> bool:
+    return tensor.rpartition(".")[2] in SMOOTHED
+
+
 def shared_input(layer: str) -> str:
     """Name of the layer that stands for all that read the same input as ``layer``."""
     for group in SHARED_INPUTS:

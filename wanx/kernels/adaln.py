@@ -3,7 +3,8 @@
     y = LN(x) · (1 + scale) + shift        LN(x) = (x - mean) / √(variance + eps), per token
 
 x ``[B, L, D]``; scale and shift ``[B, 1, D]``, or ``[1, 1, D]`` for the whole batch, in fp32. The
-statistics and the modulation run in fp32; y has the shape and dtype of x.
+statistics and the modulation run in fp32; y has the shape of x, and its dtype unless asked for
+another, to which it is rounded once.
 
 The kernel reads each token once. A program takes a few tokens, for which it keeps the modulation.
 Its variants, in files of their own, update the residual stream first and round y to 8 bits.
@@ -24,13 +25,14 @@ from wanx.kernels.launch import (
     launch,
     next_power_of_two,
     runs_reference,
+    sm_of,
     tl,
     unsupported_tensors,
 )
-from wanx.kernels.quantize import round_to_8bit, row_scale_of
-from wanx.kernels.registry import DOMAIN, needs_gradient, register
+from wanx.kernels.quantize import is_scale, round_to_8bit, row_scale_of
+from wanx.kernels.registry import DOMAIN, NODES, needs_gradient, register, register_node
+from wanx.kernels.tuning import config
 
-TOKENS = 4  # of a program
 LARGEST_DIM = 16384
 
 
@@ -40,24 +42,50 @@ def adaln_reference(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tens
     return (normed * (1 + scale.float()) + shift.float()).to(x.dtype)
 
 
-def unsupported_reason(x: Tensor, *others: Tensor, fp8: bool = False) -> str | None:
-    """Why the kernel cannot run on ``x`` and the other tensors of its op, or None."""
-    if reason := unsupported_tensors(x, *others, fp8=fp8):
+def unsupported_reason(
+    x: Tensor,
+    *modulations: Tensor,
+    z: Tensor | None = None,
+    q_scale: Tensor | None = None,
+    fp8: bool = False,
+) -> str | None:
+    """Why the kernel cannot run, or None.
+
+    Args:
+        x: the stream.
+        modulations: scale, shift and gate, as far as the op has them.
+        z: what is added to ``x``.
+        q_scale: a static scale.
+        fp8: whether the result is float8_e4m3fn.
+    """
+    extras = [tensor for tensor in (z, q_scale) if tensor is not None]
+    if reason := unsupported_tensors(x, *modulations, *extras, fp8=fp8):
         return reason
     if x.dtype not in FLOATS:
         return f"x is {x.dtype}"
     if x.shape[-1] > LARGEST_DIM:
         return f"D is {x.shape[-1]}, above {LARGEST_DIM}"
+    if z is not None and (z.shape != x.shape or z.dtype not in FLOATS):
+        return f"z {z.dtype} {list(z.shape)} does not belong to x {list(x.shape)}"
+    if q_scale is not None and not is_scale(q_scale):
+        return f"its scale {q_scale.dtype} {list(q_scale.shape)} is no scalar in fp32"
+    if reason := unsupported_modulation(x, *modulations):
+        return reason
+    for name, tensor in (("x", x), ("z", z)):
+        if tensor is not None and not tensor.is_contiguous():
+            return f"{name} {list(tensor.shape)} is not contiguous"
+    return None
+
+
+def unsupported_modulation(x: Tensor, *modulations: Tensor) -> str | None:
+    """Which tensor is not fp32 ``[B, 1, D]`` or ``[1, 1, D]`` for ``x`` ``[B, L, D]``, or None."""
     batch, _, dim = x.shape
-    for tensor in others:
-        found = f"a tensor {tensor.dtype} {list(tensor.shape)}"
-        whole = tensor.shape == x.shape and tensor.dtype in FLOATS
-        modulates = tensor.shape in ((1, 1, dim), (batch, 1, dim)) and tensor.dtype == torch.float32
-        if not (whole or modulates or (tensor.numel() == 1 and tensor.dtype == torch.float32)):
+    for tensor in modulations:
+        found = f"a modulation {tensor.dtype} {list(tensor.shape)}"
+        shapes = ((1, 1, dim), (batch, 1, dim))
+        if tensor.shape not in shapes or tensor.dtype != torch.float32:
             return f"{found} does not belong to x {list(x.shape)}"
-        if not tensor.is_contiguous():
-            return f"{found} is not contiguous"
-    return None if x.is_contiguous() else f"x {list(x.shape)} is not contiguous"
+    return None
 
 
 @jit
@@ -75,7 +103,7 @@ def _adaln_kernel(  # type: ignore[no-untyped-def]
     if RESIDUAL:
         weight = tl.load(gate + batch * gate_stride + column, mask=inside, other=0.0)
     if STATIC:
-        inverse = 1.0 / tl.load(q_scale)
+        step = tl.load(q_scale)
     first = tl.program_id(0) * TOKENS
     for token in range(first, min(first + TOKENS, length)):
         row = batch.to(tl.int64) * length + token
@@ -90,13 +118,11 @@ def _adaln_kernel(  # type: ignore[no-untyped-def]
         y = centred * deviation * factor + offset
         if DYNAMIC:
             largest = tl.max(tl.where(inside, tl.abs(y), 0.0))
-            row_scale = row_scale_of(largest)
-            tl.store(out_scale + row, row_scale)
-            y = y * (1.0 / row_scale)
-        if STATIC:
-            y = y * inverse
+            step = row_scale_of(largest)
+            tl.store(out_scale + row, step)
         if STATIC or DYNAMIC:
-            tl.store(out + place, round_to_8bit(y, out.dtype.element_ty), mask=inside)
+            # A quotient, as 1 / step is infinite for the smallest steps.
+            tl.store(out + place, round_to_8bit(y / step, out.dtype.element_ty), mask=inside)
         else:
             tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
 
@@ -134,15 +160,15 @@ def launch_adaln(
     updated = x if z is None else torch.empty_like(x)
     y = torch.empty_like(x, dtype=dtype)
     scales = x.new_empty((batch, length, 1) if by_row else (0,), dtype=torch.float32)
+    meta = config("adaln" if z is None else "residual_adaln", sm_of(x), dim=dim, length=length)
     # What a variant does not read is not looked at: any tensor will do in its place.
     launch(
-        _adaln_kernel, (-(-length // TOKENS), batch),
+        _adaln_kernel, (-(-length // meta["TOKENS"]), batch),
         x, x if z is None else z, scale if gate is None else gate, updated, scale, shift,
         scale if q_scale is None else q_scale, y, scales if by_row else scale,
         length, *(_batch_stride(t) for t in (scale if gate is None else gate, scale, shift)), eps,
-        D=dim, BLOCK=next_power_of_two(dim), TOKENS=TOKENS,
-        RESIDUAL=z is not None, STATIC=q_scale is not None, DYNAMIC=by_row,
-        num_warps=4 if dim <= 2048 else 8,
+        D=dim, BLOCK=next_power_of_two(dim),
+        RESIDUAL=z is not None, STATIC=q_scale is not None, DYNAMIC=by_row, **meta,
     )  # fmt: skip
     return updated, y, scales
 
@@ -172,11 +198,32 @@ def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     return torch.empty_like(x)
 
 
+@triton_op("wanx::adaln_to", mutates_args=())
+def _adaln_to(x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    if runs_reference("adaln_to", unsupported_reason(x, scale, shift), x):
+        return adaln_reference(x.float(), scale, shift, eps).to(dtype)
+    return launch_adaln(x, scale, shift, eps, dtype=dtype)[1]
+
+
+@_adaln_to.register_fake
+def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)
+
+
+def _to_node(x: Tensor, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    return NODES[torch.ops.wanx.adaln.default](x.float(), scale, shift, eps).to(dtype)
+
+
 register(torch.ops.wanx.adaln.default, AdaLN)
+register_node(torch.ops.wanx.adaln_to.default, _to_node)
 
 
-def adaln(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float) -> Tensor:
+def adaln(
+    x: Tensor, scale: Tensor, shift: Tensor, *, eps: float, dtype: torch.dtype | None = None
+) -> Tensor:
     """Normalise and modulate ``x``; see the module's contract for shapes."""
     if needs_gradient(x, scale, shift):
-        return adaln_reference(x, scale, shift, eps)
-    return _adaln(x, scale, shift, eps)
+        return adaln_reference(x.float(), scale, shift, eps).to(dtype or x.dtype)
+    if dtype in (None, x.dtype):
+        return _adaln(x, scale, shift, eps)
+    return _adaln_to(x, scale, shift, eps, dtype)

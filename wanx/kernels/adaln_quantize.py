@@ -63,7 +63,7 @@ def AdaLNQuantizeRows(x, scale, shift, eps: float):  # type: ignore[no-untyped-d
 def _adaln_quantize(
     x: Tensor, scale: Tensor, shift: Tensor, q_scale: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    reason = unsupported_reason(x, scale, shift, q_scale, fp8=dtype == E4M3)
+    reason = unsupported_reason(x, scale, shift, q_scale=q_scale, fp8=dtype == E4M3)
     if runs_reference("adaln_quantize", reason, x):
         return adaln_quantize_reference(x, scale, shift, q_scale, eps, dtype)
     return launch_adaln(x, scale, shift, eps, dtype=dtype, q_scale=q_scale)[1]

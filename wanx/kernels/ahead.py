@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wanx.errors import UsageError
 from wanx.kernels.launch import recorded
 
 SPILL_BYTES = 200  # of a thread's stack: more is a kernel that does not fit its GPU
@@ -97,6 +98,9 @@ def _is_aligned(value: object) -> bool:
 def _type(value: object) -> str:
     match value:
         case Tensor():
+            if value.dtype not in _POINTERS:
+                known = ", ".join(str(dtype) for dtype in _POINTERS)
+                raise TypeError(f"a kernel takes tensors of {known}, not of {value.dtype}")
             return _POINTERS[value.dtype]
         case int():
             return "i32"
@@ -156,6 +160,7 @@ def launches_of_wan(sm: int) -> Iterator[tuple[str, Launch]]:
     from wanx.kernels.attention_8bit import launch_attention_8bit
     from wanx.kernels.flash_attention import launch_attention
     from wanx.kernels.gated_residual import launch_gated_residual
+    from wanx.kernels.gemm_8bit import launch_gemm_8bit
     from wanx.kernels.quantize import launch_quantize
     from wanx.kernels.rms_norm import launch_rms_norm
     from wanx.kernels.rms_norm_rope import launch_rms_norm_rope
@@ -200,6 +205,19 @@ def launches_of_wan(sm: int) -> Iterator[tuple[str, Launch]]:
             ("gelu_quantize, int8", launch_quantize, (wide, scalar, int8), {"gelu": True}),
             ("gelu_quantize, fp8 rows", launch_quantize, (wide, None, fp8), {"gelu": True}),
         ]
+        for name, kind, x_scale in (("int8", int8, scalar), ("fp8 rows", fp8, _meta(length))):
+            layer = (_meta(dim, dim, dtype=kind), weight, weight.bfloat16())
+            args = (_meta(length, dim, dtype=kind), x_scale, *layer)
+            calls.append((f"quant_linear, {name}", launch_gemm_8bit, args, {}))
+        for name, kind in (("int8", int8), ("fp8", fp8)):
+            first = (_meta(ffn, dim, dtype=kind), _meta(ffn), _meta(ffn, dtype=bf16))
+            args = (_meta(length, dim, dtype=kind), scalar, *first)
+            gelu = {"out_scale": scalar, "dtype": kind}
+            calls.append((f"quant_linear_gelu, {name}", launch_gemm_8bit, args, gelu))
+            last = (_meta(dim, ffn, dtype=kind), weight, weight.bfloat16())
+            args = (_meta(length, ffn, dtype=kind), scalar, *last)
+            update = {"residual": x, "gate": row}
+            calls.append((f"quant_linear_residual, {name}", launch_gemm_8bit, args, update))
         for name, function, args, kwargs in calls:
             for launch in record(sm, function, *args, **kwargs):
                 yield f"{name}, D={dim}", launch
@@ -214,6 +232,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sm", type=int, action="append", help="such as 90; repeat for several")
     asked = parser.parse_args().sm or KNOWN_SM
+    if unknown := [sm for sm in asked if sm not in KNOWN_SM]:
+        known = ", ".join(map(str, KNOWN_SM))
+        print(f"error: there is nothing for SM {unknown[0]}; known are {known}", file=sys.stderr)
+        sys.exit(UsageError.exit_code)
     print(f"{'kernel':40} sm  registers  stack  shared")
     spilled = 0
     for sm in asked:

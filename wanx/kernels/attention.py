@@ -56,7 +56,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Tensor:
     return torch.empty_like(q)
 
 
-@torch.library.custom_op("wanx::biased_attention", mutates_args=())
+@triton_op("wanx::biased_attention", mutates_args=())
 def _biased_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, num_heads: int, scale: float
 ) -> Tensor:

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from wanx.kernels.flash_attention import HALVES, unsupported_shapes
-from wanx.kernels.launch import jit, launch, tl, unsupported_tensors
+from wanx.kernels.launch import jit, launch, sm_of, tl, unsupported_tensors
 from wanx.kernels.quantize import round_to_8bit
+from wanx.kernels.tuning import config
 
-BLOCK_Q, BLOCK_K = 128, 128
+BLOCK = 128  # rows of the reference that share a scale, as on most GPUs
 
 
 def attention_8bit_reference(
@@ -37,8 +38,8 @@ def attention_8bit_reference(
     """
     split = [t.float().unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v)]
     q32, k32, v32 = split
-    q8, q_scale = _rounded_blocks(q32, BLOCK_Q)
-    k8, k_scale = _rounded_blocks(k32 - k32.mean(2, keepdim=True), BLOCK_K)
+    q8, q_scale = _rounded_blocks(q32)
+    k8, k_scale = _rounded_blocks(k32 - k32.mean(2, keepdim=True))
     v_scale = v32.abs().amax(2, keepdim=True).clamp_min(1e-30) / 448
     v8 = (v32 / v_scale).to(torch.float8_e4m3fn).float()
     score = (q8 @ k8.transpose(-2, -1)) * q_scale * k_scale.transpose(-2, -1) * scale
@@ -48,10 +49,10 @@ def attention_8bit_reference(
     return out.transpose(1, 2).flatten(-2).to(q.dtype)
 
 
-def _rounded_blocks(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def _rounded_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
     """Round ``[B, H, L, d]`` to integers; return them in fp32 and the scale of each row."""
-    amax = torch.stack([part.abs().amax((2, 3)) for part in x.split(block, 2)], 2)
-    scale = amax.clamp_min(1e-30).repeat_interleave(block, 2)[:, :, : x.shape[2], None] / 127
+    amax = torch.stack([part.abs().amax((2, 3)) for part in x.split(BLOCK, 2)], 2)
+    scale = amax.clamp_min(1e-30).repeat_interleave(BLOCK, 2)[:, :, : x.shape[2], None] / 127
     return (x / scale).round(), scale
 
 
@@ -179,23 +180,25 @@ def launch_attention_8bit(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale
     """Run the kernels: q and k to int8, v to e4m3, then attention."""
     batch, q_length, dim = q.shape
     k_length, head = k.shape[1], dim // num_heads
-    q8, q_scale = _round_rows(q, None, num_heads, BLOCK_Q)
-    k8, k_scale = _round_rows(k, k.mean(1, dtype=torch.float32), num_heads, BLOCK_K)
+    meta = config("attention_8bit", sm_of(q), head=head, keys=k_length, heads=num_heads)
+    block_q, block_k = meta["BLOCK_Q"], meta["BLOCK_K"]
+    q8, q_scale = _round_rows(q, None, num_heads, block_q)
+    k8, k_scale = _round_rows(k, k.mean(1, dtype=torch.float32), num_heads, block_k)
     v_scale = torch.linalg.vector_norm(v, math.inf, dim=1, dtype=torch.float32)
     v_scale = v_scale.clamp_min(1e-30) / 448
     padded = -(-k_length // 16) * 16
     v8 = v.new_empty((batch, dim, padded), dtype=torch.float8_e4m3fn)
     launch(
-        _round_values_kernel, (-(-padded // BLOCK_K), num_heads, batch),
+        _round_values_kernel, (-(-padded // block_k), num_heads, batch),
         v, v_scale, v8, k_length, padded, v.stride(0), v.stride(1), num_heads,
-        HEAD=head, BLOCK=BLOCK_K, num_warps=4,
+        HEAD=head, BLOCK=block_k, num_warps=4,
     )  # fmt: skip
     out = q.new_empty(q.shape)
     launch(
-        _attention_8bit_kernel, (-(-q_length // BLOCK_Q), num_heads, batch),
+        _attention_8bit_kernel, (-(-q_length // block_q), num_heads, batch),
         q8, k8, v8, q_scale, k_scale, v_scale, out, scale * math.log2(math.e),
         q_length, k_length, padded, num_heads,
-        HEAD=head, BLOCK_Q=BLOCK_Q, BLOCK_K=BLOCK_K, num_warps=8, num_stages=3,
+        HEAD=head, **meta,
     )  # fmt: skip
     return out
 

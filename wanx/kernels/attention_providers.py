@@ -1,7 +1,11 @@
 """Implementations of attention on GPUs, and which of them runs.
 
 Each takes q ``[B, Lq, H·d]``, k and v ``[B, Lk, H·d]`` in bf16 or fp16 and returns o like q. Those
-of 16 bits round like a product in that type; those of 8 bits keep a cosine of 0.999 with it.
+of 16 bits round like a product in that type; those of 8 bits keep a cosine of 0.999 with it, and
+``cudnn-fp8`` one of 0.998.
+
+The first in the order of :mod:`wanx.kernels.tuning` that can run does. ``fa3`` and ``cudnn-fp8``
+need packages of their own, and stand behind the others until they are measured.
 """
 
 from __future__ import annotations
@@ -9,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from wanx.kernels import attention_8bit, flash_attention
+from wanx.kernels import attention_8bit, attention_cudnn_fp8, attention_fa3, flash_attention
 from wanx.kernels.launch import sm_of, unsupported_tensors
+from wanx.kernels.tuning import provider_order
 
 Run = Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
 
@@ -51,28 +55,40 @@ def _torch_reason(largest_head: int, oldest_sm: int) -> Callable[..., str | None
     return reason
 
 
-def _torch_run(backend: SDPBackend) -> Run:
+# PyTorch's own operators rather than the choice among them that scaled_dot_product_attention makes
+# of the machine at hand: what is traced is what will run.
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    operator = torch.ops.aten._scaled_dot_product_cudnn_attention
+    out: Tensor = operator(q, k, v, None, False, 0.0, False, False, scale=scale)[0]
+    return out
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    operator = torch.ops.aten._scaled_dot_product_flash_attention
+    out: Tensor = operator(q, k, v, 0.0, False, False, scale=scale)[0]
+    return out
+
+
+def _torch_run(attend: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> Run:
     def run(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Tensor:
-        heads = [t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v)]
-        with sdpa_kernel(backend):
-            out = F.scaled_dot_product_attention(*heads, scale=scale)
-        return out.transpose(1, 2).flatten(-2)
+        split = [t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v)]
+        return attend(split[0], split[1], split[2], scale).transpose(1, 2).flatten(-2)
 
     return run
 
 
-PROVIDERS = (
+_ALL = (
     Provider(
         name="cudnn",
         bits=16,
         unsupported_reason=_torch_reason(128, 80),
-        run=_torch_run(SDPBackend.CUDNN_ATTENTION),
+        run=_torch_run(_cudnn),
     ),
     Provider(
         name="flash",
         bits=16,
         unsupported_reason=_torch_reason(256, 80),
-        run=_torch_run(SDPBackend.FLASH_ATTENTION),
+        run=_torch_run(_flash),
     ),
     Provider(
         name="triton",
@@ -81,29 +97,44 @@ PROVIDERS = (
         run=flash_attention.launch_attention,
     ),
     Provider(
+        name="fa3",
+        bits=16,
+        unsupported_reason=attention_fa3.unsupported_reason,
+        run=attention_fa3.attention_fa3,
+    ),
+    Provider(
         name="triton-8bit",
         bits=8,
         unsupported_reason=attention_8bit.unsupported_reason,
         run=attention_8bit.launch_attention_8bit,
     ),
+    Provider(
+        name="cudnn-fp8",
+        bits=8,
+        unsupported_reason=attention_cudnn_fp8.unsupported_reason,
+        run=attention_cudnn_fp8.attention_cudnn_fp8,
+    ),
 )
-# Fastest first. cuDNN's kernels use what Hopper and Blackwell have, flash is written for Ampere.
-_ORDER = {16: ("cudnn", "flash", "triton"), 8: ("triton-8bit",)}
-_ORDER_BEFORE_HOPPER = {16: ("flash", "cudnn", "triton"), 8: ("triton-8bit",)}
+PROVIDERS = {provider.name: provider for provider in _ALL}
+
+
+def ranked(sm: int, *, bits: int, keys: int) -> list[Provider]:
+    """Providers that keep at least ``bits``, in the order in which they are tried.
+
+    Where 8 bits are enough, those of 16 bits come last, unless the table ranks them.
+    """
+    names = provider_order(sm, bits=bits, keys=keys)
+    if bits == 8:
+        names += provider_order(sm, bits=16, keys=keys)
+    return [PROVIDERS[name] for name in dict.fromkeys(names)]
 
 
 def choose(q: Tensor, k: Tensor, v: Tensor, num_heads: int, bits: int) -> Provider | str:
-    """The fastest provider that keeps at least ``bits``, or why there is none.
-
-    Where 8 bits are enough and nothing runs in 8, one of 16 does.
-    """
-    order = _ORDER if sm_of(q) >= 90 else _ORDER_BEFORE_HOPPER
-    names = order[16] if bits == 16 else (*order[8], *order[16])
-    by_name = {provider.name: provider for provider in PROVIDERS}
+    """The fastest provider that keeps at least ``bits``, or why there is none."""
     reasons: dict[str, str] = {}
-    for name in names:
-        reason = by_name[name].unsupported_reason(q, k, v, num_heads)
+    for provider in ranked(sm_of(q), bits=bits, keys=k.shape[1]):
+        reason = provider.unsupported_reason(q, k, v, num_heads)
         if reason is None:
-            return by_name[name]
-        reasons.setdefault(reason, name)
+            return provider
+        reasons.setdefault(reason, provider.name)
     return "; ".join(f"{name}: {reason}" for reason, name in reasons.items())

@@ -13,6 +13,7 @@ import torch
 from onnxscript import opset23 as op
 from onnxscript import script
 from torch import Tensor
+from torch.library import triton_op
 
 from wanx.kernels.registry import DOMAIN, needs_gradient, register
 
@@ -33,7 +34,7 @@ def ChannelNorm(x, weight, eps: float):  # type: ignore[no-untyped-def]
     return op.CastLike(x32 * inverse * op.Cast(weight, to=1), x)
 
 
-@torch.library.custom_op("wanx::channel_norm", mutates_args=())
+@triton_op("wanx::channel_norm", mutates_args=())
 def _channel_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return channel_norm_reference(x, weight, eps)
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from wanx.kernels.launch import jit, launch, sm_of, tl, unsupported_tensors
+from wanx.kernels.tuning import config
 
-BLOCK_Q = 128
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -114,13 +114,12 @@ def launch_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: flo
     batch, length, dim = q.shape
     head = dim // num_heads
     out = q.new_empty(q.shape)
-    # By shared memory and registers: more keys at once spill.
-    block_k = {80: 64, 90: 128, 100: 128}.get(sm_of(q), 32) // (1 if head <= 128 else 2)
+    meta = config("attention", sm_of(q), head=head, keys=k.shape[1], heads=num_heads)
     launch(
-        _attention_kernel, (-(-length // BLOCK_Q), num_heads, batch),
+        _attention_kernel, (-(-length // meta["BLOCK_Q"]), num_heads, batch),
         q, k, v, out, scale * math.log2(math.e), length, k.shape[1],
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         out.stride(0), out.stride(1),
-        HEAD=head, BLOCK_Q=BLOCK_Q, BLOCK_K=block_k, num_warps=8, num_stages=3,
+        HEAD=head, **meta,
     )  # fmt: skip
     return out

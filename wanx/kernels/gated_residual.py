@@ -15,10 +15,18 @@ from onnxscript import script
 from torch import Tensor
 from torch.library import triton_op
 
-from wanx.kernels.launch import FLOATS, jit, launch, runs_reference, tl, unsupported_tensors
+from wanx.kernels.adaln import unsupported_modulation
+from wanx.kernels.launch import (
+    FLOATS,
+    jit,
+    launch,
+    runs_reference,
+    sm_of,
+    tl,
+    unsupported_tensors,
+)
 from wanx.kernels.registry import DOMAIN, needs_gradient, register
-
-TOKENS, BLOCK = 4, 512  # of a program
+from wanx.kernels.tuning import config
 
 
 def gated_residual_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -34,10 +42,10 @@ def unsupported_reason(x: Tensor, y: Tensor, gate: Tensor) -> str | None:
         return f"x is {x.dtype} and y {y.dtype}"
     if x.shape != y.shape:
         return f"x is {list(x.shape)} and y {list(y.shape)}"
-    for tensor in (x, y, gate):
+    for tensor in (x, y):
         if not tensor.is_contiguous():
             return f"a tensor {list(tensor.shape)} is not contiguous"
-    return None
+    return unsupported_modulation(x, gate)
 
 
 @jit
@@ -61,10 +69,11 @@ def launch_gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """Run the kernel."""
     batch, length, dim = x.shape
     out = torch.empty_like(x)
+    meta = config("gated_residual", sm_of(x), dim=dim, length=length)
     launch(
-        _gated_residual_kernel, (-(-length // TOKENS), -(-dim // BLOCK), batch),
-        x, y, gate, out, length, 0 if gate.shape[0] == 1 else gate.stride(0),
-        D=dim, BLOCK=BLOCK, TOKENS=TOKENS, num_warps=4,
+        _gated_residual_kernel,
+        (-(-length // meta["TOKENS"]), -(-dim // meta["BLOCK"]), batch),
+        x, y, gate, out, length, 0 if gate.shape[0] == 1 else gate.stride(0), D=dim, **meta,
     )  # fmt: skip
     return out
 

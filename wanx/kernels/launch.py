@@ -69,14 +69,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
 def recorded(recorder: Callable[..., None], sm: int) -> Iterator[None]:
     """Within it, launches for the GPU ``sm`` are told to ``recorder`` instead of run.
 
-    Their tensors need no memory.
+    Their tensors need no memory. Of several within each other the innermost is told.
     """
     global _recorder, _target
+    before = _recorder, _target
     _recorder, _target = recorder, sm
     try:
         yield
     finally:
-        _recorder = None
+        _recorder, _target = before
 
 
 def sm_of(tensor: Tensor) -> int:

@@ -30,10 +30,12 @@ from wanx.kernels.launch import (
     launch,
     next_power_of_two,
     runs_reference,
+    sm_of,
     tl,
     unsupported_tensors,
 )
 from wanx.kernels.registry import DOMAIN, ONNX_TYPES, Outputs, register, register_node
+from wanx.kernels.tuning import config
 
 E4M3_MAX = 448.0
 # The smallest amax whose scale is a normal number, so that x / scale is finite.
@@ -56,6 +58,11 @@ def quantize_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     return quantize_reference(x32, scale, torch.float8_e4m3fn), scale
 
 
+def is_scale(tensor: Tensor) -> bool:
+    """Whether a kernel can read ``tensor`` as a static scale."""
+    return tensor.numel() == 1 and tensor.dtype == torch.float32
+
+
 def unsupported_reason(x: Tensor, *scales: Tensor, fp8: bool) -> str | None:
     """Why the kernel cannot run, or None."""
     if reason := unsupported_tensors(x, *scales, fp8=fp8):
@@ -64,8 +71,9 @@ def unsupported_reason(x: Tensor, *scales: Tensor, fp8: bool) -> str | None:
         return f"x is {x.dtype}"
     if x.shape[-1] > LARGEST_ROW:
         return f"rows have {x.shape[-1]} numbers, above {LARGEST_ROW}"
-    if any(scale.numel() != 1 for scale in scales):
-        return "its scale is no scalar"
+    for scale in scales:
+        if not is_scale(scale):
+            return f"its scale {scale.dtype} {list(scale.shape)} is no scalar in fp32"
     return None if x.is_contiguous() else f"x {list(x.shape)} is not contiguous"
 
 
@@ -108,7 +116,8 @@ def _quantize_kernel(  # type: ignore[no-untyped-def]
     else:
         step = row_scale_of(tl.max(tl.abs(y)))
         tl.store(out_scale + row, step)
-    y = round_to_8bit(y * (1.0 / step), out.dtype.element_ty)
+    # A quotient, as 1 / step is infinite for the smallest steps.
+    y = round_to_8bit(y / step, out.dtype.element_ty)
     tl.store(out + row * K + column, y, mask=inside)
 
 
@@ -124,12 +133,13 @@ def launch_quantize(
     out = torch.empty_like(x, dtype=dtype)
     rows = (*x.shape[:-1], 1) if scale is None else (0,)
     scales = x.new_empty(rows, dtype=torch.float32)
+    count = x.numel() // k
+    meta = config("gelu_quantize" if gelu else "quantize", sm_of(x), width=k, rows=count)
     # What a variant does not use is not looked at: any tensor will do in its place.
     launch(
-        _quantize_kernel, (x.numel() // k,),
+        _quantize_kernel, (count,),
         x, scales if scale is None else scale, out, scales if scale is None else scale,
-        K=k, BLOCK=next_power_of_two(k), GELU=gelu, STATIC=scale is not None,
-        num_warps=4 if k <= 2048 else 8,
+        K=k, BLOCK=next_power_of_two(k), GELU=gelu, STATIC=scale is not None, **meta,
     )  # fmt: skip
     return out, scales
 

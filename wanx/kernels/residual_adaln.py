@@ -70,7 +70,7 @@ def ResidualAdaLNQuantize(x, z, gate, scale, shift, q_scale, eps: float, dtype: 
 def _residual_adaln(
     x: Tensor, z: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    reason = unsupported_reason(x, z, gate, scale, shift)
+    reason = unsupported_reason(x, gate, scale, shift, z=z)
     if runs_reference("residual_adaln", reason, x):
         return residual_adaln_reference(x, z, gate, scale, shift, eps)
     updated, y, _ = launch_adaln(x, scale, shift, eps, dtype=z.dtype, z=z, gate=gate)
@@ -95,7 +95,8 @@ def _residual_adaln_quantize(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    reason = unsupported_reason(x, z, gate, scale, shift, q_scale, fp8=dtype == torch.float8_e4m3fn)
+    fp8 = dtype == torch.float8_e4m3fn
+    reason = unsupported_reason(x, gate, scale, shift, z=z, q_scale=q_scale, fp8=fp8)
     if runs_reference("residual_adaln_quantize", reason, x):
         return residual_adaln_quantize_reference(x, z, gate, scale, shift, q_scale, eps, dtype)
     updated, y, _ = launch_adaln(x, scale, shift, eps, dtype=dtype, z=z, gate=gate, q_scale=q_scale)

@@ -42,6 +42,8 @@ def unsupported_reason(x: Tensor, weight: Tensor) -> str | None:
         return f"x is {x.dtype} and its weight {weight.dtype}"
     if x.shape[-1] > LARGEST_DIM:
         return f"D is {x.shape[-1]}, above {LARGEST_DIM}"
+    if weight.shape != x.shape[-1:] or not weight.is_contiguous():
+        return f"its weight {list(weight.shape)} does not belong to x {list(x.shape)}"
     return None if x.is_contiguous() else f"x {list(x.shape)} is not contiguous"
 
 

@@ -24,12 +24,14 @@ from wanx.kernels.launch import (
     launch,
     next_power_of_two,
     runs_reference,
+    sm_of,
     tl,
     unsupported_tensors,
 )
-from wanx.kernels.quantize import round_to_8bit
+from wanx.kernels.quantize import is_scale, round_to_8bit
 from wanx.kernels.registry import DOMAIN, needs_gradient, register
 from wanx.kernels.rms_norm import rms_norm_reference
+from wanx.kernels.tuning import config
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
@@ -58,21 +60,42 @@ def rms_norm_rope_reference(
 
 
 def unsupported_reason(
-    q: Tensor, k: Tensor, *others: Tensor, num_heads: int, fp8: bool = False
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *scales: Tensor,
+    num_heads: int,
 ) -> str | None:
-    """Why the kernel cannot run on q, k and the other tensors of its op, or None."""
-    if reason := unsupported_tensors(q, k, *others, fp8=fp8):
+    """Why the kernel cannot run, or None; with ``scales`` its results are e4m3."""
+    others = (q_weight, k_weight, cos, sin, *scales)
+    if reason := unsupported_tensors(q, k, *others, fp8=bool(scales)):
         return reason
     if q.dtype not in FLOATS or k.dtype != q.dtype:
         return f"q is {q.dtype} and k {k.dtype}"
     if k.shape != q.shape:
         return f"q is {list(q.shape)} and k {list(k.shape)}"
-    head = q.shape[-1] // num_heads
-    if head < 16 or head & (head - 1):
-        return f"heads of {head} are no power of two from 16 on"
-    for tensor in others:
+    _, length, dim = q.shape
+    head = dim // num_heads
+    if head * num_heads != dim or head < 16 or head & (head - 1):
+        return f"{dim} channels are not {num_heads} heads of a power of two from 16 on"
+    row, table, fp32 = (dim,), (length, head // 2), (torch.float32,)
+    for name, tensor, shape, dtypes in (
+        ("q_weight", q_weight, row, FLOATS),
+        ("k_weight", k_weight, row, FLOATS),
+        ("cos", cos, table, fp32),
+        ("sin", sin, table, fp32),
+    ):
+        if tensor.shape != shape or tensor.dtype not in dtypes:
+            found = f"{name} {tensor.dtype} {list(tensor.shape)}"
+            return f"{found} does not belong to q {list(q.shape)} of {num_heads} heads"
         if not tensor.is_contiguous():
-            return f"a tensor {list(tensor.shape)} is not contiguous"
+            return f"{name} {list(tensor.shape)} is not contiguous"
+    for scale in scales:
+        if not is_scale(scale):
+            return f"a scale {scale.dtype} {list(scale.shape)} is no scalar in fp32"
     return None
 
 
@@ -92,7 +115,8 @@ def _rotate_token(  # type: ignore[no-untyped-def]
     y = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
     y = tl.reshape(y, [BLOCK, HEAD])
     if STATIC:
-        y = round_to_8bit(y * (1.0 / tl.load(scale)), out.dtype.element_ty)
+        # A quotient, as 1 / scale is infinite for the smallest scales.
+        y = round_to_8bit(y / tl.load(scale), out.dtype.element_ty)
     tl.store(out + out_place + column, y.to(out.dtype.element_ty), mask=inside)
 
 
@@ -139,12 +163,13 @@ def launch_rms_norm_rope(
     q_out, k_out = (q.new_empty(q.shape, dtype=dtype) for _ in range(2))
     # Without scales they are not looked at: any tensor will do in their place.
     q_scale, k_scale = (cos, cos) if scales is None else scales
+    meta = config("rms_norm_rope", sm_of(q), dim=dim, length=length)
     launch(
         _rms_norm_rope_kernel, (length, batch, 2),
         q, k, q_weight, k_weight, cos, sin, q_scale, k_scale, q_out, k_out,
         length, q.stride(0), q.stride(1), k.stride(0), k.stride(1), eps,
         HEADS=num_heads, HEAD=dim // num_heads, BLOCK=next_power_of_two(num_heads),
-        STATIC=scales is not None, num_warps=4 if dim <= 2048 else 8,
+        STATIC=scales is not None, **meta,
     )  # fmt: skip
     return q_out, k_out
 

@@ -76,7 +76,7 @@ def _rms_norm_rope_quantize(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     others = (q_weight, k_weight, cos, sin, q_scale, k_scale)
-    reason = unsupported_reason(q, k, *others, num_heads=num_heads, fp8=True)
+    reason = unsupported_reason(q, k, *others, num_heads=num_heads)
     if runs_reference("rms_norm_rope_quantize", reason, q):
         return rms_norm_rope_quantize_reference(q, k, *others, num_heads, eps)
     return launch_rms_norm_rope(

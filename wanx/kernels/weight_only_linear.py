@@ -3,8 +3,8 @@
     y = x (weight8 · weight_scale)ᵀ + bias
 
 x ``[..., K]`` in any floating dtype; weight8 ``[N, K]`` in int8 or float8_e4m3fn; weight_scale
-``[N]`` or ``[]`` in fp32; bias ``[N]``, optional. The product runs in fp32; y ``[..., N]`` has the
-dtype of x.
+``[N]`` or ``[]`` in fp32; bias ``[N]``, optional. The product runs in fp32 (on a GPU in bf16 where
+x is bf16, with sums in fp32); y ``[..., N]`` has the dtype of x.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from onnxscript import opset23 as op
 from onnxscript import script
 from torch import Tensor
+from torch.library import triton_op
 from torch.nn import functional as F
 
 from wanx.kernels.quant_linear import dequantized_weight
@@ -30,9 +31,13 @@ def WeightOnlyLinear(x, weight8, weight_scale):  # type: ignore[no-untyped-def]
     return op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
 
 
-@torch.library.custom_op("wanx::weight_only_linear", mutates_args=())
+@triton_op("wanx::weight_only_linear", mutates_args=())
 def _weight_only_linear(x: Tensor, weight8: Tensor, weight_scale: Tensor) -> Tensor:
-    return weight_only_linear_reference(x, weight8, weight_scale)
+    if not x.is_cuda or x.dtype == torch.float16:  # whose range unscaled sums would leave
+        return weight_only_linear_reference(x, weight8, weight_scale)
+    # An 8-bit number is exact in 16 bits, so the weight need not be widened to fp32.
+    product = F.linear(x, weight8.to(x.dtype)).float()
+    return (product * weight_scale.float()).to(x.dtype)
 
 
 @_weight_only_linear.register_fake

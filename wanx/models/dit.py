@@ -27,7 +27,7 @@ def rows(x: Tensor) -> list[Tensor]:
 
     Slices, because ``chunk`` becomes a sequence in ONNX, which few runtimes optimise.
     """
-    return [x[:, i : i + 1] for i in range(x.shape[1])]
+    return [x.narrow(1, i, 1) for i in range(x.shape[1])]
 
 
 class Attend(nn.Module):
@@ -135,17 +135,17 @@ class Block(nn.Module):
         dtype = text.dtype
         modulation = self.modulation.float() + modulation
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows(modulation)
-        y = adaln(x, *_smoothed(scale, shift, self.attn_smooth), eps=self.eps).to(dtype)
+        y = adaln(x, *smoothed(scale, shift, self.attn_smooth), eps=self.eps).to(dtype)
         x = gated_residual(x, self.self_attn(y, rope), gate)
         y = F.layer_norm(
             x, x.shape[-1:], self.norm3.weight.float(), self.norm3.bias.float(), self.eps
         ).to(dtype)
         x = x + self.cross_attn(y, text, image).float()
-        y = adaln(x, *_smoothed(ffn_scale, ffn_shift, self.ffn_smooth), eps=self.eps).to(dtype)
+        y = adaln(x, *smoothed(ffn_scale, ffn_shift, self.ffn_smooth), eps=self.eps).to(dtype)
         return gated_residual(x, self.ffn(y), ffn_gate)
 
 
-def _smoothed(scale: Tensor, shift: Tensor, vector: Tensor | None) -> tuple[Tensor, Tensor]:
+def smoothed(scale: Tensor, shift: Tensor, vector: Tensor | None) -> tuple[Tensor, Tensor]:
     """Divide what an AdaLN will return by ``vector`` ``[D]``, in its modulation, at no cost."""
     if vector is None:
         return scale, shift
@@ -172,7 +172,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """Project ``x`` ``[B, L, D]`` under ``time`` ``[B, D]`` to ``[B, L, velocity_dim]``."""
-        shift, scale = rows(self.modulation.float() + time[:, None])
+        shift, scale = rows(self.modulation.float() + time.unsqueeze(1))
         return linear32(self.head, adaln(x, scale, shift, eps=self.eps))
 
 

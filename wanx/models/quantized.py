@@ -102,10 +102,15 @@ class QuantLinear(_Linear8):
         if same_input is None:
             self.input_scale = _frozen(dtype=torch.float32, fill=1)
 
+    @property
+    def shared_scale(self) -> Tensor:
+        """The static scale of the input ``[]`` in fp32, its own or that of ``same_input``."""
+        return self._owner[0].input_scale
+
     def forward(self, x: Tensor) -> Tensor:
         """Transform ``x`` ``[..., K]`` to ``[..., N]``."""
         assert self.bias is not None
-        x_scale = self._owner[0].input_scale
+        x_scale = self.shared_scale
         x8 = quantize(x, x_scale, self.weight.dtype)
         y = quant_linear(x8, x_scale, self.weight, self.weight_scale, self.bias)
         return y.to(x.dtype)

@@ -221,7 +221,8 @@ class Pipeline:
             session.bind(video.constants)
             while not video.done:
                 feeds = video.feeds()
-                video.advance({branch: session.run(feeds[branch])["velocity"] for branch in feeds})
+                made = session.run_each(list(feeds.values()))
+                video.advance({b: out["velocity"] for b, out in zip(feeds, made, strict=True)})
                 progress("denoise", video.step, video.steps, "steps")
                 if on_step is not None:
                     on_step(video.step, video.steps, video.latent)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from wanx.bundle import Bundle
+from wanx.errors import EnvironmentMismatchError
 from wanx.runtime.sessions.base import Session
 
 
@@ -17,6 +20,16 @@ def open_session(bundle: Bundle, component: str, *, threads: int | None = None) 
     Raises:
         WanxError: the backend cannot load the component.
     """
+    engines = bundle.manifest.components[component].engines
+    if bundle.manifest.target == "aoti" and "aoti" in engines:
+        if find_spec("torch") is None:
+            raise EnvironmentMismatchError(
+                f"the engines of {bundle.root} need PyTorch, which is not installed; "
+                "pip install 'wanx[export]'"
+            )
+        from wanx.runtime.sessions.aoti import AotiSession
+
+        return AotiSession(bundle, component, threads=threads)
     from wanx.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
     return OnnxRuntimeSession(bundle, component, threads=threads)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -40,6 +40,17 @@ class Session(ABC):
         Raises:
             WanxError: the backend failed, for instance for want of memory.
         """
+
+    def run_each(self, feeds: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
+        """Run the graph on each of ``feeds``, which differ in their values alone.
+
+        Returns:
+            As :meth:`run`, for each of them.
+
+        Raises:
+            WanxError: as :meth:`run`.
+        """
+        return [self.run(feed) for feed in feeds]
 
     @abstractmethod
     def close(self) -> None:

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from interpreter import DEVICE
+from torch import Tensor
+
+from wanx.kernels.gemm_8bit import TILES, UNALIGNED, Tile, launch_gemm_8bit, tile_for
+
+E4M3 = torch.float8_e4m3fn
+EIGHT_BIT = [torch.int8, E4M3]
+# Root mean square of the codes below.
+SPREAD = {torch.int8: 74, E4M3: 259}
+STEP = {torch.int8: 0.0417, E4M3: 0.0083}
+SMALL = Tile(block_m=16, block_n=32, block_k=32, group_m=2, num_warps=4, num_stages=2)
+# M, K, N: less than a block; tails of all; no tail in K; a group that is not full; whole blocks
+SIZES = [(1, 7, 1), (5, 130, 7), (40, 96, 70), (65, 33, 33), (32, 64, 64)]
+# Scales of rows of x8 and of weight8, or of the whole.
+SCALES = [(False, True), (True, True), (True, False), (False, False)]
+Size = tuple[int, int, int]
+
+
+def codes(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    low, high = (-128, 127) if dtype == torch.int8 else (-448, 448)
+    values = torch.rand(shape, generator=generator) * (high - low) + low
+    return (values.round() if dtype == torch.int8 else values).to(dtype)
+
+
+def arguments(
+    size: Size,
+    dtype: torch.dtype,
+    *,
+    x_rows: bool = False,
+    weight_rows: bool = True,
+    bias_type: torch.dtype = torch.bfloat16,
+) -> tuple[Tensor, ...]:
+    """Such as make y about normal, where GELU is neither zero nor the identity."""
+    m, k, n = size
+    generator = torch.Generator().manual_seed(2)
+    x_scale = torch.rand((m,) if x_rows else (), generator=generator) + 0.5
+    weight_scale = torch.rand((n,) if weight_rows else (), generator=generator) + 0.5
+    bias = torch.randn(n, generator=generator).to(bias_type)
+    x_scale, weight_scale = x_scale / SPREAD[dtype], weight_scale / SPREAD[dtype] / k**0.5
+    return codes((m, k), dtype, 0), x_scale, codes((n, k), dtype, 1), weight_scale, bias
+
+
+def formula(
+    x8: Tensor, x_scale: Tensor, weight8: Tensor, weight_scale: Tensor, bias: Tensor
+) -> Tensor:
+    x = x8.double() * x_scale.double().reshape(-1, 1)
+    weight = weight8.double() * weight_scale.double().reshape(-1, 1)
+    return torch.einsum("mk,nk->mn", x, weight) + bias.double()
+
+
+def gelu(x: Tensor) -> Tensor:
+    return x / 2 * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).tanh())
+
+
+def stream(
+    batch: int, length: int, n: int, dtype: torch.dtype, *, shared: bool = False
+) -> tuple[Tensor, Tensor]:
+    """A residual and its gate."""
+    generator = torch.Generator().manual_seed(3)
+    residual = torch.randn(batch, length, n, generator=generator).to(dtype)
+    return residual, torch.randn(1 if shared else batch, 1, n, generator=generator)
+
+
+@pytest.mark.parametrize(("x_rows", "weight_rows"), SCALES)
+@pytest.mark.parametrize("dtype", EIGHT_BIT)
+@pytest.mark.parametrize("size", SIZES)
+def test_product(
+    size: Size,
+    dtype: torch.dtype,
+    x_rows: bool,
+    weight_rows: bool,
+    run_kernel: Callable[..., Tensor],
+    assert_rounded_once: Callable[[Tensor, Tensor], None],
+) -> None:
+    how = {"x_rows": x_rows, "weight_rows": weight_rows, "bias_type": torch.float32}
+    values = arguments(size, dtype, **how)
+    out = run_kernel(launch_gemm_8bit, *values, tile=SMALL)
+    assert out.dtype == torch.float32
+    assert_rounded_once(out, formula(*values))
+
+
+@pytest.mark.parametrize("bias_type", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", EIGHT_BIT)
+@pytest.mark.parametrize("size", [(5, 130, 7), (130, 144, 140)])
+def test_default_tiles(
+    size: Size,
+    dtype: torch.dtype,
+    bias_type: torch.dtype,
+    run_kernel: Callable[..., Tensor],
+    assert_rounded_once: Callable[[Tensor, Tensor], None],
+) -> None:
+    values = arguments(size, dtype, x_rows=True, bias_type=bias_type)
+    out = run_kernel(launch_gemm_8bit, *values)
+    assert out.dtype == bias_type
+    assert_rounded_once(out, formula(*values))
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BIT)
+def test_rows_that_lie_apart(
+    dtype: torch.dtype,
+    run_kernel: Callable[..., Tensor],
+    assert_rounded_once: Callable[[Tensor, Tensor], None],
+) -> None:
+    x8, x_scale, weight8, *rest = arguments((40, 70, 35), dtype)
+    apart = [
+        torch.cat([codes((len(t), 5), dtype, 5), t, codes((len(t), 20), dtype, 6)], 1).to(DEVICE)
+        for t in (x8, weight8)
+    ]
+    x, weight = (t[:, 5:75] for t in apart)
+    out = run_kernel(launch_gemm_8bit, x, x_scale, weight, *rest, tile=SMALL)
+    assert_rounded_once(out, formula(x8, x_scale, weight8, *rest))
+
+
+@pytest.mark.parametrize("out_type", EIGHT_BIT)
+@pytest.mark.parametrize("dtype", EIGHT_BIT)
+@pytest.mark.parametrize("size", SIZES[1:4])
+def test_gelu_reads_the_sum_before_it_is_rounded(
+    size: Size,
+    dtype: torch.dtype,
+    out_type: torch.dtype,
+    run_kernel: Callable[..., Tensor],
+    assert_rounded_to_8bit: Callable[[Tensor, Tensor], None],
+) -> None:
+    values, step = arguments(size, dtype), torch.tensor(STEP[out_type])
+    how = {"out_scale": step, "dtype": out_type}
+    q = run_kernel(launch_gemm_8bit, *values, **how, tile=SMALL)
+    assert q.dtype == out_type
+    assert_rounded_to_8bit(q, gelu(formula(*values)) / step.double())
+
+
+@pytest.mark.parametrize("stream_type", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", EIGHT_BIT)
+@pytest.mark.parametrize(
+    ("batch", "length", "shared"), [(1, 40, False), (3, 21, False), (3, 21, True), (2, 1, False)]
+)
+def test_residual_adds_the_sum_before_it_is_rounded(
+    batch: int,
+    length: int,
+    shared: bool,
+    dtype: torch.dtype,
+    stream_type: torch.dtype,
+    run_kernel: Callable[..., Tensor],
+    assert_rounded_once: Callable[[Tensor, Tensor], None],
+) -> None:
+    values = arguments((batch * length, 45, 37), dtype)
+    residual, gate = stream(batch, length, 37, stream_type, shared=shared)
+    out = run_kernel(launch_gemm_8bit, *values, residual=residual, gate=gate, tile=SMALL)
+    assert (out.dtype, out.shape) == (stream_type, residual.shape)
+    y = formula(*values).view(residual.shape)
+    assert_rounded_once(out, residual.double() + y * gate.double())
+
+
+@pytest.mark.parametrize("what", ["product", "gelu", "residual"])
+def test_nan_stays_in_its_row(what: str, run_kernel: Callable[..., Tensor]) -> None:
+    values = arguments((40, 70, 35), E4M3)
+    residual, gate = stream(2, 20, 35, torch.float32)
+    how = {
+        "product": {},
+        "gelu": {"out_scale": torch.tensor(STEP[E4M3]), "dtype": E4M3},
+        "residual": {"residual": residual, "gate": gate},
+    }[what]
+    clean = run_kernel(launch_gemm_8bit, *values, **how, tile=SMALL).float().view(40, 35)
+    values[0][17, 69] = torch.nan
+    out = run_kernel(launch_gemm_8bit, *values, **how, tile=SMALL).float().view(40, 35)
+    others = torch.arange(40) != 17
+    assert out[17].isnan().all()
+    assert torch.equal(out[others], clean[others])
+    assert clean.isfinite().all()
+
+
+def test_numbers_beyond_the_range_saturate(run_kernel: Callable[..., Tensor]) -> None:
+    x8, x_scale, weight8, weight_scale, bias = arguments((5, 33, 4), torch.int8)
+    bias = torch.tensor([1e4, -0.5, -0.75, 0.0])
+    for dtype, limits in ((torch.int8, [127, -128, -128, 0]), (E4M3, [448, -448, -448, 0])):
+        how = {"out_scale": torch.tensor(1e-4), "dtype": dtype, "tile": SMALL}
+        q = run_kernel(launch_gemm_8bit, x8, x_scale * 0, weight8, weight_scale, bias, **how)
+        assert q.float().tolist() == [limits] * 5
+
+
+def test_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tile(dtype: torch.dtype, sm: int, k: int = 64, *, residual: bool = False) -> Tile:
+        monkeypatch.setattr("wanx.kernels.gemm_8bit.sm_of", lambda _: sm)
+        x8, weight8 = (torch.empty(size, k, dtype=dtype, device="meta") for size in (8, 9))
+        return tile_for(x8, weight8, residual=residual)
+
+    assert tile(torch.int8, 86) == tile(torch.int8, 80) == TILES[torch.int8][80]
+    wide = tile(torch.int8, 90)
+    assert wide == TILES[torch.int8][90]
+    assert tile(torch.int8, 90, residual=True) == replace(wide, block_m=128) != wide
+    assert tile(E4M3, 121) == TILES[E4M3][120] != tile(E4M3, 103)
+    assert tile(E4M3, 90, 72) == UNALIGNED

@@ -1,0 +1,97 @@
+"""The command ``wanx build``, and what ``wanx doctor`` says of GPUs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from wanx.builtin import builtin_bundle
+from wanx.cli import main
+
+Wanx = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def wanx(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Wanx:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["wanx", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+        captured = capsys.readouterr()
+        return int(exit_info.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(builtin_bundle(), tmp_path / "bundle"))
+
+
+def test_a_target_that_needs_nothing(wanx: Wanx, bundle: Path) -> None:
+    code, out, _ = wanx("build", bundle, "--target", "cpu", "--json")
+    assert code == 0
+    assert json.loads(out)["path"] == str(bundle)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["tiny"], 2, "tiny is built in and stays as it is; `wanx export tiny --target aoti`"),
+        (["nowhere"], 2, "nowhere does not exist"),
+        (["BUNDLE", "--target", "tpu"], 2, "--target tpu is not available; choose cpu, aoti"),
+    ],
+)
+def test_errors_are_one_line(
+    wanx: Wanx, bundle: Path, arguments: list[str], code: int, words: str
+) -> None:
+    found, _, err = wanx("build", *(bundle if word == "BUNDLE" else word for word in arguments))
+    assert found == code
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_without_a_compiler(
+    wanx: Wanx, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, _, err = wanx("build", bundle, "-q")
+    assert code == 4
+    assert "--target aoti needs a C++ compiler" in err
+    assert wanx("verify", bundle, "--no-golden")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("prints", "ok", "detail"),
+    [
+        ("echo 'NVIDIA H200, 9.0, 580.1'", True, "NVIDIA H200 (SM90, driver 580.1)"),
+        ("echo 'NVIDIA A, 8.9, 1'; echo 'NVIDIA B, 12.0, 1'", True,
+         "NVIDIA A (SM89, driver 1), NVIDIA B (SM120, driver 1)"),
+        ("echo 'No devices were found'; exit 6", False, "no NVIDIA GPU found"),
+        ("echo 'No devices were found'", False, "no NVIDIA GPU found"),
+    ],
+)  # fmt: skip
+def test_the_doctor_asks_for_gpus(
+    wanx: Wanx,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    prints: str,
+    ok: bool,
+    detail: str,
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{prints}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    code, out, _ = wanx("doctor", "--json")
+    assert code == 0
+    (gpu,) = (finding for finding in json.loads(out) if finding["name"] == "gpu")
+    assert gpu["ok"] is ok
+    assert gpu["detail"].startswith(detail)
+    assert not gpu["required"]

@@ -1,0 +1,277 @@
+"""The ``aoti`` target: AOTInductor packages for the GPU of this machine, or its processor.
+
+On a GPU the ``wanx::`` ops are Triton kernels inside the packages; on the processor, where this
+target is for tests, their references. The weights stay in the bundle's own files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from wanx.engine_plan import PLAN, Plan, Program, StoredType, Weight
+from wanx.errors import EnvironmentMismatchError, WanxError
+from wanx.export.components import ComponentSpec, GraphInput, split_axis
+from wanx.export.segments import Cut, Segment, cut
+from wanx.kernels.timing import interleaved, medians
+from wanx.manifest import Component
+
+TARGET = "aoti"
+STORED: dict[torch.dtype, StoredType] = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int8: "I8",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
+_INPUTS: dict[torch.dtype, StoredType | Literal["I64"]] = {**STORED, torch.int64: "I64"}
+_TRIAL_TOKENS = (512, 2048, 8192, 32768)
+_WORTH_IT = 0.97  # of the time in turn
+
+
+def device_name() -> str:
+    """What this machine's packages run on: ``cpu``, or a GPU such as ``sm90``.
+
+    Raises:
+        EnvironmentMismatchError: a C++ compiler is missing, which AOTInductor calls.
+    """
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        raise EnvironmentMismatchError(
+            "--target aoti needs a C++ compiler and found neither g++ nor clang++; install one "
+            "(apt install g++), or choose --target cpu"
+        )
+    if not torch.cuda.is_available():
+        return "cpu"
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm{major}{minor}"
+
+
+def compute_type(group: str, component: Component) -> torch.dtype:
+    """The type in which a component computes.
+
+    It is the type that most of its weights are stored in. The processor and the VAE compute in
+    fp32, as the reference runs the VAE; around 8-bit layers a GPU computes in bf16.
+
+    Args:
+        group: of weights.
+        component: says how many tensors there are of each stored type.
+    """
+    if group == "vae" or not torch.cuda.is_available():
+        return torch.float32
+    if component.quantization is not None:
+        return torch.bfloat16
+    wide = (torch.float32, torch.bfloat16, torch.float16)
+    return max(wide, key=lambda dtype: component.storage.get(STORED[dtype], 0))
+
+
+def build(
+    spec: ComponentSpec,
+    dtype: torch.dtype,
+    folder: Path,
+    on_program: Callable[[int, int], None] = lambda done, total: None,
+) -> Plan:
+    """Compile a component for this machine's GPU, or its processor.
+
+    Args:
+        spec: as it is, or with 8-bit layers.
+        dtype: that it computes in.
+        folder: a new one for the packages and the plan.
+        on_program: told how many programs are done, of how many.
+
+    Raises:
+        EnvironmentMismatchError: as :func:`device_name`.
+        WanxError: a program does not compile.
+    """
+    device = device_name()
+    parts = cut(spec, dtype)
+    folder.mkdir(parents=True)
+    programs = {}
+    on_program(0, len(parts.segments))
+    for done, (name, segment) in enumerate(parts.segments.items(), 1):
+        _compile(segment, parts.axes, device, folder / f"{name}.pt2", spec.name)
+        programs[name] = Program(file=f"{name}.pt2", weights=tuple(_weights(segment)))
+        on_program(done, len(parts.segments))
+    given = {item.name: item for part in parts.segments.values() for item in part.inputs}
+    names = [item.name for item in (*spec.inputs, *spec.caches)]
+    plan = Plan(
+        compiler=f"torch {torch.__version__}",
+        device=device,
+        types={
+            n: "I64" if given[n].dtype == torch.int64 else STORED[given[n].dtype] for n in names
+        },
+        batched=tuple(n for n in names if given[n].shape and given[n].shape[0] == "B"),
+        batch_limit=_batch_limit(parts, device, folder),
+        programs=programs,
+        steps=parts.steps,
+    )
+    (folder / PLAN).write_text(plan.model_dump_json(indent=1), encoding="utf-8")
+    return plan
+
+
+def _batch_limit(parts: Cut, device: str, folder: Path) -> int:
+    """Up to how many tokens a block is faster on two batch entries at once than in turn."""
+    segment = parts.segments.get("block")
+    if segment is None or "B" not in (item.shape[0] for item in segment.inputs if item.shape):
+        return 0
+    place = _torch_device(device)
+    program = torch._inductor.aoti_load_package(str(folder / "block.pt2"))
+    weights = [
+        torch.zeros(parameter.shape, dtype=parameter.dtype, device=place)
+        for _, parameter in segment.parameters
+    ]
+    limit = 0
+    for tokens in _TRIAL_TOKENS if device != "cpu" else _TRIAL_TOKENS[:1]:
+        one, two = (
+            [item.example({"B": batch, "L": tokens}, place) for item in segment.inputs]
+            for batch in (1, 2)
+        )
+        calls = _calls(program, one, two, weights)
+        in_turn, at_once = medians(interleaved(calls, place, rounds=5))
+        if at_once > in_turn * _WORTH_IT:
+            break
+        limit = tokens
+    return limit
+
+
+def _calls(
+    program: Callable[..., object], one: list[Tensor], two: list[Tensor], weights: list[Tensor]
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    def in_turn() -> None:
+        program(*one, *weights)
+        program(*one, *weights)
+
+    def at_once() -> None:
+        program(*two, *weights)
+
+    return in_turn, at_once
+
+
+def engine_key(specs: Mapping[str, tuple[ComponentSpec, torch.dtype]], version: str) -> str:
+    """A name for the engines of some components: another compiler, device or network, another name.
+
+    Weights are not part of it, since packages hold none.
+    """
+    facts = {
+        name: [
+            [repr(step) for step in parts.steps],
+            [repr(segment.structure) for segment in parts.segments.values()],
+        ]
+        for name, (spec, dtype) in specs.items()
+        for parts in [cut(spec, dtype)]
+    }
+    text = json.dumps([version, torch.__version__, facts], sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return f"{TARGET}-{device_name()}-{digest}"
+
+
+def _weights(segment: Segment) -> Iterator[Weight]:
+    for name, parameter in segment.parameters:
+        sources = segment.sources.get(name, (name,))
+        yield Weight(sources=sources, dtype=STORED[parameter.dtype], shape=tuple(parameter.shape))
+
+
+class _Functional(nn.Module):
+    """A segment whose weights are its last arguments. Its module is hidden from the tracer."""
+
+    def __init__(self, segment: Segment, device: str) -> None:
+        super().__init__()
+        self._segment = segment
+        self._names = [name for name, _ in segment.parameters]
+        self._hidden = (segment.module,)
+        buffers = segment.module.named_buffers()
+        self._constants = {name: value.to(_torch_device(device)) for name, value in buffers}
+
+    def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        """Run the segment."""
+        count = len(self._segment.inputs)
+        weights = dict(zip(self._names, arguments[count:], strict=True))
+        (module,) = self._hidden
+        caller = _Caller(module, self._segment.call)
+        state = {f"module.{n}": t for n, t in (weights | self._constants).items()}
+        out: tuple[Tensor, ...] = torch.func.functional_call(caller, state, arguments[:count])
+        return out
+
+
+class _Caller(nn.Module):
+    def __init__(self, module: nn.Module, call: Callable[..., tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.module, self._call = module, call
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return self._call(self.module, *inputs)
+
+
+def export_segment(
+    segment: Segment, axes: dict[str, int], device: str
+) -> torch.export.ExportedProgram:
+    """Trace a segment without its weights; they are its last inputs."""
+    place = _torch_device(device)
+    functional = _Functional(segment, device).eval()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        arguments = [item.example(axes, place) for item in segment.inputs]
+        arguments += [
+            torch.empty(p.shape, dtype=p.dtype, device=place) for _, p in segment.parameters
+        ]
+        shapes = [_dynamic(item, axes) for item in segment.inputs]
+        shapes += [None] * len(segment.parameters)
+        return torch.export.export(
+            functional, tuple(arguments), dynamic_shapes={"arguments": tuple(shapes)}, strict=False
+        )
+
+
+def _compile(
+    segment: Segment, axes: dict[str, int], device: str, path: Path, component: str
+) -> None:
+    try:
+        with _quiet(), torch.no_grad():
+            program = export_segment(segment, axes, device)
+            # On the processor the calls between kernels are no hot spot, but most of the compiling.
+            options = {"aot_inductor.compile_wrapper_opt_level": "O0"} if device == "cpu" else {}
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(path), inductor_configs=options
+            )
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise WanxError(
+            f"cannot compile {segment.name} of {component} ({type(error).__name__}: {text:.200}); "
+            "WANX_DEBUG=1 shows all of it, and --target cpu needs no compiler"
+        ) from error
+
+
+def _dynamic(item: GraphInput, axes: dict[str, int]) -> dict[int, object] | None:
+    dims = {axis: torch.export.Dim(axis, min=1 if axis == "B" else None) for axis in axes}
+    found: dict[int, object] = {}
+    for place, size in enumerate(item.shape):
+        if isinstance(size, str):
+            factor, axis = split_axis(size)
+            found[place] = dims[axis] if factor == 1 else factor * dims[axis]
+    return found or None
+
+
+def _torch_device(name: str) -> torch.device:
+    return torch.device("cpu" if name == "cpu" else "cuda")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # Nothing that the compiler remarks on the way is something a user can act on.
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,54 @@
+"""Times of things that are to be compared: run in turn, round by round, so that drift hits all."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+ROUNDS = 7
+
+
+def interleaved(
+    calls: Sequence[Callable[[], object]],
+    device: torch.device,
+    *,
+    rounds: int = ROUNDS,
+    warm_ups: int = 2,
+) -> list[list[float]]:
+    """Seconds that each call took, round by round.
+
+    Args:
+        calls: what to time; on a GPU it may return before it is done.
+        device: where it runs.
+        rounds: how often each is timed.
+        warm_ups: how often each is run before.
+    """
+    for _ in range(warm_ups):
+        for call in calls:
+            call()
+    seconds: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for taken, call in zip(seconds, calls, strict=True):
+            taken.append(_timed(call, device))
+    return seconds
+
+
+def medians(seconds: Sequence[Sequence[float]]) -> list[float]:
+    """The median of each call's rounds."""
+    return [statistics.median(taken) for taken in seconds]
+
+
+def _timed(call: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1000
