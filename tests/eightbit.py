@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from wanx.config import DiTConfig
 from wanx.export.attach import attach
 from wanx.export.components import ComponentSpec, dit_spec
-from wanx.export.exporter import save_graph
+from wanx.export.graphs import save_graph
 from wanx.export.quantize import quantize_weights, scale_tensors
 from wanx.export.quantized_spec import quantized_spec
 from wanx.export.recipe import Recipe, dit_candidates, shared_input, smoothing_of

@@ -15,7 +15,7 @@ from wanx.export.attach import attach
 from wanx.export.calibrate import record_golden
 from wanx.export.calibration_options import CalibrationOptions
 from wanx.export.components import dit_spec
-from wanx.export.exporter import save_graph
+from wanx.export.graphs import save_graph
 from wanx.export.source import open_source
 from wanx.golden import GOLDEN, Golden, read_golden, write_golden
 from wanx.models.checkpoint import Checkpoint

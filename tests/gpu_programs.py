@@ -18,10 +18,10 @@ from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
 from wanx.config import PRESETS
 from wanx.export.components import ComponentSpec, dit_spec
+from wanx.export.cut import cut
 from wanx.export.quantized_spec import quantized_spec
 from wanx.export.recipe import Recipe, dit_candidates
 from wanx.export.scheme import SCHEMES, QuantizeOptions
-from wanx.export.segments import cut
 from wanx.export.targets.aoti import export_segment
 
 SMS = (80, 90, 120)

@@ -25,7 +25,7 @@ from wanx.config import DiTConfig
 from wanx.export.attach import attach
 from wanx.export.calibrate import watching
 from wanx.export.components import dit_spec
-from wanx.export.exporter import save_graph
+from wanx.export.graphs import save_graph
 from wanx.export.observe import Observers, input_scale
 from wanx.export.quantize import quantize_weights, scale_tensors
 from wanx.export.quantized_spec import quantized_spec

@@ -27,7 +27,7 @@ from wanx.config import DiTConfig
 from wanx.export import trace as trace_module
 from wanx.export.attach import attach
 from wanx.export.components import dit_spec, text_encoder_spec
-from wanx.export.exporter import save_graph
+from wanx.export.graphs import save_graph
 from wanx.export.quantize import scale_tensors
 from wanx.export.quantized_spec import quantize_module, quantized_spec
 from wanx.export.recipe import Recipe, shared_input, text_recipe

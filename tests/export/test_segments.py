@@ -24,10 +24,11 @@ from wanx.export.components import (
     vae_decoder_specs,
     vae_encoder_specs,
 )
+from wanx.export.cut import cut
 from wanx.export.quantized_spec import quantize_module, quantized_spec
 from wanx.export.recipe import text_recipe
 from wanx.export.scheme import QuantizeOptions
-from wanx.export.segments import Cut, cut
+from wanx.export.segments import Cut
 from wanx.export.targets.aoti import _Functional
 from wanx.models.dit import WanDiT
 from wanx.models.image_encoder import ImageEncoder

@@ -11,7 +11,8 @@ from peers import DIT_SIZES, copy_weights, random_dit, relative_error
 from torch import Tensor
 
 from wanx.config import PRESETS, DiTConfig
-from wanx.models.dit import TimeEmbedding, WanDiT
+from wanx.models.dit import WanDiT
+from wanx.models.dit_embeddings import TimeEmbedding
 from wanx.models.key_maps import DIT
 from wanx.runtime.tokens import patchify, rope_tables, token_grid, unpatchify
 

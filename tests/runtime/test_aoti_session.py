@@ -79,8 +79,8 @@ def test_it_is_what_the_export_says(compiled: Bundle) -> None:
     assert "F8_E4M3" in types
     packages = sum(p.stat().st_size for p in (compiled.root / "engines").rglob("dit/*.pt2"))
     weights = (compiled.root / "weights" / "dit.safetensors").stat().st_size
-    assert weights > 8e5  # the packages hold none of them
-    assert packages < 3 * len(plan.programs) * 1e6
+    assert weights > 8e5
+    assert packages < 5e6 * len(plan.programs)
 
 
 @pytest.mark.parametrize("grid", [(5, 4, 4), (1, 3, 4), (2, 5, 3)])
@@ -168,7 +168,7 @@ def changed(compiled: Bundle, folder: Path, **update: object) -> Bundle:
     [
         (
             {"compiler": "torch 2.0.0"},
-            f"built by torch 2.0.0, and this is torch {torch.__version__}",
+            f"built by torch 2.0.0, and this is torch {HERE}",
         ),
         ({"device": "sm120"}, "built for sm120, and this machine"),
     ],

@@ -33,7 +33,8 @@ from vocabulary import build_tokenizer, pieces
 
 from wanx.config import CLIP_MEAN, CLIP_STD, PRESETS, ModelConfig
 from wanx.kernels.attention import attention
-from wanx.models.dit import CrossAttention, WanDiT
+from wanx.models.dit import WanDiT
+from wanx.models.dit_block import CrossAttention
 from wanx.models.image_encoder import ImageEncoder
 from wanx.models.text_encoder import UMT5Encoder
 from wanx.runtime.tokens import rope_tables

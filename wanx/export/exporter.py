@@ -22,18 +22,16 @@ from wanx.benchmarks.comparison import Gates
 from wanx.benchmarks.golden import check_golden, require_golden
 from wanx.bundle import Bundle, open_bundle
 from wanx.errors import CancelledError, WanxError
-from wanx.export.attach import attach
 from wanx.export.build import with_engines
 from wanx.export.calibrate import record_golden
 from wanx.export.choose_recipe import choose_recipe
 from wanx.export.components import ComponentSpec, component_specs, expected_tensors
 from wanx.export.estimate import Estimate, estimate
+from wanx.export.graphs import proven, write_graphs
 from wanx.export.options import ExportOptions, ResolvedExport, resolve
 from wanx.export.quantized_spec import quantized_spec
-from wanx.export.readback import require_recipe
 from wanx.export.recipe import Recipe, text_recipe
 from wanx.export.source import open_source
-from wanx.export.targets import onnxruntime
 from wanx.export.trace import trace
 from wanx.export.weights import WrittenWeights, combined_sha256, write_weights
 from wanx.golden import GOLDEN, write_golden
@@ -145,10 +143,10 @@ class _Build:
             self._sha256 |= {self._name(path): digest for path, digest in done.sha256.items()}
             self._sources |= {f"{group}/{name}": d for name, d in done.source_sha256.items()}
         for spec, model in traced:
-            component = _write_graphs(spec, model, written[spec.weights], self._folder)
+            component = write_graphs(spec, model, written[spec.weights], self._folder)
             recipe = recipes.get(spec.weights)
             if recipe is not None:
-                component = _proven(spec, component, recipe, self._folder)
+                component = proven(spec, component, recipe, self._folder)
             self._components[spec.name] = component
 
     def bundle(self) -> Bundle:
@@ -259,55 +257,3 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _write_graphs(
-    spec: ComponentSpec, model: ir.Model, weights: WrittenWeights, folder: Path
-) -> Component:
-    """Write the portable graph of a component and the variants of it that targets run faster."""
-    storage = attach(model, weights.tensors, folder)
-    save_graph(model, folder / "graphs" / f"{spec.name}.onnx")
-    nodes = len(model.graph)
-    engines = {}
-    if onnxruntime.specialise(model):
-        path = folder / "engines" / onnxruntime.ENGINE / f"{spec.name}.onnx"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_graph(model, path)
-        engines["cpu"] = path.relative_to(folder).as_posix()
-    return Component(
-        graph=f"graphs/{spec.name}.onnx",
-        engines=engines,
-        weights=tuple(path.relative_to(folder).as_posix() for path in weights.sha256),
-        storage=storage,
-        nodes=nodes,
-        inputs=tuple(item.name for item in (*spec.inputs, *spec.caches)),
-        outputs=spec.outputs,
-    )
-
-
-def _proven(spec: ComponentSpec, component: Component, recipe: Recipe, folder: Path) -> Component:
-    """Add to a component what reading its graphs back has found.
-
-    Raises:
-        WanxError: a graph is not what the recipe says, or does not run as it.
-    """
-    for graph in component.engines.values():
-        require_recipe(spec.name, folder / graph, folder, recipe)
-    found = require_recipe(spec.name, folder / component.graph, folder, recipe)
-    kernels = {}
-    if recipe.scheme.name == "int8":
-        kernels = onnxruntime.profile_products(
-            spec, folder / component.engines.get("cpu", component.graph), folder
-        )
-        ran = kernels.get(onnxruntime.INTEGER_PRODUCT, 0)
-        if ran != len(recipe.layers):
-            raise WanxError(
-                f"ONNX Runtime ran {ran} of the {len(recipe.layers)} 8-bit layers of {spec.name} "
-                "as integer products; use the versions of constraints.txt, or report this"
-            )
-    return component.model_copy(update={"quantization": recipe.record(found, kernels)})
-
-
-def save_graph(model: ir.Model, path: Path) -> None:
-    """Serialise a model whose large tensors are external; the same model gives the same bytes."""
-    path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))

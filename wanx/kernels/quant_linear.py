@@ -120,6 +120,13 @@ def _choose(
     return gemm_8bit.unsupported_reason(*values) or _run_triton
 
 
+def runs_triton(
+    x8: Tensor, x_scale: Tensor, weight8: Tensor, weight_scale: Tensor, bias: Tensor
+) -> bool:
+    """Whether the layer is ours to compute, so that what follows it can be part of it."""
+    return _choose(x8, x_scale, weight8, weight_scale, bias) != _run_torch
+
+
 @triton_op("wanx::quant_linear", mutates_args=())
 def _quant_linear(
     x8: Tensor, x_scale: Tensor, weight8: Tensor, weight_scale: Tensor, bias: Tensor

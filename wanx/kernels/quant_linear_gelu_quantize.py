@@ -6,7 +6,8 @@
 The arguments of :func:`wanx.kernels.quant_linear.quant_linear`, with a scalar x_scale, then those
 of :func:`wanx.kernels.gelu_quantize.gelu_quantize`: out_scale is a scalar in fp32, q ``[..., N]``
 int8 or float8_e4m3fn. It is one after the other, except that y stays in fp32 and is not rounded to
-the dtype of bias in between. Rounding has no gradient, and neither has this op.
+the dtype of bias in between. Where PyTorch's product is the faster one it is literally one after
+the other. Rounding has no gradient, and neither has this op.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from onnxscript import script
 from torch import Tensor
 from torch.library import triton_op
 
-from wanx.kernels.gelu_quantize import gelu_quantize_reference
+from wanx.kernels.gelu_quantize import gelu_quantize, gelu_quantize_reference
 from wanx.kernels.gemm_8bit import launch_gemm_8bit, unsupported_reason
 from wanx.kernels.launch import runs_reference
-from wanx.kernels.quant_linear import quant_linear_reference
+from wanx.kernels.quant_linear import quant_linear, quant_linear_reference, runs_triton
 from wanx.kernels.registry import DOMAIN, Outputs, register
 
 
@@ -59,6 +60,8 @@ def _quant_linear_gelu_quantize(
     dtype: torch.dtype,
 ) -> Tensor:
     layer, extra = (weight8, weight_scale, bias), {"out_scale": out_scale, "dtype": dtype}
+    if not runs_triton(x8, x_scale, *layer):
+        return gelu_quantize(quant_linear(x8, x_scale, *layer), out_scale, dtype)
     reason = unsupported_reason(x8, x_scale, *layer, **extra)
     if runs_reference("quant_linear_gelu_quantize", reason, x8):
         return quant_linear_gelu_quantize_reference(x8, x_scale, *layer, out_scale, dtype)

@@ -7,7 +7,7 @@ The arguments of :func:`wanx.kernels.quant_linear.quant_linear`, with x8 ``[B, L
 x_scale, then those of :func:`wanx.kernels.gated_residual.gated_residual`: residual ``[B, L, N]`` in
 any floating dtype, which out shares, gate ``[B, 1, N]``, or ``[1, 1, N]`` for the whole batch, in
 fp32. It is one after the other, except that y stays in fp32 and is not rounded to the dtype of bias
-in between.
+in between. Where PyTorch's product is the faster one it is literally one after the other.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from onnxscript import script
 from torch import Tensor
 from torch.library import triton_op
 
-from wanx.kernels.gated_residual import gated_residual_reference
+from wanx.kernels.gated_residual import gated_residual, gated_residual_reference
 from wanx.kernels.gemm_8bit import launch_gemm_8bit, unsupported_reason
 from wanx.kernels.launch import runs_reference
-from wanx.kernels.quant_linear import quant_linear_reference
+from wanx.kernels.quant_linear import quant_linear, quant_linear_reference, runs_triton
 from wanx.kernels.registry import DOMAIN, Outputs, needs_gradient, register
 
 
@@ -60,6 +60,8 @@ def _quant_linear_residual(
     gate: Tensor,
 ) -> Tensor:
     layer, extra = (weight8, weight_scale, bias), {"residual": residual, "gate": gate}
+    if not runs_triton(x8, x_scale, *layer):
+        return gated_residual(residual, quant_linear(x8, x_scale, *layer), gate)
     reason = unsupported_reason(x8, x_scale, *layer, **extra)
     if runs_reference("quant_linear_residual", reason, x8):
         return quant_linear_residual_reference(x8, x_scale, *layer, residual, gate)

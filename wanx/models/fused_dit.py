@@ -1,8 +1,8 @@
 """A block of the diffusion transformer with its memory-bound steps fused, for GPUs.
 
-The numbers are those of :class:`wanx.models.dit.Block`, but for rounding: what was rounded to 16
-bits on its way from one step to the next now stays in fp32 inside a kernel. The parameters are the
-block's own; queries, keys and values may come from one packed layer.
+The numbers are those of :class:`wanx.models.dit_block.Block`, but for rounding: what was rounded to
+16 bits on its way from one step to the next now stays in fp32 inside a kernel. The parameters are
+the block's own; queries, keys and values may come from one packed layer.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from wanx.kernels.attention import attention
 from wanx.kernels.gated_residual import gated_residual
 from wanx.kernels.gelu_quantize import gelu_quantize, gelu_quantize_rows
 from wanx.kernels.quant_linear import quant_linear, quant_linear_rows
+from wanx.kernels.quant_linear_gelu_quantize import quant_linear_gelu_quantize
+from wanx.kernels.quant_linear_residual import quant_linear_residual
 from wanx.kernels.residual_adaln import residual_adaln, residual_adaln_quantize
 from wanx.kernels.rms_norm_rope import rms_norm_rope
-from wanx.models.dit import Block, VaceBlock, rows, smoothed
+from wanx.models.dit_block import Block, VaceBlock, rows, smoothed
 from wanx.models.quantized import DynamicQuantLinear, QuantLinear
 
 
@@ -93,7 +95,7 @@ class FusedBlock(nn.Module):
         text: Tensor,
         image: Tensor | None = None,
     ) -> Tensor:
-        """Transform ``x`` ``[B, L, D]``; see :class:`wanx.models.dit.Block`."""
+        """Transform ``x`` ``[B, L, D]``; see :class:`wanx.models.dit_block.Block`."""
         dtype, eps = text.dtype, self.eps
         first, _, second = cast(tuple[Layer, nn.Module, Layer], tuple(self.ffn))
         modulation = self.modulation.float() + modulation
@@ -110,7 +112,7 @@ class FusedBlock(nn.Module):
             x, z, torch.ones_like(weight),
             *smoothed(ffn_scale, ffn_shift, self.ffn_smooth), eps, first,
         )  # fmt: skip
-        return gated_residual(x, _apply(second, _gelu(_apply(first, y), second)), ffn_gate)
+        return _residual(x, second, _apply_gelu(first, y, second), ffn_gate)
 
     def _self_attention(self, y: Activation, rope_cos: Tensor, rope_sin: Tensor) -> Tensor:
         attn = self.self_attn
@@ -197,13 +199,34 @@ def _residual_adaln(
     return residual_adaln(x, z, gate, scale, shift, eps=eps)
 
 
-def _gelu(y: Tensor, reader: Layer) -> Activation:
+def _apply_gelu(layer: Layer, y: Activation, reader: Layer) -> Activation:
+    """Apply ``layer`` and GELU; make what ``reader`` reads."""
+    if isinstance(layer, QuantLinear) and isinstance(reader, QuantLinear):
+        assert isinstance(y, EightBit)
+        assert layer.bias is not None
+        q_scale = reader.shared_scale
+        x8 = quant_linear_gelu_quantize(
+            y.x8, y.scale, layer.weight, layer.weight_scale, layer.bias, q_scale,
+            reader.weight.dtype,
+        )  # fmt: skip
+        return EightBit(x8, q_scale)
+    y = _apply(layer, y)
     if isinstance(reader, QuantLinear):
         q_scale = reader.shared_scale
         return EightBit(gelu_quantize(y, q_scale, reader.weight.dtype), q_scale)
     if isinstance(reader, DynamicQuantLinear):
         return EightBit(*gelu_quantize_rows(y))
     return F.gelu(y, approximate="tanh")
+
+
+def _residual(x: Tensor, layer: Layer, y: Activation, gate: Tensor) -> Tensor:
+    """Apply ``layer`` and add what it gives to the stream, times ``gate``."""
+    if isinstance(layer, QuantLinear) and isinstance(y, EightBit):
+        assert layer.bias is not None
+        return quant_linear_residual(
+            y.x8, y.scale, layer.weight, layer.weight_scale, layer.bias, x, gate
+        )
+    return gated_residual(x, _apply(layer, y), gate)
 
 
 def _apply(layer: Layer, y: Activation) -> Tensor:

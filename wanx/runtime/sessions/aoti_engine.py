@@ -67,7 +67,7 @@ class Engine:
         """Run all steps.
 
         Args:
-            values: the inputs of the plan; the batch of those that have one may be 1 for all.
+            values: the inputs of the plan, contiguous; those with a batch may have one for all.
             changing: inputs that are not the same at each run of a shape; where there are any, the
                 results are overwritten by the next run. Without them nothing is recorded.
         """
@@ -116,7 +116,9 @@ class Engine:
         for step, weights, done in zip(self.plan.steps, self._weights, self._last_use, strict=True):
             arguments = [values[name] for name in step.inputs]
             made = self._programs[step.program](*arguments, *weights)
-            values |= dict(zip(step.outputs, made, strict=True))
+            # A program reads its inputs as dense, whatever strides they have.
+            dense = (value.contiguous() for value in made)
+            values |= dict(zip(step.outputs, dense, strict=True))
             for name in done:
                 del values[name]
         return {name: values[name] for name in self._outputs}
