@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -47,6 +48,57 @@ for sm in (80, 89, 90, 100):
     used = [map(int, line.split()) for line in done.stdout.splitlines()]
     assert len(used) == 4
     assert all(shared <= SHARED_KIB[sm] * 1024 for sm, shared in used)
+
+
+def test_tma_moves_the_blocks_of_attention() -> None:
+    """Queries, keys, values and the result, without spills; specialised warps are added to others.
+
+    PyTorch's programs allocate the memory of the descriptors, on 128 bytes.
+    """
+    code = """
+import json
+import torch
+from wanx.kernels.ahead import compile_for, record, resources
+from wanx.kernels.attention_8bit import launch_attention_8bit
+from wanx.kernels.flash_attention import launch_attention
+from wanx.kernels.tuning import config, overridden
+x = torch.empty(1, 32760, 1536, dtype=torch.bfloat16, device="meta")
+kernels = {"attention": launch_attention, "attention_8bit": launch_attention_8bit}
+for op, sm, asked in (
+    ("attention", 90, {"BLOCK_K": 64}),
+    ("attention", 90, {"WARP_SPECIALIZE": 1, "num_warps": 4, "BLOCK_K": 64}),
+    ("attention", 100, {"WARP_SPECIALIZE": 1, "BLOCK_K": 64}),
+    ("attention_8bit", 90, {"WARP_SPECIALIZE": 1, "num_warps": 4, "BLOCK_K": 64}),
+):
+    choice = config(op, sm, head=128) | {"TMA": 1} | asked
+    with overridden(op, choice):
+        compiled = compile_for(record(sm, kernels[op], x, x, x, 12, 0.088)[-1], sm)
+    ptx, metadata = compiled.asm["ptx"], compiled.metadata
+    found = resources(compiled) | {
+        "op": op, "sm": sm, "asked": choice,
+        "loads": ptx.count("cp.async.bulk.tensor.2d.shared"),
+        "stores": ptx.count("cp.async.bulk.tensor.2d.global"),
+        "setmaxnreg": ptx.count("setmaxnreg"), "num_warps": metadata.num_warps,
+        "scratch": metadata.global_scratch_size, "alignment": metadata.global_scratch_align,
+    }
+    print(json.dumps(found))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=COMPILED
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == 4
+    for found in rows:
+        assert found["loads"] >= 3, found
+        assert found["stores"] >= 1, found
+        assert found["stack"] == 0, found
+        assert found["shared"] <= SHARED_KIB[found["sm"]] * 1024
+        assert found["scratch"] >= 4 * 128
+        assert found["alignment"] <= 256
+        specialized = found["asked"]["WARP_SPECIALIZE"] == 1
+        assert (found["num_warps"] > found["asked"]["num_warps"]) is specialized
+        assert (found["setmaxnreg"] > 0) is specialized
 
 
 def test_an_unknown_gpu_is_one_line(

@@ -113,9 +113,35 @@ def test_candidates_run_in_turn() -> None:
 
 def test_a_grid_begins_with_what_is_in_use() -> None:
     present = {"num_warps": 32}
-    assert grid("quantize", present)[0] == present
-    assert len(grid("quantize", present)) == 5
-    assert grid("quantize", {"num_warps": 8}) == [{"num_warps": n} for n in (8, 2, 4, 16)]
+    assert grid("quantize", present, 90)[0] == present
+    assert len(grid("quantize", present, 90)) == 5
+    assert grid("quantize", {"num_warps": 8}, 90) == [{"num_warps": n} for n in (8, 2, 4, 16)]
+
+
+@pytest.mark.parametrize("op", ["attention", "attention_8bit"])
+def test_gpus_are_offered_what_they_have(op: str) -> None:
+    """TMA from Hopper on, where warps specialise in groups of 4."""
+
+    def offered(sm: int) -> set[tuple[int, int, int]]:
+        tried = grid(op, config(op, sm, head=128), sm)
+        assert len({tuple(choice.items()) for choice in tried}) == len(tried)
+        return {(c["TMA"], c["WARP_SPECIALIZE"], c["num_warps"]) for c in tried}
+
+    plain, tma = {(0, 0, 4), (0, 0, 8)}, {(1, 0, 4), (1, 0, 8)}
+    assert offered(80) == offered(89) == plain
+    assert offered(90) == plain | tma | {(1, 1, 4)}
+    assert offered(100) == offered(120) == plain | tma | {(1, 1, 4), (1, 1, 8)}
+
+
+@pytest.mark.parametrize("programs", [True, False])
+def test_the_table_holds_what_programs_run(programs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "PROGRAMS_HAVE_TMA", programs)
+    found = [replace(candidate(name), choice={"TMA": len(name) - 1}) for name in ("a", "bb")]
+    asked = Workload(op="attention", shape={"head": 7}, tolerance=0.1, prepare=lambda: found)
+    report, entry = tune.tune(asked, 90, MACHINE, lambda _: [[2e-6], [1e-6]])
+    assert entry is not None
+    assert entry.choice == {"TMA": int(programs)}
+    assert ("bb takes 1.0 us; programs need PyTorch 2.12" in report) is not programs
 
 
 def test_every_op_is_measured_at_the_sizes_of_both_models() -> None:
@@ -131,7 +157,7 @@ def test_every_op_is_measured_at_the_sizes_of_both_models() -> None:
 
 @pytest.fixture
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune_workloads, "MODELS", ((32, 2, 48),))
+    monkeypatch.setattr(tune_workloads, "MODELS", ((64, 2, 48),))
     monkeypatch.setattr(tune_workloads, "LENGTHS", (20,))
     monkeypatch.setattr(tune_workloads, "TEXT", 6)
 
@@ -150,7 +176,7 @@ def test_real_kernels_from_candidates_to_the_table(op: str, tmp_path: Path) -> N
     found = [entry for entry in load(output) if entry not in table]
     assert len(found) == (2 if op == "attention_8bit" else 1)
     for entry in found:
-        fastest = grid(op, {})[-1]
+        fastest = grid(op, {}, 90)[-1]
         assert (entry.op, entry.sm, entry.choice) == (op, 90, fastest)
         assert entry.measured is not None
         times = entry.measured.pop("us")

@@ -123,12 +123,19 @@ def test_kernels_run_with_what_the_table_says(op: str) -> None:
     """Each with a choice that no table holds, and none with what is meant for another op."""
     choice = {name: 2 * max(numbers) for name, numbers in GRIDS[op].items()}
     small = workload(op, (256, 2, 512), 40, 40, torch.device("meta"))
-    call = configured(op, choice, lambda: small.prepare()[0].call())[0].call
+    call = configured(op, choice, lambda: small.prepare()[0].call(), 90)[0].call
     others = {other: {"num_warps": 1} for other in GRIDS if other != op}
     tuning.use([entry(None, op=op), *(Entry(op=o, sm=None, shape={}, choice=c, measured=None)
                                       for o, c in others.items())])  # fmt: skip
     last = record(90, call)[-1]
     assert {name: (last.constants | last.options)[name] for name in choice} == choice
+
+
+def test_tma_is_off_until_it_is_measured() -> None:
+    for found in TABLE:
+        if isinstance(found.choice, dict) and found.measured is None:
+            assert not found.choice.get("TMA")
+            assert not found.choice.get("WARP_SPECIALIZE")
 
 
 def test_order_of_providers() -> None:

@@ -7,7 +7,7 @@ takes out the channels in which all keys are large (Zhang et al. 2024, arXiv:241
 are then rounded to int8 with a scale for each block of rows and head, v to e4m3 with one for each
 channel, and the weights of softmax, which lie in 0…1, to e4m3 by 1/448.
 
-q and o ``[B, Lq, H·d]``, k and v ``[B, Lk, H·d]``, all bf16 or fp16; d a power of two from 16 to
+q and o ``[B, Lq, H·d]``, k and v ``[B, Lk, H·d]``, all bf16 or fp16; d a power of two from 32 to
 128. Rows may lie apart, as in a packed q‖k‖v. Each block's product with v starts from zero and is
 added in fp32: the FP8 accumulators of Hopper keep about 22 bits. Remaining keys beyond whole blocks
 are masked in one last step, and nothing is padded but v's own 8-bit copy, to 16 bytes.
@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from wanx.kernels.flash_attention import HALVES, unsupported_shapes
-from wanx.kernels.launch import jit, launch, sm_of, tl, unsupported_tensors
+from wanx.kernels.launch import (
+    jit,
+    launch,
+    sm_of,
+    tl,
+    unsupported_tensors,
+    unsupported_tma,
+    without_tma,
+)
 from wanx.kernels.quantize import round_to_8bit
 from wanx.kernels.tuning import config
 
@@ -65,7 +73,8 @@ def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> str |
     if reason := unsupported_shapes(q, k, v, num_heads):
         return reason
     head = q.shape[-1] // num_heads
-    return f"heads of {head} are above 128" if head > 128 else None
+    # Products of int8 have steps of 32.
+    return None if 32 <= head <= 128 else f"heads of {head} are not between 32 and 128"
 
 
 @jit
@@ -109,11 +118,11 @@ def _round_values_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _attend(  # type: ignore[no-untyped-def]
-    queries, k_place, v_place, k_stride, padded, left, scale, highest, total, mixed,
+def _load(  # type: ignore[no-untyped-def]
+    k_place, v_place, k_stride, padded, left,
     HEAD: tl.constexpr, BLOCK_K: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Let queries ``[BLOCK_Q, HEAD]`` attend to one block of keys, of which ``left`` exist."""
+    """One block of keys and of values, both turned; ``left`` of them exist."""
     row = tl.arange(0, BLOCK_K)
     column = tl.arange(0, HEAD)
     k_place += row[None, :] * k_stride + column[:, None]
@@ -124,9 +133,17 @@ def _attend(  # type: ignore[no-untyped-def]
     else:
         keys = tl.load(k_place)
         values = tl.load(v_place)
+    return keys, values
+
+
+@jit
+def _attend(  # type: ignore[no-untyped-def]
+    queries, keys, values, left, scale, highest, total, mixed, MASK: tl.constexpr,
+):  # fmt: skip
+    """Let queries ``[BLOCK_Q, HEAD]`` attend to one block ``[HEAD, BLOCK_K]``; ``left`` exist."""
     score = tl.dot(queries, keys, out_dtype=tl.int32).to(tl.float32) * scale
     if MASK:
-        score = tl.where(row[None, :] < left, score, float("-inf"))
+        score = tl.where(tl.arange(0, keys.shape[1])[None, :] < left, score, float("-inf"))
     highest_now = tl.maximum(highest, tl.max(score, 1))
     # log₂ 448 = 8.807: the weights come out in units of 1/448.
     weight = tl.exp2(score - (highest_now - 8.807354922057604)[:, None])
@@ -140,6 +157,7 @@ def _attend(  # type: ignore[no-untyped-def]
 def _attention_8bit_kernel(  # type: ignore[no-untyped-def]
     q8, k8, v8, q_scale, k_scale, v_scale, out, scale, q_length, k_length, padded, heads,
     HEAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     head = tl.program_id(1)
@@ -148,8 +166,8 @@ def _attention_8bit_kernel(  # type: ignore[no-untyped-def]
     row = block.to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)[:, None]
     column = tl.arange(0, HEAD)
     inside = row < q_length
-    q_place = (batch * q_length + row) * stride + head * HEAD + column[None, :]
-    queries = tl.load(q8 + q_place, mask=inside, other=0)
+    q_start = batch * q_length * stride + head * HEAD
+    q_place = q_start + row * stride + column[None, :]
     scale *= tl.load(q_scale + (batch * heads + head) * tl.num_programs(0) + block)
     k_place = k8 + batch * k_length * stride + head * HEAD
     v_place = v8 + (batch * heads + head) * HEAD * padded
@@ -158,22 +176,51 @@ def _attention_8bit_kernel(  # type: ignore[no-untyped-def]
     total = tl.zeros([BLOCK_Q], tl.float32)
     mixed = tl.zeros([BLOCK_Q, HEAD], tl.float32)
     whole = k_length // BLOCK_K
-    for i in range(whole):
-        highest, total, mixed = _attend(
-            queries, k_place, v_place, stride, padded, BLOCK_K, scale * tl.load(k_scale + i),
-            highest, total, mixed, HEAD, BLOCK_K, False,
-        )  # fmt: skip
-        k_place += BLOCK_K * stride
-        v_place += BLOCK_K
-    left = k_length - whole * BLOCK_K
-    if left > 0:
-        highest, total, mixed = _attend(
-            queries, k_place, v_place, stride, padded, left, scale * tl.load(k_scale + whole),
-            highest, total, mixed, HEAD, BLOCK_K, True,
-        )  # fmt: skip
+    if TMA:  # as in _attention_kernel
+        q_rows = tl.make_tensor_descriptor(
+            q8 + q_start, [q_length, HEAD], [stride, 1], [BLOCK_Q, HEAD]
+        )
+        k_rows = tl.make_tensor_descriptor(k_place, [k_length, HEAD], [stride, 1], [BLOCK_K, HEAD])
+        v_rows = tl.make_tensor_descriptor(v_place, [HEAD, padded], [padded, 1], [HEAD, BLOCK_K])
+        queries = q_rows.load([block * BLOCK_Q, 0])
+        unmasked = 0 if WARP_SPECIALIZE else whole
+        for i in range(unmasked):
+            highest, total, mixed = _attend(
+                queries, tl.trans(k_rows.load([i * BLOCK_K, 0])), v_rows.load([0, i * BLOCK_K]),
+                BLOCK_K, scale * tl.load(k_scale + i), highest, total, mixed, False,
+            )  # fmt: skip
+        steps = tl.cdiv(k_length, BLOCK_K)
+        for i in tl.range(unmasked, steps, warp_specialize=WARP_SPECIALIZE):
+            highest, total, mixed = _attend(
+                queries, tl.trans(k_rows.load([i * BLOCK_K, 0])), v_rows.load([0, i * BLOCK_K]),
+                k_length - i * BLOCK_K, scale * tl.load(k_scale + i), highest, total, mixed, True,
+            )  # fmt: skip
+    else:
+        queries = tl.load(q8 + q_place, mask=inside, other=0)
+        for i in range(whole):
+            keys, values = _load(k_place, v_place, stride, padded, BLOCK_K, HEAD, BLOCK_K, False)
+            highest, total, mixed = _attend(
+                queries, keys, values, BLOCK_K, scale * tl.load(k_scale + i),
+                highest, total, mixed, False,
+            )  # fmt: skip
+            k_place += BLOCK_K * stride
+            v_place += BLOCK_K
+        left = k_length - whole * BLOCK_K
+        if left > 0:
+            keys, values = _load(k_place, v_place, stride, padded, left, HEAD, BLOCK_K, True)
+            highest, total, mixed = _attend(
+                queries, keys, values, left, scale * tl.load(k_scale + whole),
+                highest, total, mixed, True,
+            )  # fmt: skip
     channel = tl.load(v_scale + (batch * heads + head) * HEAD + column)
-    y = mixed / total[:, None] * channel[None, :]
-    tl.store(out + q_place, y.to(out.dtype.element_ty), mask=inside)
+    y = (mixed / total[:, None] * channel[None, :]).to(out.dtype.element_ty)
+    if TMA:
+        out_rows = tl.make_tensor_descriptor(
+            out + q_start, [q_length, HEAD], [stride, 1], [BLOCK_Q, HEAD]
+        )
+        out_rows.store([block * BLOCK_Q, 0], y)
+    else:
+        tl.store(out + q_place, y, mask=inside)
 
 
 def launch_attention_8bit(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Tensor:
@@ -194,6 +241,8 @@ def launch_attention_8bit(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale
         HEAD=head, BLOCK=block_k, num_warps=4,
     )  # fmt: skip
     out = q.new_empty(q.shape)
+    if meta["TMA"] and unsupported_tma(q8, k8, v8, out):
+        meta = without_tma(meta)
     launch(
         _attention_8bit_kernel, (-(-q_length // block_q), num_heads, batch),
         q8, k8, v8, q_scale, k_scale, v_scale, out, scale * math.log2(math.e),

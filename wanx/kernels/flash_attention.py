@@ -9,6 +9,7 @@ powers of two, and its weights are rounded to the dtype of v before they multipl
 A program takes a block of queries of one head past all keys, keeping the running maximum and sum
 of each row (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135).
 Whatever remains of the keys beyond whole blocks is masked in one last step: nothing is padded.
+From Hopper on, TMA may move the blocks, and warps may specialise, if the tuning table says so.
 """
 
 from __future__ import annotations
@@ -18,7 +19,15 @@ import math
 import torch
 from torch import Tensor
 
-from wanx.kernels.launch import jit, launch, sm_of, tl, unsupported_tensors
+from wanx.kernels.launch import (
+    jit,
+    launch,
+    sm_of,
+    tl,
+    unsupported_tensors,
+    unsupported_tma,
+    without_tma,
+)
 from wanx.kernels.tuning import config
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -45,11 +54,11 @@ def unsupported_shapes(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> str |
 
 
 @jit
-def _attend(  # type: ignore[no-untyped-def]
-    queries, key_place, value_place, key_stride, value_stride, left, scale, highest, total, mixed,
+def _load(  # type: ignore[no-untyped-def]
+    key_place, value_place, key_stride, value_stride, left,
     HEAD: tl.constexpr, BLOCK_K: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Let queries ``[BLOCK_Q, HEAD]`` attend to one block of keys, of which ``left`` exist."""
+    """One block of keys, turned, and of values; ``left`` of them exist."""
     row = tl.arange(0, BLOCK_K)
     column = tl.arange(0, HEAD)
     key_place += row[None, :] * key_stride + column[:, None]
@@ -57,11 +66,20 @@ def _attend(  # type: ignore[no-untyped-def]
     if MASK:
         keys = tl.load(key_place, mask=row[None, :] < left, other=0.0)
         values = tl.load(value_place, mask=row[:, None] < left, other=0.0)
-        score = tl.where(row[None, :] < left, tl.dot(queries, keys) * scale, float("-inf"))
     else:
         keys = tl.load(key_place)
         values = tl.load(value_place)
-        score = tl.dot(queries, keys) * scale
+    return keys, values
+
+
+@jit
+def _attend(  # type: ignore[no-untyped-def]
+    queries, keys, values, left, scale, highest, total, mixed, MASK: tl.constexpr,
+):  # fmt: skip
+    """Let queries ``[BLOCK_Q, HEAD]`` attend to keys ``[HEAD, BLOCK_K]``; ``left`` exist."""
+    score = tl.dot(queries, keys) * scale
+    if MASK:
+        score = tl.where(tl.arange(0, keys.shape[1])[None, :] < left, score, float("-inf"))
     highest_now = tl.maximum(highest, tl.max(score, 1))
     weight = tl.exp2(score - highest_now[:, None])
     kept = tl.exp2(highest - highest_now)
@@ -76,6 +94,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     q_batch_stride, q_stride, k_batch_stride, k_stride, v_batch_stride, v_stride,
     out_batch_stride, out_stride,
     HEAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * BLOCK_Q
     head = tl.program_id(1) * HEAD
@@ -83,30 +102,66 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     row = tl.arange(0, BLOCK_Q)
     column = tl.arange(0, HEAD)
     inside = first + row[:, None] < q_length
-    q_place = q + batch * q_batch_stride + first * q_stride + head
-    queries = tl.load(q_place + row[:, None] * q_stride + column[None, :], mask=inside, other=0.0)
+    q_place = q + batch * q_batch_stride + head
     k_place = k + batch * k_batch_stride + head
     v_place = v + batch * v_batch_stride + head
     highest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     mixed = tl.zeros([BLOCK_Q, HEAD], tl.float32)
     whole = k_length // BLOCK_K
-    for _ in range(whole):
-        highest, total, mixed = _attend(
-            queries, k_place, v_place, k_stride, v_stride, BLOCK_K, scale, highest, total, mixed,
-            HEAD, BLOCK_K, False,
-        )  # fmt: skip
-        k_place += BLOCK_K * k_stride
-        v_place += BLOCK_K * v_stride
-    left = k_length - whole * BLOCK_K
-    if left > 0:
-        highest, total, mixed = _attend(
-            queries, k_place, v_place, k_stride, v_stride, left, scale, highest, total, mixed,
-            HEAD, BLOCK_K, True,
-        )  # fmt: skip
-    y = (mixed / total[:, None]).to(out.dtype.element_ty)
-    out_place = out + batch * out_batch_stride + first * out_stride + head
-    tl.store(out_place + row[:, None] * out_stride + column[None, :], y, mask=inside)
+    if TMA:
+        # Each describes the rows of one head: where they end, TMA reads zeros and writes nothing.
+        q_rows = tl.make_tensor_descriptor(
+            q_place, [q_length, HEAD], [q_stride, 1], [BLOCK_Q, HEAD]
+        )
+        k_rows = tl.make_tensor_descriptor(
+            k_place, [k_length, HEAD], [k_stride, 1], [BLOCK_K, HEAD]
+        )
+        v_rows = tl.make_tensor_descriptor(
+            v_place, [k_length, HEAD], [v_stride, 1], [BLOCK_K, HEAD]
+        )
+        queries = q_rows.load([tl.program_id(0) * BLOCK_Q, 0])
+        # Specialised warps have one loop, the kernel's only one, so each of its steps masks.
+        unmasked = 0 if WARP_SPECIALIZE else whole * BLOCK_K
+        for key in range(0, unmasked, BLOCK_K):
+            highest, total, mixed = _attend(
+                queries, tl.trans(k_rows.load([key, 0])), v_rows.load([key, 0]), BLOCK_K, scale,
+                highest, total, mixed, False,
+            )  # fmt: skip
+        for key in tl.range(unmasked, k_length, BLOCK_K, warp_specialize=WARP_SPECIALIZE):
+            highest, total, mixed = _attend(
+                queries, tl.trans(k_rows.load([key, 0])), v_rows.load([key, 0]), k_length - key,
+                scale, highest, total, mixed, True,
+            )  # fmt: skip
+        out_place = out + batch * out_batch_stride + head
+        out_rows = tl.make_tensor_descriptor(
+            out_place, [q_length, HEAD], [out_stride, 1], [BLOCK_Q, HEAD]
+        )
+        y = (mixed / total[:, None]).to(out.dtype.element_ty)
+        out_rows.store([tl.program_id(0) * BLOCK_Q, 0], y)
+    else:
+        q_place += first * q_stride
+        queries = tl.load(
+            q_place + row[:, None] * q_stride + column[None, :], mask=inside, other=0.0
+        )
+        for _ in range(whole):
+            keys, values = _load(
+                k_place, v_place, k_stride, v_stride, BLOCK_K, HEAD, BLOCK_K, False
+            )
+            highest, total, mixed = _attend(
+                queries, keys, values, BLOCK_K, scale, highest, total, mixed, False
+            )
+            k_place += BLOCK_K * k_stride
+            v_place += BLOCK_K * v_stride
+        left = k_length - whole * BLOCK_K
+        if left > 0:
+            keys, values = _load(k_place, v_place, k_stride, v_stride, left, HEAD, BLOCK_K, True)
+            highest, total, mixed = _attend(
+                queries, keys, values, left, scale, highest, total, mixed, True
+            )
+        y = (mixed / total[:, None]).to(out.dtype.element_ty)
+        out_place = out + batch * out_batch_stride + first * out_stride + head
+        tl.store(out_place + row[:, None] * out_stride + column[None, :], y, mask=inside)
 
 
 def launch_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Tensor:
@@ -115,6 +170,8 @@ def launch_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: flo
     head = dim // num_heads
     out = q.new_empty(q.shape)
     meta = config("attention", sm_of(q), head=head, keys=k.shape[1], heads=num_heads)
+    if meta["TMA"] and unsupported_tma(q, k, v, out):
+        meta = without_tma(meta)
     launch(
         _attention_kernel, (-(-length // meta["BLOCK_Q"]), num_heads, batch),
         q, k, v, out, scale * math.log2(math.e), length, k.shape[1],

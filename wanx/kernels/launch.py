@@ -15,7 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.library import wrap_triton
+from torch.torch_version import TorchVersion
 
 from wanx.errors import WanxError
 
@@ -40,10 +43,18 @@ __all__ = [
     "sm_of",
     "tl",
     "unsupported_tensors",
+    "unsupported_tma",
+    "without_tma",
 ]
 
 OLDEST = (8, 0)
 OLDEST_FP8 = (8, 9)
+OLDEST_TMA = 90
+# A kernel makes its descriptors itself, in memory that whoever launches it allocates. Those that
+# come from outside, TensorDescriptor, are lost where wrap_triton is traced without Dynamo, as
+# torch.export does. For the memory programs of AOTInductor before 2.12 allocate what one block of
+# threads needs, whatever the grid, and the others would write beyond it.
+PROGRAMS_HAVE_TMA = TorchVersion(torch.__version__) >= "2.12"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _log = logging.getLogger("wanx.kernels")
 _recorder: Callable[..., None] | None = None
@@ -62,7 +73,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     if _recorder is not None:
         _recorder(kernel, grid, args, meta)
     else:
+        if meta.get("TMA"):
+            triton.set_allocator(_allocate)
         wrap_triton(kernel)[grid](*args, **meta)
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory for descriptors; PyTorch's own is aligned to more than they need."""
+    return torch.empty(size, dtype=torch.uint8, device="cuda")
 
 
 @contextmanager
@@ -140,6 +158,35 @@ def unsupported_tensors(*tensors: Tensor, fp8: bool = False, triton: bool = True
         if tensor.ndim and tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
             return f"rows of {list(tensor.shape)} are not contiguous (stride {tensor.stride(-1)})"
     return None
+
+
+def unsupported_tma(*tensors: Tensor) -> str | None:
+    """Why kernels cannot use TMA for these tensors, or None.
+
+    Args:
+        tensors: those that a kernel describes by rows, which are contiguous.
+    """
+    sm = sm_of(tensors[0])
+    if sm < OLDEST_TMA:
+        return f"TMA needs SM{OLDEST_TMA} or newer, this GPU is SM{sm}"
+    traced = is_fake(tensors[0])
+    if traced and not PROGRAMS_HAVE_TMA:
+        return f"programs with TMA need PyTorch 2.12 or newer, this is {torch.__version__}"
+    for tensor in tensors:
+        # A size that is left open counts where it is a multiple whatever it is.
+        places = (tensor.storage_offset(), *tensor.stride()[:-1])
+        if not all(statically_known_true(n * tensor.itemsize % 16 == 0) for n in places):
+            return f"rows of {list(tensor.shape)} do not all start at multiples of 16 bytes"
+        if not traced and tensor.data_ptr() % 16:
+            return f"{list(tensor.shape)} does not start at a multiple of 16 bytes"
+    return None
+
+
+def without_tma(meta: dict[str, int]) -> dict[str, int]:
+    """The nearest meta-parameters for where TMA is not supported."""
+    # Hopper's specialised warps are two groups of num_warps that share the queries.
+    warps = max(meta["num_warps"], 8 if meta["WARP_SPECIALIZE"] else 1)
+    return meta | {"TMA": 0, "WARP_SPECIALIZE": 0, "num_warps": warps}
 
 
 def next_power_of_two(n: int) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from wanx.errors import EnvironmentMismatchError, UsageError, WanxError
-from wanx.kernels.launch import sm_of
+from wanx.kernels.launch import PROGRAMS_HAVE_TMA, sm_of
 from wanx.kernels.timing import ROUNDS, interleaved
 from wanx.kernels.tune_workloads import OPS, PROVIDER_BITS, Candidate, Workload, workloads
 from wanx.kernels.tuning import TABLE, Choice, Entry, dump, load, merged, use
@@ -126,11 +126,16 @@ def tune(
     if not outcome.microseconds:
         return "\n".join([f"{title}: left as it is", *lines]), None
     times = {name: round(taken, 1) for name, taken in outcome.microseconds.items()}
-    best, first = next(iter(times)), outcome.first
+    choices = {candidate.name: candidate.choice for candidate in candidates}
+    # What the table says is what programs run.
+    compiled = [name for name in times if PROGRAMS_HAVE_TMA or not choices[name].get("TMA")]
+    fastest, best, first = next(iter(times)), (compiled or list(times))[0], outcome.first
+    if best != fastest:
+        lines.append(f"  {fastest} takes {times[fastest]} us; programs need PyTorch 2.12 for it")
     if workload.op in PROVIDER_BITS:
         choice: Choice = list(times)
     else:
-        choice = next(candidate.choice for candidate in candidates if candidate.name == best)
+        choice = choices[best]
         times = {name: times[name] for name in (best, first)}
     report = f"{title}: {best} in {times[best]} us; {first} takes {times[first]} us"
     measured: dict[str, Any] = {**machine, "us": times}

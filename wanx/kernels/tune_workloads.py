@@ -20,7 +20,7 @@ from wanx.kernels.attention_8bit import launch_attention_8bit
 from wanx.kernels.attention_providers import PROVIDERS, ranked
 from wanx.kernels.flash_attention import launch_attention
 from wanx.kernels.gated_residual import launch_gated_residual
-from wanx.kernels.launch import sm_of
+from wanx.kernels.launch import OLDEST_TMA, sm_of
 from wanx.kernels.quantize import launch_quantize
 from wanx.kernels.rms_norm_rope import launch_rms_norm_rope
 from wanx.kernels.tuning import config, overridden
@@ -29,7 +29,7 @@ MODELS = ((1536, 12, 8960), (5120, 40, 13824))  # channels, heads and inner widt
 LENGTHS = (32760, 75600)  # tokens of 81 frames in 480p and 720p
 TEXT = 512  # keys of cross-attention
 
-# All combinations of an op's numbers are tried.
+# All combinations of an op's numbers are tried that the GPU has.
 _ROWS: dict[str, tuple[int, ...]] = {"num_warps": (2, 4, 8, 16)}
 _NORM: dict[str, tuple[int, ...]] = {"TOKENS": (1, 2, 4, 8, 16), "num_warps": (4, 8, 16)}
 GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
@@ -42,12 +42,16 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
     "attention": {
         "BLOCK_Q": (64, 128),
         "BLOCK_K": (32, 64, 128),
+        "TMA": (0, 1),
+        "WARP_SPECIALIZE": (0, 1),
         "num_warps": (4, 8),
         "num_stages": (2, 3),
     },
     "attention_8bit": {
         "BLOCK_Q": (64, 128),
         "BLOCK_K": (64, 128),
+        "TMA": (0, 1),
+        "WARP_SPECIALIZE": (0, 1),
         "num_warps": (4, 8),
         "num_stages": (2, 3, 4),
     },
@@ -129,19 +133,32 @@ def workload(
         if op in PROVIDER_BITS:
             return _providers(PROVIDER_BITS[op], *_attention_inputs(model, length, keys, device))
         call, sm = _launch(op, model, length, keys, device)
-        return configured(op, config(op, sm, **shape), call)
+        return configured(op, config(op, sm, **shape), call, sm)
 
     return Workload(op=op, shape=shape, tolerance=_TOLERANCES.get(op, 0.01), prepare=prepare)
 
 
-def grid(op: str, present: dict[str, int]) -> list[dict[str, int]]:
-    """What is tried of an op, what is present first."""
+def grid(op: str, present: dict[str, int], sm: int) -> list[dict[str, int]]:
+    """What is tried of an op on a GPU such as 90, what is present first."""
     names, values = zip(*GRIDS[op].items(), strict=True)
     every = (dict(zip(names, numbers, strict=True)) for numbers in itertools.product(*values))
-    return [present, *(choice for choice in every if choice != present)]
+    return [present, *(choice for choice in every if choice != present and _differs(choice, sm))]
 
 
-def configured(op: str, present: dict[str, int], call: Callable[[], Any]) -> list[Candidate]:
+def _differs(choice: dict[str, int], sm: int) -> bool:
+    """Whether a GPU runs the choice, and not as it runs another."""
+    if not choice.get("TMA"):
+        return not choice.get("WARP_SPECIALIZE")
+    # Triton's warps do not specialise without TMA, nor on Hopper in other groups than of 4.
+    hopper = sm // 10 == 9
+    return sm >= OLDEST_TMA and not (
+        choice["WARP_SPECIALIZE"] and hopper and choice["num_warps"] != 4
+    )
+
+
+def configured(
+    op: str, present: dict[str, int], call: Callable[[], Any], sm: int
+) -> list[Candidate]:
     """A candidate for each set of meta-parameters with which ``call`` runs the op's kernel."""
 
     def run(choice: dict[str, int]) -> Any:
@@ -154,7 +171,7 @@ def configured(op: str, present: dict[str, int], call: Callable[[], Any]) -> lis
             choice=choice,
             call=partial(run, choice),
         )
-        for choice in grid(op, present)
+        for choice in grid(op, present, sm)
     ]
 
 

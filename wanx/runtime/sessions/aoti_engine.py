@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from wanx.engine_plan import Plan, Step, Weight
 
 WARM_UPS = 2  # runs of a shape before it is recorded
+MOST_SHAPES = 4  # recorded at a time, as each holds memory of its own
 TYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -23,6 +25,7 @@ TYPES = {
     "I64": torch.int64,
 }
 Values = Mapping[str, Tensor]
+_log = logging.getLogger("wanx.runtime")
 
 
 class Engine:
@@ -60,6 +63,7 @@ class Engine:
             [weight(step, wanted) for wanted in plan.programs[step.program].weights]
             for step in plan.steps
         ]
+        self._records = self.device.type == "cuda" and os.environ.get("WANX_CUDA_GRAPHS") != "0"
         self._seen: dict[tuple[Any, ...], int] = {}
         self._recorded: dict[tuple[Any, ...], tuple[Any, Values, dict[str, Tensor]]] = {}
 
@@ -72,22 +76,35 @@ class Engine:
                 results are overwritten by the next run. Without them nothing is recorded.
         """
         values = self._with_batch(values)
-        if self.device.type != "cuda" or not changing or os.environ.get("WANX_CUDA_GRAPHS") == "0":
+        if not self._records or not changing:
             return self._run(values)
         shape = tuple((name, tuple(value.shape)) for name, value in sorted(values.items()))
         count = self._seen[shape] = self._seen.get(shape, 0) + 1
         if count <= WARM_UPS:
             return self._run(values)
-        if shape not in self._recorded:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                outputs = self._run(values)
-            self._recorded[shape] = graph, values, outputs
+        if shape not in self._recorded and not self._record(shape, values):
+            return self._run(values)
         graph, held, outputs = self._recorded[shape]
         for name in changing:
             held[name].copy_(values[name])
         graph.replay()
         return outputs
+
+    def _record(self, shape: tuple[Any, ...], values: Values) -> bool:
+        """Record the programs on these inputs; they may stay as they are where that fails."""
+        if len(self._recorded) == MOST_SHAPES:
+            self._recorded.clear()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                outputs = self._run(values)
+        except RuntimeError as error:  # too little memory, or a kernel that cannot be recorded
+            torch.cuda.synchronize()
+            self._records = False
+            _log.warning("programs run one by one, as recording them failed: %s", error)
+            return False
+        self._recorded[shape] = graph, values, outputs
+        return True
 
     def forget(self) -> None:
         """Drop what was recorded, because an input that was not changing has changed."""
