@@ -13,7 +13,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wanx.kernels import quant_linear as module
 from wanx.kernels.gemm_8bit import unsupported_reason
-from wanx.kernels.quant_linear import _choose, _run_torch, _run_triton, quant_linear_reference
+from wanx.kernels.quant_linear import (
+    _choose,
+    _run_torch,
+    _run_triton,
+    quant_linear_reference,
+    runs_triton,
+)
+from wanx.kernels.tuning import ordered
 
 E4M3 = torch.float8_e4m3fn
 FLOAT, BF16 = torch.float32, torch.bfloat16
@@ -184,3 +191,15 @@ def test_ops_run_what_is_chosen(
     exact = quant_linear_reference(x8, x_scale * 2, *weight, bias.float())
     assert (out.shape, out.dtype) == ((2, 5, 48), BF16)
     assert_rounded_once(out.cpu(), exact.double().cpu())
+
+
+@pytest.mark.parametrize("op", ["quant_linear", "quant_linear_residual"])
+def test_the_table_ranks_them(op: str, gpu: Callable[[int], None]) -> None:
+    values = operands()
+    with ordered(op, ["triton", "torch"]):
+        assert _choose(*values, op) is _run_triton
+        assert _choose(*values, "quant_linear_gelu_quantize") is _run_torch
+        assert runs_triton(op, *values)
+    assert _choose(*values, op) is _run_torch
+    gpu(80)
+    assert "FP8 needs SM89" in str(_choose(*values, op))

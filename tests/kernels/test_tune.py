@@ -18,7 +18,16 @@ from wanx.errors import EnvironmentMismatchError, UsageError
 from wanx.kernels import attention_providers, tune, tune_workloads, tuning
 from wanx.kernels.timing import interleaved
 from wanx.kernels.tune import fill, main, measure, run
-from wanx.kernels.tune_workloads import GRIDS, LENGTHS, OPS, Candidate, Workload, grid, workloads
+from wanx.kernels.tune_workloads import (
+    GRIDS,
+    LENGTHS,
+    OPS,
+    PRODUCTS,
+    Candidate,
+    Workload,
+    grid,
+    workloads,
+)
 from wanx.kernels.tuning import config, load
 
 CPU, MACHINE = torch.device("cpu"), {"gpu": "a GPU", "torch": "2", "triton": "3"}
@@ -150,7 +159,10 @@ def test_every_op_is_measured_at_the_sizes_of_both_models() -> None:
         shapes = {tuple(workload.shape.items()) for workload in found}
         assert len(shapes) == len(found)
         sizes = set(itertools.chain.from_iterable(workload.shape.values() for workload in found))
-        assert set(LENGTHS) <= sizes
+        if op in PRODUCTS:
+            assert {1536, 5120} <= sizes
+        else:
+            assert set(LENGTHS) <= sizes
         if op in GRIDS:
             assert {12, 40} <= sizes or {1536, 5120} <= sizes or {8960, 13824} <= sizes
 

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from wanx.kernels import gemm_8bit
 from wanx.kernels.launch import runs_reference, sm_of, unsupported_tensors
 from wanx.kernels.registry import DOMAIN, Outputs, needs_gradient, register
+from wanx.kernels.tuning import order
 
 Run = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -111,20 +112,39 @@ def _run_triton(
 
 
 def _choose(
-    x8: Tensor, x_scale: Tensor, weight8: Tensor, weight_scale: Tensor, bias: Tensor
+    x8: Tensor,
+    x_scale: Tensor,
+    weight8: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor,
+    op: str = "quant_linear",
 ) -> Run | str:
-    """What runs the layer fastest on this GPU, or why nothing does."""
+    """What runs the layer of an op fastest on this GPU, or why nothing does."""
     values = (x8, x_scale, weight8, weight_scale, bias)
-    if _torch_reason(*values) is None:
-        return _run_torch
+    n, k = weight8.shape
+    found: Run | str = ""
+    for name in order(op, sm_of(x8), n=n, k=k):
+        found = candidate(name, *values)
+        if not isinstance(found, str):
+            break
+    return found
+
+
+def candidate(
+    name: str, x8: Tensor, x_scale: Tensor, weight8: Tensor, weight_scale: Tensor, bias: Tensor
+) -> Run | str:
+    """The implementation ``torch`` or ``triton`` of the layer, or why it cannot run."""
+    values = (x8, x_scale, weight8, weight_scale, bias)
+    if name == "torch":
+        return _torch_reason(*values) or _run_torch
     return gemm_8bit.unsupported_reason(*values) or _run_triton
 
 
 def runs_triton(
-    x8: Tensor, x_scale: Tensor, weight8: Tensor, weight_scale: Tensor, bias: Tensor
+    op: str, x8: Tensor, x_scale: Tensor, weight8: Tensor, weight_scale: Tensor, bias: Tensor
 ) -> bool:
-    """Whether the layer is ours to compute, so that what follows it can be part of it."""
-    return _choose(x8, x_scale, weight8, weight_scale, bias) != _run_torch
+    """Whether the layer of an op is ours to compute, so that what follows it can be part of it."""
+    return _choose(x8, x_scale, weight8, weight_scale, bias, op) != _run_torch
 
 
 @triton_op("wanx::quant_linear", mutates_args=())

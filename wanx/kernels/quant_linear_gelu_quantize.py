@@ -60,7 +60,7 @@ def _quant_linear_gelu_quantize(
     dtype: torch.dtype,
 ) -> Tensor:
     layer, extra = (weight8, weight_scale, bias), {"out_scale": out_scale, "dtype": dtype}
-    if not runs_triton(x8, x_scale, *layer):
+    if not runs_triton("quant_linear_gelu_quantize", x8, x_scale, *layer):
         return gelu_quantize(quant_linear(x8, x_scale, *layer), out_scale, dtype)
     reason = unsupported_reason(x8, x_scale, *layer, **extra)
     if runs_reference("quant_linear_gelu_quantize", reason, x8):

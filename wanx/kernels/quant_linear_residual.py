@@ -60,7 +60,7 @@ def _quant_linear_residual(
     gate: Tensor,
 ) -> Tensor:
     layer, extra = (weight8, weight_scale, bias), {"residual": residual, "gate": gate}
-    if not runs_triton(x8, x_scale, *layer):
+    if not runs_triton("quant_linear_residual", x8, x_scale, *layer):
         return gated_residual(residual, quant_linear(x8, x_scale, *layer), gate)
     reason = unsupported_reason(x8, x_scale, *layer, **extra)
     if runs_reference("quant_linear_residual", reason, x8):

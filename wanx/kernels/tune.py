@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from wanx.errors import EnvironmentMismatchError, UsageError, WanxError
 from wanx.kernels.launch import PROGRAMS_HAVE_TMA, sm_of
 from wanx.kernels.timing import ROUNDS, interleaved
-from wanx.kernels.tune_workloads import OPS, PROVIDER_BITS, Candidate, Workload, workloads
+from wanx.kernels.tune_workloads import OPS, PROVIDER_BITS, RANKED, Candidate, Workload, workloads
 from wanx.kernels.tuning import TABLE, Choice, Entry, dump, load, merged, use
 
 # Seconds of each call, round by round.
@@ -132,7 +132,7 @@ def tune(
     fastest, best, first = next(iter(times)), (compiled or list(times))[0], outcome.first
     if best != fastest:
         lines.append(f"  {fastest} takes {times[fastest]} us; programs need PyTorch 2.12 for it")
-    if workload.op in PROVIDER_BITS:
+    if workload.op in RANKED:
         choice: Choice = list(times)
     else:
         choice = choices[best]

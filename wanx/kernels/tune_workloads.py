@@ -21,9 +21,10 @@ from wanx.kernels.attention_providers import PROVIDERS, ranked
 from wanx.kernels.flash_attention import launch_attention
 from wanx.kernels.gated_residual import launch_gated_residual
 from wanx.kernels.launch import OLDEST_TMA, sm_of
+from wanx.kernels.quant_linear import candidate
 from wanx.kernels.quantize import launch_quantize
 from wanx.kernels.rms_norm_rope import launch_rms_norm_rope
-from wanx.kernels.tuning import config, overridden
+from wanx.kernels.tuning import config, ordered, overridden
 
 MODELS = ((1536, 12, 8960), (5120, 40, 13824))  # channels, heads and inner width of 1.3B and 14B
 LENGTHS = (32760, 75600)  # tokens of 81 frames in 480p and 720p
@@ -57,10 +58,17 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
     },
 }
 PROVIDER_BITS = {"attention_providers_16bit": 16, "attention_providers_8bit": 8}
-OPS = (*GRIDS, *PROVIDER_BITS)
+PRODUCTS = ("quant_linear", "quant_linear_gelu_quantize", "quant_linear_residual")
+# What the table ranks implementations of, by name.
+RANKED = (*PROVIDER_BITS, *PRODUCTS)
+OPS = (*GRIDS, *RANKED)
 # By how much a right result may differ, in relative RMS: by another order of sums and steps of
-# rounding that they move; by all that 8 bits lose.
-_TOLERANCES = {"attention_8bit": 0.06, "attention_providers_8bit": 0.1}
+# rounding that they move; by all that 8 bits lose; by what rounding to 16 bits in between moves.
+_TOLERANCES = {
+    "attention_8bit": 0.06,
+    "attention_providers_8bit": 0.1,
+    **dict.fromkeys(PRODUCTS, 0.06),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +109,8 @@ def workloads(op: str, device: torch.device) -> Iterator[Workload]:
     sizes = [(length, length) for length in LENGTHS]
     if op.startswith("attention"):
         sizes.append((LENGTHS[0], TEXT))
+    if op in PRODUCTS:  # which are asked for by the sides of the weight alone
+        sizes = sizes[:1]
     # The order of providers is asked for by the number of keys alone.
     for model in MODELS[-1:] if op in PROVIDER_BITS else MODELS:
         for length, keys in sizes:
@@ -122,6 +132,9 @@ def workload(
     dim, heads, inner = model
     if op in PROVIDER_BITS:
         shape = {"keys": keys}
+    elif op in PRODUCTS:
+        n, k = _sides(op, model)
+        shape = {"n": n, "k": k}
     elif op.startswith("attention"):
         shape = {"head": dim // heads, "keys": keys, "heads": heads}
     elif op.endswith("quantize"):
@@ -132,6 +145,8 @@ def workload(
     def prepare() -> list[Candidate]:
         if op in PROVIDER_BITS:
             return _providers(PROVIDER_BITS[op], *_attention_inputs(model, length, keys, device))
+        if op in PRODUCTS:
+            return _products(op, model, length, device)
         call, sm = _launch(op, model, length, keys, device)
         return configured(op, config(op, sm, **shape), call, sm)
 
@@ -184,6 +199,43 @@ def _providers(
         Candidate(name=p.name, choice={}, call=partial(p.run, q, k, v, heads, scale))
         for p in dict.fromkeys(known)
         if p.bits >= bits and p.unsupported_reason(q, k, v, heads) is None
+    ]
+
+
+def _sides(op: str, model: tuple[int, int, int]) -> tuple[int, int]:
+    """Outputs and inputs of the layer that an op stands for."""
+    dim, _, inner = model
+    return {"quant_linear": (3 * dim, dim), "quant_linear_residual": (dim, inner)}.get(
+        op, (inner, dim)
+    )
+
+
+def _products(
+    op: str, model: tuple[int, int, int], length: int, device: torch.device
+) -> list[Candidate]:
+    """PyTorch's product and ours, with what follows it, where the GPU has both."""
+    n, k = _sides(op, model)
+    e4m3 = torch.float8_e4m3fn
+    x8, weight8 = (torch.randn(s, device=device).to(e4m3) for s in ((1, length, k), (n, k)))
+    scale, scales = torch.tensor(0.02, device=device), torch.full((n,), 1e-3, device=device)
+    bias = torch.randn(n, device=device, dtype=torch.bfloat16)
+    layer = (x8, scale, weight8, scales, bias)
+    values: tuple[Any, ...] = layer
+    if op == "quant_linear_gelu_quantize":
+        values = (*layer, scale, e4m3)
+    elif op == "quant_linear_residual":
+        stream = torch.randn(1, length, n, device=device)
+        values = (*layer, stream, torch.randn(1, 1, n, device=device))
+    run = getattr(torch.ops.wanx, op)
+
+    def by(name: str) -> Any:
+        with ordered(op, [name]):
+            return run(*values)
+
+    return [
+        Candidate(name=name, choice={}, call=partial(by, name))
+        for name in ("torch", "triton")
+        if not isinstance(candidate(name, *layer), str)
     ]
 
 

@@ -24,6 +24,7 @@ TABLE = Path(__file__).with_name("tuned.json")
 Choice = dict[str, int] | list[str]
 _table: tuple[Entry, ...] | None = None
 _overrides: dict[str, dict[str, int]] = {}
+_orders: dict[str, list[str]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +139,32 @@ def provider_order(sm: int, *, bits: int, keys: int) -> list[str]:
         bits: 16 or 8.
         keys: how many each query attends to; left out if it is symbolic.
     """
-    choice = _choice(f"attention_providers_{bits}bit", sm, {"keys": keys})
+    return order(f"attention_providers_{bits}bit", sm, keys=keys)
+
+
+def order(op: str, sm: int, **shape: int) -> list[str]:
+    """The implementations of an op, from fast to slow; arguments as of :func:`config`.
+
+    Raises:
+        KeyError: the table does not know the op.
+    """
+    if op in _orders:
+        return list(_orders[op])
+    choice = _choice(op, sm, shape)
     assert isinstance(choice, list)
     return list(choice)
+
+
+@contextmanager
+def ordered(op: str, names: list[str]) -> Iterator[None]:
+    """Within it, these are all the implementations that ``op`` has."""
+    before = dict(_orders)
+    _orders[op] = names
+    try:
+        yield
+    finally:
+        _orders.clear()
+        _orders.update(before)
 
 
 @contextmanager
