@@ -19,10 +19,10 @@ from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from wanx.config import PRESETS
 from wanx.export.components import ComponentSpec, dit_spec
 from wanx.export.cut import cut
+from wanx.export.functional import export_segment
 from wanx.export.quantized_spec import quantized_spec
 from wanx.export.recipe import Recipe, dit_candidates
 from wanx.export.scheme import SCHEMES, QuantizeOptions
-from wanx.export.targets.aoti import export_segment
 
 SMS = (80, 90, 120)
 CONFIG = replace(PRESETS["t2v-1.3B"].dit, num_layers=1)
@@ -55,7 +55,7 @@ CASES: dict[str, ComponentSpec] = {
 def ran(spec: ComponentSpec, sm: int) -> Counter[str]:
     """Kernels and products of one block."""
     parts = cut(spec, torch.bfloat16)
-    program = export_segment(parts.segments["block"], parts.axes, f"sm{sm}")
+    program = export_segment(parts.segments["block"], parts.axes, torch.device("cuda"))
     lowered = program.run_decompositions({}, decompose_custom_triton_ops=True)
     # Batch and length stay free whatever the kernels looked at.
     free = [axis for axis in lowered.range_constraints.values() if axis.lower <= 2 < axis.upper]

@@ -32,7 +32,7 @@ EXPORTER = {"export", "kernels", "models"}
 EXTERNAL = {
     "benchmarks": {"PIL", "jinja2", "markupsafe", "matplotlib", "numpy", "pydantic"},
     "kernels": {"cudnn", "fa3_fwd_interface", "onnxscript", "torch", "triton"},
-    "runtime": {"PIL", "av", "ftfy", "numpy", "onnxruntime", "tokenizers"},
+    "runtime": {"PIL", "av", "ftfy", "numpy", "onnxruntime", "platformdirs", "tokenizers"},
 }
 INTERNAL = {
     "benchmarks": {
@@ -49,8 +49,8 @@ INTERNAL = {
     "kernels": {"errors", "kernels"},
     "models": {"config", "errors", "input_file", "kernels", "models", "safetensors_file"},
     "runtime": {
-        *("", "bundle", "config", "engine_plan", "errors", "input_file", "progress", "runtime"),
-        "trust",
+        *("", "bundle", "carried_kernel", "config", "engine_plan", "errors", "input_file"),
+        *("progress", "runtime", "safetensors_file", "trust"),
     },
 }
 # What runs PyTorch's compiled packages and what measures kernels; nothing else there imports them.
@@ -58,6 +58,8 @@ WITH_TORCH = {
     *(PACKAGE / "runtime" / "sessions" / name for name in ("aoti.py", "aoti_engine.py")),
     *(PACKAGE / "benchmarks" / "gpu").glob("*.py"),
 }
+# What talks to CUDA, imported when a session on a GPU is opened.
+WITH_CUDA = {PACKAGE / "runtime" / "sessions" / name for name in ("cuda.py", "tensorrt_launch.py")}
 # The modules beside the folders that may import them: the API, the command line and what it shows.
 FRONT = {
     *("__init__", "__main__", "cli", "cli_build", "cli_compare", "cli_export", "cli_options"),
@@ -103,6 +105,8 @@ def imports(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             yield from (f"{node.module}.{name.name}" for name in node.names)
+        elif isinstance(node, ast.Call) and "import_module" in ast.unparse(node.func):
+            yield from (n.value for n in node.args if isinstance(n, ast.Constant))
 
 
 def own_part(path: Path) -> str:
@@ -125,9 +129,11 @@ def test_imports_follow_the_layers(path: Path) -> None:
     packages = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"wanx"}
     own = own_part(path)
     if path in WITH_TORCH:
-        packages -= {"safetensors", "torch"}
+        packages -= {"diffusers", "safetensors", "torch"}
         if own == "benchmarks":
             parts -= {"engine_plan", "export", "kernels", "models"}
+    if path in WITH_CUDA:
+        packages -= {"cuda"}
     if own in INTERNAL:
         assert parts <= INTERNAL[own]
     elif own == "export":

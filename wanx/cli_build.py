@@ -11,7 +11,25 @@ from wanx.errors import UsageError
 
 def build(
     bundle: BundlePath,
-    target: Annotated[str, option(help="What will run the bundle: aoti or cpu.")] = "aoti",
+    target: Annotated[str, option(help="As for export: aoti, rtx:sm89, tensorrt or cpu.")] = "aoti",
+    plugins: Annotated[
+        str,
+        option(
+            help="TensorRT: auto (what was measured to be faster, so far nothing), none, or "
+            "kernels of ours such as RMSNormRope,GeluQuantize."
+        ),
+    ] = "auto",
+    sizes: Annotated[
+        str | None,
+        option(
+            help="TensorRT: sizes to cover, the usual one first, such as 832x480,1280x720.",
+            show_default="all of Wan2.1",
+        ),
+    ] = None,
+    frames: Annotated[
+        int | None,
+        option(min=1, help="TensorRT: most frames to cover.", show_default="the model's own"),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -20,9 +38,16 @@ def build(
 
     require_packages()
     from wanx.bundle import open_bundle
+    from wanx.export.build import EngineOptions
     from wanx.export.build import build as run_build
     from wanx.rendering import bars, print_bundle
+    from wanx.runtime.sizes import parse_size
 
+    options = EngineOptions(
+        plugins=plugins,
+        sizes=tuple(parse_size(size) for size in sizes.split(",")) if sizes else (),
+        frames=frames,
+    )
     folder = find_bundle(bundle)
     if is_builtin(folder):
         raise UsageError(
@@ -30,7 +55,7 @@ def build(
             "makes a bundle of it"
         )
     with bars(quiet) as progress:
-        built = run_build(open_bundle(folder), target, progress)
+        built = run_build(open_bundle(folder), target, progress, options)
     if as_json:
         print_json(bundle_facts(built))
     else:

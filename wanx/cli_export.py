@@ -26,7 +26,11 @@ def export(
         ),
     ] = "auto",
     target: Annotated[
-        str, option(help="What will run the bundle: cpu, or aoti (compiled for this GPU).")
+        str,
+        option(
+            help="What will run the bundle: cpu, aoti (compiled for this GPU), rtx:sm89 "
+            "(TensorRT-RTX for such GPUs, several with commas), or tensorrt (for this GPU)."
+        ),
     ] = "cpu",
     task: Annotated[
         str | None, option(help="Insist on this task; an error names what was found.")

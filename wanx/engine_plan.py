@@ -21,15 +21,16 @@ from pydantic import (
 
 from wanx.errors import CorruptInputError
 from wanx.input_file import open_input
-from wanx.manifest import Text
+from wanx.manifest import Count, Text
 
 PLAN = "plan.json"
 MAX_BYTES = 8 << 20
 
 Name = Annotated[str, StringConstraints(pattern="^[A-Za-z0-9_.]{1,128}$")]
-FileName = Annotated[str, StringConstraints(pattern="^[A-Za-z0-9_-]{1,64}[.]pt2$")]
+FileName = Annotated[str, StringConstraints(pattern="^[A-Za-z0-9_-]{1,64}[.](pt2|engine)$")]
 Size = Annotated[int, Field(ge=0, le=1 << 31)]
 StoredType = Literal["F32", "BF16", "F16", "I8", "F8_E4M3"]
+InputType = StoredType | Literal["I64"]
 
 
 class _Record(BaseModel):
@@ -49,10 +50,14 @@ class Weight(_Record):
 
 
 class Program(_Record):
-    """One compiled file; it takes the inputs of a step, then these weights in this order."""
+    """One compiled file; it takes the inputs of a step, then these weights in this order.
+
+    ``layers`` counts what it was found to run, by kind, where its builder tells.
+    """
 
     file: FileName
     weights: tuple[Weight, ...]
+    layers: dict[Text, Count] = {}
 
 
 class Step(_Record):
@@ -70,7 +75,8 @@ class Plan(_Record):
     Attributes:
         schema_version: of this format.
         compiler: what compiled it, such as ``torch 2.13.0``.
-        device: what it was compiled for: ``cpu``, or an NVIDIA GPU such as ``sm90``.
+        device: what it was compiled for: ``cpu``, an NVIDIA GPU such as ``sm90``, or several such
+            as ``sm89+sm120``.
         types: per graph input, the type that its program takes.
         batched: graph inputs whose first axis is the batch.
         batch_limit: up to how many tokens two batch entries are faster at once than in turn.
@@ -80,8 +86,8 @@ class Plan(_Record):
 
     schema_version: Literal[1] = 1
     compiler: Text
-    device: Annotated[str, StringConstraints(pattern="^(cpu|sm[0-9]{2,3})$")]
-    types: dict[Name, StoredType | Literal["I64"]]
+    device: Annotated[str, StringConstraints(pattern="^(cpu|sm[0-9]{2,3}([+]sm[0-9]{2,3})*)$")]
+    types: dict[Name, InputType]
     batched: tuple[Name, ...] = ()
     batch_limit: Size = 0
     programs: dict[Name, Program]

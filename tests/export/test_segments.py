@@ -25,11 +25,11 @@ from wanx.export.components import (
     vae_encoder_specs,
 )
 from wanx.export.cut import cut
+from wanx.export.functional import Functional
 from wanx.export.quantized_spec import quantize_module, quantized_spec
 from wanx.export.recipe import text_recipe
 from wanx.export.scheme import QuantizeOptions
 from wanx.export.segments import Cut
-from wanx.export.targets.aoti import _Functional
 from wanx.models.dit import WanDiT
 from wanx.models.image_encoder import ImageEncoder
 from wanx.models.text_encoder import UMT5Encoder
@@ -61,7 +61,9 @@ def run(
             assert whole.numel() == math.prod(parameter.shape)
             given.append(whole.to(parameter.dtype).reshape(parameter.shape))
         with torch.inference_mode():
-            made = _Functional(segment, "cpu")(*(values[n] for n in step.inputs), *given)
+            made = Functional(segment, torch.device("cpu"))(
+                *(values[n] for n in step.inputs), *given
+            )
         values |= dict(zip(step.outputs, made, strict=True))
     return values
 

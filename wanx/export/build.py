@@ -2,40 +2,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+import torch
 
 import wanx
 from wanx.bundle import Bundle, open_bundle
 from wanx.engine_plan import PLAN
 from wanx.errors import UsageError
 from wanx.export.components import ComponentSpec, component_specs
-from wanx.export.options import TARGETS
+from wanx.export.engine_key import engine_key
 from wanx.export.quantized_spec import quantized_spec
 from wanx.export.recipe import recorded_recipe
-from wanx.export.targets import aoti
+from wanx.export.targets import aoti, tensorrt, tensorrt_flavour
+from wanx.export.targets.tensorrt_ranges import ranges
 from wanx.manifest import Manifest
 from wanx.progress import Progress, silent
 from wanx.publish import extending, record_files
 from wanx.safetensors_file import read_header
 from wanx.trust import note_built
 
+TARGETS = ("cpu", "aoti", "rtx", "tensorrt")
+# Of a component, the type that it computes in, and the folder of its engines.
+Build = Callable[[ComponentSpec, torch.dtype, Path], object]
 
-def build(bundle: Bundle, target: str, progress: Progress = silent) -> Bundle:
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What TensorRT engines are to cover and to hold.
+
+    Attributes:
+        plugins: see :func:`wanx.export.targets.tensorrt_flavour.parse_plugins`.
+        sizes: see :func:`wanx.export.targets.tensorrt_ranges.ranges`.
+        frames: likewise.
+    """
+
+    plugins: str = "auto"
+    sizes: tuple[tuple[int, int], ...] = ()
+    frames: int | None = None
+
+
+def require_target(target: str) -> None:
+    """Refuse a target that there is not.
+
+    Raises:
+        UsageError: names those that there are.
+    """
+    if target not in TARGETS and tensorrt_flavour.parse_target(target) is None:
+        raise UsageError(f"--target {target} is not available; choose {', '.join(TARGETS)}")
+
+
+def build(
+    bundle: Bundle,
+    target: str,
+    progress: Progress = silent,
+    options: EngineOptions | None = None,
+) -> Bundle:
     """Make ``target`` what runs a bundle; build its engines unless they are there.
 
     Raises:
-        UsageError: there is no such target.
-        WanxError: as :func:`wanx.export.targets.aoti.build`, or the place cannot be written.
+        UsageError: there is no such target, or its GPU lacks the precision.
+        WanxError: the engines cannot be built, or the place cannot be written.
     """
-    if target not in TARGETS:
-        raise UsageError(f"--target {target} is not available; choose {', '.join(TARGETS)}")
+    require_target(target)
     with extending(bundle.root) as (folder, commit):
-        commit(with_engines(bundle.root, bundle.manifest, target, folder, progress))
+        manifest = with_engines(bundle.root, bundle.manifest, target, folder, progress, options)
+        commit(manifest)
     return open_bundle(bundle.root, verify="size")
 
 
 def with_engines(
-    root: Path, manifest: Manifest, target: str, folder: Path, progress: Progress = silent
+    root: Path,
+    manifest: Manifest,
+    target: str,
+    folder: Path,
+    progress: Progress = silent,
+    options: EngineOptions | None = None,
 ) -> Manifest:
     """Write what a target needs beyond the portable graphs.
 
@@ -44,46 +88,74 @@ def with_engines(
         manifest: of the bundle without the engines.
         target: what will run it.
         folder: where ``engines/<key>`` is made, unless the bundle has it already.
-        progress: told how many programs are compiled.
+        progress: told how many components are built.
+        options: for TensorRT; None leaves all as it is by default.
 
     Returns:
         The manifest of the bundle with them; engines of the target that they replace are left out.
+
+    Raises:
+        UsageError: the target's GPU lacks the precision.
+        WanxError: the engines cannot be built.
     """
+    kind = target.partition(":")[0]
     if target == aoti.TARGET:
-        manifest = _with_packages(root, manifest, folder, progress)
-    return manifest.model_copy(update={"target": target})
+        device = aoti.device_name()
+        builder: Build = aoti.build
+        types = aoti.compute_type
+        compiler = aoti.compiler()
+    elif flavour := tensorrt_flavour.parse_target(target):
+        tensorrt_flavour.require_precision(flavour, manifest.precision)
+        flavour = tensorrt_flavour.for_this_machine(flavour)
+        device = flavour.device
+        recipe = manifest.components["dit"].quantization
+        fp8 = recipe is not None and recipe.attention == "fp8"
+        options = options or EngineOptions()
+        covered = ranges(
+            manifest.config, fp8_attention=fp8, sizes=options.sizes, frames=options.frames
+        )
+        types = tensorrt_flavour.compute_type
+        wanted = tensorrt_flavour.parse_plugins(options.plugins)
+        compiler = " ".join([flavour.compiler(), *wanted, repr(sorted(covered.items()))])
 
+        def builder(spec: ComponentSpec, dtype: torch.dtype, place: Path) -> object:
+            return tensorrt.build(spec, dtype, flavour, covered, place, wanted)
 
-def _with_packages(root: Path, manifest: Manifest, folder: Path, progress: Progress) -> Manifest:
+    else:
+        return manifest.model_copy(update={"target": kind})
     specs = {
         spec.name: (
             _as_stored(spec, root, manifest),
-            aoti.compute_type(spec.weights, manifest.components[spec.name]),
+            types(spec.weights, manifest.components[spec.name]),
         )
         for spec in component_specs(manifest.config)
     }
-    key = aoti.engine_key(specs, wanx.__version__)
+    key = engine_key(specs, kind, device, wanx.__version__, compiler)
     engines = {name: f"engines/{key}/{name}/{PLAN}" for name in specs}
-    if all(c.engines.get(aoti.TARGET) == engines[n] for n, c in manifest.components.items()):
-        return manifest
-    for number, (name, (spec, dtype)) in enumerate(specs.items()):
-        progress("compile", number, len(specs), "steps")
-        aoti.build(spec, dtype, folder / "engines" / key / name)
-    progress("compile", len(specs), len(specs), "steps")
+    if any(c.engines.get(kind) != engines[n] for n, c in manifest.components.items()):
+        for number, (name, (spec, dtype)) in enumerate(specs.items()):
+            progress("build engines", number, len(specs), "steps")
+            builder(spec, dtype, folder / "engines" / key / name)
+        progress("build engines", len(specs), len(specs), "steps")
+        manifest = _listing(manifest, kind, engines, folder)
+    return manifest.model_copy(update={"target": kind})
+
+
+def _listing(manifest: Manifest, kind: str, engines: dict[str, str], folder: Path) -> Manifest:
+    """The manifest with new engines in the place of those of the same kind."""
     replaced = {
-        PurePosixPath(component.engines[aoti.TARGET]).parent
+        PurePosixPath(component.engines[kind]).parent
         for component in manifest.components.values()
-        if aoti.TARGET in component.engines
+        if kind in component.engines
     }
     kept = {p: r for p, r in manifest.files.items() if PurePosixPath(p).parent not in replaced}
-    made = {p: r for p, r in record_files(folder).items() if p.startswith(f"engines/{key}/")}
+    folders = {PurePosixPath(path).parent for path in engines.values()}
+    made = {p: r for p, r in record_files(folder).items() if PurePosixPath(p).parent in folders}
     files = dict(sorted((kept | made).items()))
     for path in engines.values():
         note_built(path, files)
     components = {
-        name: component.model_copy(
-            update={"engines": component.engines | {aoti.TARGET: engines[name]}}
-        )
+        name: component.model_copy(update={"engines": component.engines | {kind: engines[name]}})
         for name, component in manifest.components.items()
     }
     return manifest.model_copy(update={"components": components, "files": files})

@@ -119,7 +119,9 @@ def _build(resolved: ResolvedExport, folder: Path, target: str, progress: Progre
     plain = build.bundle()
     manifest = with_engines(folder, plain.manifest, target, folder, progress)
     if options.gate:
-        built = replace(plain, manifest=manifest)
+        # Engines for a GPU that is not here cannot run; their numbers can, on the processor.
+        runs = manifest.target == "aoti" or torch.cuda.is_available()
+        built = replace(plain, manifest=manifest) if runs else plain
         require_golden(check_golden(built, progress=progress), Gates())
     write_manifest(folder, manifest)
 

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from wanx.config import ModelConfig, Task
 from wanx.errors import UsageError
+from wanx.export.build import require_target
 from wanx.export.calibration_options import CalibrationOptions, golden_only, planned_runs
 from wanx.export.recipe import dit_candidates, require_matches, text_recipe
 from wanx.export.scheme import SCHEMES, QuantizeOptions, Scheme
@@ -17,7 +18,6 @@ from wanx.runtime.options import ResolvedRun
 Precision = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
 STORED_TYPES: dict[str, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 WIDTH = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "F8_E4M3": 1}
-TARGETS = ("cpu", "aoti")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +61,7 @@ class ExportOptions:
             raise UsageError(
                 f"--precision {self.precision} is not available; choose {', '.join(known)}"
             )
-        if self.target not in TARGETS:
-            raise UsageError(
-                f"--target {self.target} is not available; choose {', '.join(TARGETS)}"
-            )
+        require_target(self.target)
         if self.gate and not self.calibration.golden_steps:
             raise UsageError("--gate runs the golden steps, and --golden-steps 0 makes none")
         if self.precision in SCHEMES:

@@ -11,12 +11,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from wanx.engine_plan import Step
+from wanx.engine_plan import InputType, Step, StoredType, Weight
 from wanx.export.components import GraphInput
 
 Parameters = list[tuple[str, nn.Parameter]]
+STORED: dict[torch.dtype, StoredType] = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int8: "I8",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
+_INPUTS: dict[torch.dtype, InputType] = {**STORED, torch.int64: "I64"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +54,18 @@ class Segment:
         return list(self.module.named_parameters())
 
     @property
+    def weights(self) -> tuple[Weight, ...]:
+        """The same as a plan says it."""
+        return tuple(
+            Weight(
+                sources=self.sources.get(name, (name,)),
+                dtype=STORED[parameter.dtype],
+                shape=tuple(parameter.shape),
+            )
+            for name, parameter in self.parameters
+        )
+
+    @property
     def structure(self) -> tuple[Any, ...]:
         """Equal for segments that one program serves."""
         facts = ((n, tuple(p.shape), p.dtype) for n, p in self.parameters)
@@ -58,6 +79,26 @@ class Cut:
     segments: dict[str, Segment]
     steps: tuple[Step, ...]
     axes: dict[str, int]
+
+    @property
+    def types(self) -> dict[str, InputType]:
+        """The type of each input that no step makes."""
+        return {name: _INPUTS[item.dtype] for name, item in self._given().items()}
+
+    @property
+    def batched(self) -> tuple[str, ...]:
+        """Those of them whose first axis is the batch."""
+        return tuple(n for n, item in self._given().items() if item.shape[:1] == ("B",))
+
+    def _given(self) -> dict[str, GraphInput]:
+        made: set[str] = set()
+        given: dict[str, GraphInput] = {}
+        for step in self.steps:
+            for name, item in zip(step.inputs, self.segments[step.program].inputs, strict=True):
+                if name not in made:
+                    given.setdefault(name, item)
+            made.update(step.outputs)
+        return given
 
 
 class Cutter:

@@ -39,7 +39,7 @@ def trace(spec: ComponentSpec) -> ir.Model:
     constants = {name: buffer for name, buffer in buffers if buffer.device.type == "cpu"}
     parameters = {name for name, _ in whole.named_parameters()}
     traced_blocks = min(spec.blocks, TRACED_BLOCKS)
-    with _quiet(), FakeTensorMode():
+    with quiet(), FakeTensorMode():
         module = spec.module(traced_blocks).eval().requires_grad_(False)
         arguments: list[Any] = [item.example(spec.axes) for item in spec.inputs]
         axes: list[Any] = [_dynamic_axes(spec, item) for item in spec.inputs]
@@ -124,7 +124,8 @@ def _renamed(size: int | ir.SymbolicDim, axes: dict[str, str]) -> int | str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Without what the exporters log."""
     # The exporter logs about optional packages and its own deprecations; nothing a user can act on.
     logger = logging.getLogger("torch.onnx")
     level = logger.level

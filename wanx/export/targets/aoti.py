@@ -6,37 +6,26 @@ target is for tests, their references. The weights stay in the bundle's own file
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
 
-from wanx.engine_plan import PLAN, Plan, Program, StoredType, Weight
+from wanx.engine_plan import PLAN, Plan, Program
 from wanx.errors import EnvironmentMismatchError, WanxError
-from wanx.export.components import ComponentSpec, GraphInput, split_axis
+from wanx.export.components import ComponentSpec
 from wanx.export.cut import cut
-from wanx.export.segments import Cut, Segment
+from wanx.export.functional import export_segment
+from wanx.export.segments import STORED, Cut, Segment
 from wanx.kernels.timing import interleaved, medians
 from wanx.manifest import Component
 
 TARGET = "aoti"
-STORED: dict[torch.dtype, StoredType] = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int8: "I8",
-    torch.float8_e4m3fn: "F8_E4M3",
-}
-_INPUTS: dict[torch.dtype, StoredType | Literal["I64"]] = {**STORED, torch.int64: "I64"}
 _TRIAL_TOKENS = (512, 2048, 8192, 32768)
 _WORTH_IT = 0.97  # of the time in turn
 
@@ -56,6 +45,11 @@ def device_name() -> str:
         return "cpu"
     major, minor = torch.cuda.get_device_capability()
     return f"sm{major}{minor}"
+
+
+def compiler() -> str:
+    """What compiles, and its version."""
+    return f"torch {torch.__version__}"
 
 
 def compute_type(group: str, component: Component) -> torch.dtype:
@@ -101,17 +95,13 @@ def build(
     on_program(0, len(parts.segments))
     for done, (name, segment) in enumerate(parts.segments.items(), 1):
         _compile(segment, parts.axes, device, folder / f"{name}.pt2", spec.name)
-        programs[name] = Program(file=f"{name}.pt2", weights=tuple(_weights(segment)))
+        programs[name] = Program(file=f"{name}.pt2", weights=segment.weights)
         on_program(done, len(parts.segments))
-    given = {item.name: item for part in parts.segments.values() for item in part.inputs}
-    names = [item.name for item in (*spec.inputs, *spec.caches)]
     plan = Plan(
-        compiler=f"torch {torch.__version__}",
+        compiler=compiler(),
         device=device,
-        types={
-            n: "I64" if given[n].dtype == torch.int64 else STORED[given[n].dtype] for n in names
-        },
-        batched=tuple(n for n in names if given[n].shape and given[n].shape[0] == "B"),
+        types=parts.types,
+        batched=parts.batched,
         batch_limit=_batch_limit(parts, device, folder),
         programs=programs,
         steps=parts.steps,
@@ -166,85 +156,12 @@ def _calls(
     return in_turn, at_once
 
 
-def engine_key(specs: Mapping[str, tuple[ComponentSpec, torch.dtype]], version: str) -> str:
-    """A name for the engines of some components: another compiler, device or network, another name.
-
-    Weights are not part of it, since packages hold none.
-    """
-    facts = {
-        name: [
-            [repr(step) for step in parts.steps],
-            [repr(segment.structure) for segment in parts.segments.values()],
-        ]
-        for name, (spec, dtype) in specs.items()
-        for parts in [cut(spec, dtype)]
-    }
-    text = json.dumps([version, torch.__version__, facts], sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    return f"{TARGET}-{device_name()}-{digest}"
-
-
-def _weights(segment: Segment) -> Iterator[Weight]:
-    for name, parameter in segment.parameters:
-        sources = segment.sources.get(name, (name,))
-        yield Weight(sources=sources, dtype=STORED[parameter.dtype], shape=tuple(parameter.shape))
-
-
-class _Functional(nn.Module):
-    """A segment whose weights are its last arguments. Its module is hidden from the tracer."""
-
-    def __init__(self, segment: Segment, device: str) -> None:
-        super().__init__()
-        self._segment = segment
-        self._names = [name for name, _ in segment.parameters]
-        self._hidden = (segment.module,)
-        buffers = segment.module.named_buffers()
-        self._constants = {name: value.to(_torch_device(device)) for name, value in buffers}
-
-    def forward(self, *arguments: Tensor) -> tuple[Tensor, ...]:
-        """Run the segment."""
-        count = len(self._segment.inputs)
-        weights = dict(zip(self._names, arguments[count:], strict=True))
-        (module,) = self._hidden
-        caller = _Caller(module, self._segment.call)
-        state = {f"module.{n}": t for n, t in (weights | self._constants).items()}
-        out: tuple[Tensor, ...] = torch.func.functional_call(caller, state, arguments[:count])
-        return out
-
-
-class _Caller(nn.Module):
-    def __init__(self, module: nn.Module, call: Callable[..., tuple[Tensor, ...]]) -> None:
-        super().__init__()
-        self.module, self._call = module, call
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return self._call(self.module, *inputs)
-
-
-def export_segment(
-    segment: Segment, axes: dict[str, int], device: str
-) -> torch.export.ExportedProgram:
-    """Trace a segment without its weights; they are its last inputs."""
-    place = _torch_device(device)
-    functional = _Functional(segment, device).eval()
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        arguments = [item.example(axes, place) for item in segment.inputs]
-        arguments += [
-            torch.empty(p.shape, dtype=p.dtype, device=place) for _, p in segment.parameters
-        ]
-        shapes = [_dynamic(item, axes) for item in segment.inputs]
-        shapes += [None] * len(segment.parameters)
-        return torch.export.export(
-            functional, tuple(arguments), dynamic_shapes={"arguments": tuple(shapes)}, strict=False
-        )
-
-
 def _compile(
     segment: Segment, axes: dict[str, int], device: str, path: Path, component: str
 ) -> None:
     try:
         with _quiet(), torch.no_grad():
-            program = export_segment(segment, axes, device)
+            program = export_segment(segment, axes, _torch_device(device))
             # On the processor the calls between kernels are no hot spot, but most of the compiling.
             options = {"aot_inductor.compile_wrapper_opt_level": "O0"} if device == "cpu" else {}
             torch._inductor.aoti_compile_and_package(
@@ -256,16 +173,6 @@ def _compile(
             f"cannot compile {segment.name} of {component} ({type(error).__name__}: {text:.200}); "
             "WANX_DEBUG=1 shows all of it, and --target cpu needs no compiler"
         ) from error
-
-
-def _dynamic(item: GraphInput, axes: dict[str, int]) -> dict[int, object] | None:
-    dims = {axis: torch.export.Dim(axis, min=1 if axis == "B" else None) for axis in axes}
-    found: dict[int, object] = {}
-    for place, size in enumerate(item.shape):
-        if isinstance(size, str):
-            factor, axis = split_axis(size)
-            found[place] = dims[axis] if factor == 1 else factor * dims[axis]
-    return found or None
 
 
 def _torch_device(name: str) -> torch.device:

@@ -20,16 +20,21 @@ def open_session(bundle: Bundle, component: str, *, threads: int | None = None) 
     Raises:
         WanxError: the backend cannot load the component.
     """
-    engines = bundle.manifest.components[component].engines
-    if bundle.manifest.target == "aoti" and "aoti" in engines:
-        if find_spec("torch") is None:
-            raise EnvironmentMismatchError(
-                f"the engines of {bundle.root} need PyTorch, which is not installed; "
-                "pip install 'wanx[export]'"
-            )
-        from wanx.runtime.sessions.aoti import AotiSession
+    target = bundle.manifest.target
+    if target in bundle.manifest.components[component].engines:
+        if target == "aoti":
+            if find_spec("torch") is None:
+                raise EnvironmentMismatchError(
+                    f"the engines of {bundle.root} need PyTorch, which is not installed; "
+                    "pip install 'wanx[export]'"
+                )
+            from wanx.runtime.sessions.aoti import AotiSession
 
-        return AotiSession(bundle, component, threads=threads)
+            return AotiSession(bundle, component, threads=threads)
+        if target in ("rtx", "tensorrt"):
+            from wanx.runtime.sessions.tensorrt import TensorRTSession
+
+            return TensorRTSession(bundle, component, threads=threads)
     from wanx.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
     return OnnxRuntimeSession(bundle, component, threads=threads)

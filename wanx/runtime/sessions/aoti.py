@@ -6,8 +6,8 @@ Weights go from the bundle's files to the device once, and stay there.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -17,16 +17,19 @@ from torch import Tensor
 
 from wanx.bundle import Bundle
 from wanx.engine_plan import Plan, Step, Weight, read_plan
-from wanx.errors import CorruptInputError, EnvironmentMismatchError, WanxError
+from wanx.errors import EnvironmentMismatchError
 from wanx.runtime.sessions.aoti_engine import TYPES, Engine
-from wanx.runtime.sessions.base import NEXT, Array, Session, State
+from wanx.runtime.sessions.base import NEXT, Array, State
+from wanx.runtime.sessions.engine_session import EngineSession, misshaped_weight, missing_weight
 from wanx.trust import require_trusted
 
 TARGET = "aoti"
 
 
-class AotiSession(Session):
-    """A component as compiled programs."""
+class AotiSession(EngineSession):
+    """A component as packages of AOTInductor."""
+
+    target = TARGET
 
     def __init__(self, bundle: Bundle, component: str, *, threads: int | None = None) -> None:
         """Load ``component``; see :func:`wanx.runtime.sessions.open_session`.
@@ -38,7 +41,7 @@ class AotiSession(Session):
         """
         record = bundle.manifest.components[component]
         path = bundle.root / record.engines[TARGET]
-        self._name = component
+        self.component = component
         plan = read_plan(path)
         _require_machine(plan, bundle)
         require_trusted(bundle, component, TARGET)
@@ -55,6 +58,11 @@ class AotiSession(Session):
             self._engine = Engine(
                 plan, path.parent, record.outputs, lambda s, w: self._weight(files, s, w)
             )
+
+    @property
+    def plan(self) -> Plan:
+        """What runs."""
+        return self._engine.plan
 
     def bind(self, constants: Mapping[str, Array]) -> None:
         """Copy the arrays to the device."""
@@ -79,16 +87,6 @@ class AotiSession(Session):
                     outputs[name] = value.float().cpu().numpy()
         return outputs
 
-    def run_each(self, feeds: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
-        """Run on each of ``feeds``, as one batch where building found that to be faster."""
-        if len(feeds) < 2 or feeds[0]["tokens"].shape[1] > self._engine.plan.batch_limit:
-            return super().run_each(feeds)
-        made = self.run({name: np.concatenate([feed[name] for feed in feeds]) for name in feeds[0]})
-        return [
-            {name: value[index : index + 1] for name, value in made.items()}
-            for index in range(len(feeds))
-        ]
-
     def close(self) -> None:
         """Free programs and weights."""
         self._constants.clear()
@@ -101,36 +99,12 @@ class AotiSession(Session):
     def _weight(self, files: Mapping[str, Any], step: Step, weight: Weight) -> Tensor:
         names = [f"{step.prefix}{source}" for source in weight.sources]
         if missing := [name for name in names if name not in files]:
-            raise CorruptInputError(
-                f"the weights of {self._name} lack {missing[0]!r}, which its engine reads; "
-                "export it again"
-            )
+            raise missing_weight(self.component, missing[0])
         parts = [files[name].get_tensor(name).to(TYPES[weight.dtype]) for name in names]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         if whole.numel() != math.prod(weight.shape):
-            raise CorruptInputError(
-                f"{names[0]!r} is {list(whole.shape)} in the weights of {self._name}, its engine "
-                f"wants {list(weight.shape)}; export it again"
-            )
+            raise misshaped_weight(self.component, names[0], whole.shape, weight.shape)
         return whole.reshape(weight.shape)
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except WanxError:
-            raise
-        except Exception as error:
-            text = " ".join(str(error).split())
-            if "out of memory" in text or isinstance(error, MemoryError):
-                raise WanxError(
-                    f"not enough memory on the device for {self._name} ({text:.160}); choose a "
-                    "smaller size or fewer frames, or export with --precision fp8"
-                ) from error
-            raise WanxError(
-                f"the engine of {self._name} failed ({text:.240}); `wanx build --target aoti` "
-                "makes it again, and --target cpu does without it"
-            ) from error
 
 
 def _require_machine(plan: Plan, bundle: Bundle) -> None:

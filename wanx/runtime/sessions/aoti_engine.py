@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,8 @@ import torch._inductor
 from torch import Tensor
 
 from wanx.engine_plan import Plan, Step, Weight
+from wanx.runtime.sessions.engine_session import MOST_SHAPES, WARM_UPS, last_use
 
-WARM_UPS = 2  # runs of a shape before it is recorded
-MOST_SHAPES = 4  # recorded at a time, as each holds memory of its own
 TYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -54,7 +53,7 @@ class Engine:
         self.plan = plan
         self.device = torch.device("cpu" if plan.device == "cpu" else "cuda")
         self._outputs = outputs
-        self._last_use = _last_use(plan, outputs)
+        self._last_use = last_use(plan, outputs)
         self._programs = {
             name: torch._inductor.aoti_load_package(str(folder / program.file))
             for name, program in plan.programs.items()
@@ -139,15 +138,3 @@ class Engine:
             for name in done:
                 del values[name]
         return {name: values[name] for name in self._outputs}
-
-
-def _last_use(plan: Plan, outputs: Iterable[str]) -> list[list[str]]:
-    """After which step each value is needed no more."""
-    last: dict[str, int] = {}
-    for number, step in enumerate(plan.steps):
-        last |= dict.fromkeys((*step.inputs, *step.outputs), number)
-    kept = set(outputs)
-    return [
-        [name for name, place in last.items() if place == number and name not in kept]
-        for number in range(len(plan.steps))
-    ]

@@ -1,0 +1,307 @@
+"""Engines without weights: their graphs in ONNX Runtime, and what TensorRT-RTX makes of them."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from checkpoints import OUR_CLIP, OUR_T5, TASKS
+from eightbit import SMALL
+from onnx_runs import as_numpy
+from torch import Tensor
+
+import wanx
+from wanx.builtin import builtin_bundle
+from wanx.bundle import open_bundle, verify_bundle
+from wanx.config import PRESETS, DiTConfig
+from wanx.engine_plan import read_plan
+from wanx.errors import UsageError, WanxError
+from wanx.export.components import (
+    ComponentSpec,
+    dit_spec,
+    image_encoder_spec,
+    text_encoder_spec,
+    vae_decoder_specs,
+    vae_encoder_specs,
+)
+from wanx.export.cut import cut
+from wanx.export.functional import Functional
+from wanx.export.quantized_spec import quantized_spec
+from wanx.export.recipe import Recipe, dit_candidates, text_recipe
+from wanx.export.scheme import SCHEMES, QuantizeOptions
+from wanx.export.segments import Segment
+from wanx.export.targets import tensorrt
+from wanx.export.targets import tensorrt_flavour as flavours
+from wanx.export.targets.tensorrt_graph import OUTPUT, WEIGHT, segment_graph
+from wanx.export.targets.tensorrt_ranges import Range, ranges
+from wanx.runtime.sessions.tensorrt_library import import_tensorrt
+
+if find_spec("tensorrt_rtx") is None:
+    pytest.skip("TensorRT-RTX is not installed", allow_module_level=True)
+trt = import_tensorrt("tensorrt_rtx")
+WIDE = replace(PRESETS["t2v-1.3B"].dit, num_layers=2)
+KINDS = {"bf16": None, "int8": "int8", "fp8": "fp8", "rows": "fp8", "attention": "fp8"}
+
+
+@functools.cache
+def spec_of(config: DiTConfig, kind: str) -> ComponentSpec:
+    spec, scheme = dit_spec(config), KINDS[kind]
+    if scheme is None:
+        return spec
+    options = QuantizeOptions(
+        activation_scale="dynamic" if kind == "rows" else "static",
+        attention="fp8" if kind == "attention" else "high",
+    )
+    layers, _ = dit_candidates(config, options)
+    attends = [f"blocks.{i}.self_attn.attend" for i in range(config.num_layers)]
+    recipe = Recipe(
+        scheme=SCHEMES[scheme], options=options,
+        layers=dict.fromkeys(layers, None if kind == "rows" else 0.1),
+        attention=dict.fromkeys(attends if kind == "attention" else [], (0.1, 0.1, 0.1)),
+    )  # fmt: skip
+    return quantized_spec(spec, recipe)
+
+
+def values_of(segment: Segment, axes: dict[str, int]) -> list[Tensor]:
+    """Random inputs and weights, of a size that 8 bits are made for."""
+    generator = torch.Generator().manual_seed(0)
+    values = []
+    for item in segment.inputs:
+        shape = item.example(axes, "meta").shape
+        if item.dtype == torch.int64:
+            values.append(torch.randint(0, 50, shape, generator=generator))
+        else:
+            values.append(torch.randn(shape, generator=generator).to(item.dtype))
+    for name, parameter in segment.parameters:
+        value = torch.randn(parameter.shape, generator=generator)
+        if parameter.dtype == torch.int8:
+            value = (value * 40).clamp(-127, 127)
+        elif parameter.dtype == torch.float8_e4m3fn:
+            value = value * 100
+        elif name.endswith("weight_scale"):
+            value = 1e-3 + 1e-4 * value.abs()
+        elif name.endswith("_scale"):
+            value = torch.full_like(value, 0.03)
+        elif parameter.ndim > 1:
+            value = value * parameter[0].numel() ** -0.5
+        values.append(value.to(parameter.dtype))
+    return values
+
+
+def run_graph(segment: Segment, traced: dict[str, int], values: list[Tensor]) -> list[Tensor]:
+    model = segment_graph(segment, traced)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    names = [item.name for item in session.get_inputs()]
+    wanted = [item.name for item in segment.inputs]
+    assert names == [*wanted, *(f"{WEIGHT}{name}" for name, _ in segment.parameters)]
+    assert [o.name for o in session.get_outputs()] == [f"{OUTPUT}{n}" for n in segment.outputs]
+    feeds = {
+        name: onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(as_numpy(value), ONNX_FLOAT8)
+        if value.dtype == torch.float8_e4m3fn
+        else onnxruntime.OrtValue.ortvalue_from_numpy(as_numpy(value))
+        for name, value in zip(names, values, strict=True)
+    }
+    outputs = [item.name for item in session.get_outputs()]
+    return [
+        torch.from_numpy(np.asarray(value.numpy()))
+        for value in session.run_with_ort_values(outputs, feeds)
+    ]
+
+
+ONNX_FLOAT8 = 17
+
+
+def require_same(
+    segment: Segment, traced: dict[str, int], axes: dict[str, int], allowed: float
+) -> None:
+    """Compare at other sizes than those that it was traced with."""
+    values = values_of(segment, axes)
+    with torch.inference_mode():
+        wanted = Functional(segment, torch.device("cpu"))(*values)
+    for found, right in zip(run_graph(segment, traced, values), wanted, strict=True):
+        assert found.shape == right.shape
+        error = (found.double() - right.double()).norm()
+        assert error <= allowed * right.double().norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_graphs_compute_what_their_segments_do(kind: str) -> None:
+    """In fp32, since ONNX Runtime has no bf16. A few numbers fall to the other side in 8 bits."""
+    parts = cut(spec_of(SMALL, kind), torch.float32)
+    for name, segment in parts.segments.items():
+        exact = kind == "bf16" or name != "block"
+        require_same(segment, parts.axes, {"B": 2, "L": 13}, 1e-5 if exact else 3e-3)
+
+
+@pytest.mark.parametrize("task", ["i2v", "vace"])
+def test_graphs_of_other_tasks(task: str) -> None:
+    parts = cut(dit_spec(TASKS[task][2]), torch.float32)
+    for segment in parts.segments.values():
+        require_same(segment, parts.axes, {"B": 1, "L": 11}, 1e-5)
+
+
+def test_graphs_of_encoders() -> None:
+    quantised = quantized_spec(text_encoder_spec(OUR_T5), text_recipe(OUR_T5))
+    for spec in (text_encoder_spec(OUR_T5), quantised, image_encoder_spec(OUR_CLIP)):
+        parts = cut(spec, torch.float32)
+        for segment in parts.segments.values():
+            require_same(segment, parts.axes, {"n": 7}, 1e-5)
+
+
+def test_graphs_of_the_vae() -> None:
+    config = PRESETS["tiny"].vae
+    for spec in (vae_encoder_specs(config)[0], vae_decoder_specs(config)[1]):
+        parts = cut(spec, torch.float32)
+        (segment,) = parts.segments.values()
+        require_same(segment, parts.axes, {"h": 3, "w": 5}, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers"),
+    [
+        ("bf16", {"attention BFloat16": 2, "gemm BFloat16": 8}),
+        ("int8", {"attention BFloat16": 2, "gemm Int8": 8}),
+        ("fp8", {"attention BFloat16": 2, "gemm FP8": 8}),
+        ("rows", {"attention BFloat16": 2, "gemm FP8": 8}),
+        ("attention", {"attention BFloat16": 1, "attention FP8": 1, "gemm FP8": 8}),
+    ],
+)
+@pytest.mark.parametrize("sms", [(89,), (89, 120)])
+def test_a_block_of_full_size(kind: str, layers: dict[str, int], sms: tuple[int, ...]) -> None:
+    """q, k and v are one product; nothing but the listed ones multiplies."""
+    parts = cut(spec_of(WIDE, kind), torch.bfloat16)
+    sizes = ranges(PRESETS["t2v-1.3B"], fp8_attention=kind == "attention")
+    segment = parts.segments["block"]
+    engine, found = tensorrt.build_segment(trt, segment, parts.axes, sms, sizes)
+    products = {n: c for n, c in found.items() if n.startswith(("gemm", "attention", "runtime"))}
+    assert products == layers
+    weights = sum(p.numel() * p.element_size() for _, p in segment.parameters)
+    assert len(engine) < 0.3 * len(sms) * weights
+
+
+def test_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every component of an image-to-video model; again is nothing to do, another GPU replaces."""
+    root = Path(shutil.copytree(builtin_bundle("tiny-i2v"), tmp_path / "bundle"))
+    bundle = wanx.build(root, target="rtx:sm89")
+    assert bundle.manifest.target == "rtx"
+    for name, component in bundle.manifest.components.items():
+        plan = read_plan(root / component.engines["rtx"])
+        assert plan.device == "sm89"
+        assert plan.compiler == f"tensorrt_rtx {trt.__version__}"
+        inputs = {n for step in plan.steps for n in step.inputs}
+        assert set(component.inputs) <= inputs, name
+        assert plan.types.keys() == set(component.inputs)
+    assert {c.problem for c in verify_bundle(root)} == {None}
+
+    def build(*_: object) -> None:
+        built.append(1)
+        raise WanxError("stop")
+
+    built: list[int] = []
+    monkeypatch.setattr(tensorrt, "build", build)
+    assert wanx.build(root, target="rtx:sm89").hash == bundle.hash
+    assert not built
+    with pytest.raises(WanxError, match="stop"):
+        wanx.build(root, target="rtx:sm120")
+    assert built
+    assert open_bundle(root).hash == bundle.hash
+    assert wanx.build(root, target="cpu").manifest.target == "cpu"
+
+
+def test_attention_that_is_taken_apart_is_refused() -> None:
+    parts = cut(spec_of(WIDE, "attention"), torch.bfloat16)
+    # From one token on; few at most, since it would hold all of their scores.
+    sizes = {**ranges(PRESETS["t2v-1.3B"]), "L": Range(least=1, usual=512, most=1024)}
+    with pytest.raises(WanxError, match="did not become one kernel"):
+        tensorrt.build_segment(trt, parts.segments["block"], parts.axes, (89,), sizes)
+
+
+def test_products_that_are_not_8_bit_are_refused() -> None:
+    segment = cut(spec_of(SMALL, "fp8"), torch.float32).segments["block"]
+    with pytest.raises(WanxError, match="2 of 8 FP8 layers became FP8 products"):
+        tensorrt.require_layers(segment, {"gemm BFloat16": 6, "gemm FP8": 2})
+
+
+@pytest.mark.parametrize(
+    ("target", "sms"),
+    [("rtx", ()), ("rtx:sm89", (89,)), ("rtx:sm120,sm89,sm120", (89, 120)), ("tensorrt", ())],
+)
+def test_targets(target: str, sms: tuple[int, ...]) -> None:
+    flavour = flavours.parse_target(target)
+    assert flavour is not None
+    assert flavour.sms == sms
+
+
+@pytest.mark.parametrize("target", ["cpu", "aoti", "rt", "rtxx:sm89"])
+def test_other_targets(target: str) -> None:
+    assert flavours.parse_target(target) is None
+
+
+@pytest.mark.parametrize(
+    ("act", "words"),
+    [
+        (
+            lambda: flavours.parse_target("rtx:sm90"),
+            "does not build for sm90; choose from sm75,",
+        ),
+        (lambda: flavours.parse_target("tensorrt:sm89"), "leave out what follows"),
+        (
+            lambda: flavours.require_precision(flavours.Flavour(target="rtx", sms=(86,)), "fp8"),
+            "sm86 has no FP8; choose --precision int8, or sm89 or newer",
+        ),
+        (
+            lambda: flavours.require_precision(flavours.Flavour(target="rtx", sms=(75,)), "bf16"),
+            "sm75 has no bf16, which engines compute in; choose sm80 or newer",
+        ),
+        (
+            lambda: flavours.for_this_machine(flavours.Flavour(target="rtx")),
+            "PyTorch finds none; name one, as in rtx:sm89",
+        ),
+    ],
+)
+def test_what_cannot_be_built(
+    act: Callable[[], object], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match=words):
+        act()
+
+
+def test_sizes_that_are_covered() -> None:
+    config = PRESETS["t2v-14B"]
+    every = ranges(config)
+    # 81 frames are 21 latent ones; a token is 16 pixels wide and high.
+    assert every["L"].most == 21 * 45 * 80
+    assert (every["h"].most, every["w"].most) == (160, 160)
+    asked = ranges(config, sizes=[(832, 480), (480, 1280)], frames=17, fp8_attention=True)
+    assert asked["L"] == Range(least=32, usual=5 * 30 * 52, most=5 * 80 * 30)
+    assert asked["h"] == Range(least=1, usual=60, most=160)
+    assert asked["w"] == Range(least=1, usual=104, most=104)
+    assert asked["B"] == Range(least=1, usual=1, most=2)
+
+
+@pytest.mark.parametrize(
+    ("asked", "names"),
+    [("auto", ()), ("none", ()), ("RMSNormRope,GeluQuantize", ("RMSNormRope", "GeluQuantize"))],
+)
+def test_plug_ins(asked: str, names: tuple[str, ...]) -> None:
+    assert flavours.parse_plugins(asked) == names
+
+
+@pytest.mark.parametrize("asked", ["RMSNorm", "", "RMSNormRope,"])
+def test_plug_ins_that_there_are_not(asked: str) -> None:
+    with pytest.raises(UsageError, match=r"choose auto, none, or from .*RMSNormRope,"):
+        flavours.parse_plugins(asked)

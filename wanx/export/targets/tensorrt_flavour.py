@@ -1,0 +1,130 @@
+"""What was asked of TensorRT: which of the two, for which GPUs, types, plug-ins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from wanx.errors import UsageError
+from wanx.export.targets.tensorrt_ops import OPS
+from wanx.manifest import Component
+from wanx.runtime.sessions.tensorrt_library import import_tensorrt
+
+RTX_SM = (75, 80, 86, 89, 120, 121)
+FP8_SM, BF16_SM = 89, 80
+MODULES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flavour:
+    """One of the two TensorRTs, and the GPUs to build for.
+
+    Attributes:
+        target: ``rtx`` or ``tensorrt``.
+        sms: GPUs such as 89; none stands for that of this machine.
+    """
+
+    target: str
+    sms: tuple[int, ...] = ()
+
+    def module(self) -> Any:
+        """Import it.
+
+        Raises:
+            EnvironmentMismatchError: it is not installed.
+        """
+        return import_tensorrt(MODULES[self.target])
+
+    @property
+    def device(self) -> str:
+        """The GPUs as a plan names them."""
+        return "+".join(f"sm{sm}" for sm in self.sms)
+
+    def compiler(self) -> str:
+        """What builds, and its version.
+
+        Raises:
+            EnvironmentMismatchError: as :meth:`module`.
+        """
+        return f"{MODULES[self.target]} {self.module().__version__}"
+
+
+def parse_target(target: str) -> Flavour | None:
+    """Read ``rtx``, ``rtx:sm89`` or ``rtx:sm89,sm120``, or ``tensorrt``; None for anything else.
+
+    Raises:
+        UsageError: a GPU that the flavour does not build for.
+    """
+    name, _, asked = target.partition(":")
+    if name not in MODULES:
+        return None
+    if name == "tensorrt" and asked:
+        raise UsageError("--target tensorrt builds for this machine's GPU; leave out what follows")
+    known = [f"sm{sm}" for sm in RTX_SM]
+    wanted = asked.split(",") if asked else []
+    for word in wanted:
+        if word not in known:
+            raise UsageError(
+                f"--target {target}: TensorRT-RTX does not build for {word or 'nothing'}; choose "
+                f"from {', '.join(known)}"
+            )
+    return Flavour(target=name, sms=tuple(sorted({int(word[2:]) for word in wanted})))
+
+
+def parse_plugins(asked: str) -> tuple[str, ...]:
+    """Read ``none``, ``auto``, or functions such as ``RMSNormRope,GeluQuantize``.
+
+    ``auto`` is those that were measured to be faster than what TensorRT fuses by itself: so far
+    none.
+
+    Raises:
+        UsageError: there is no such plug-in.
+    """
+    if asked in ("none", "auto"):
+        return ()
+    names = tuple(dict.fromkeys(asked.split(",")))
+    if unknown := [name for name in names if name not in OPS]:
+        raise UsageError(
+            f"--plugins {asked}: there is no plug-in {unknown[0] or 'without a name'}; choose "
+            f"auto, none, or from {', '.join(OPS)}"
+        )
+    return names
+
+
+def for_this_machine(flavour: Flavour) -> Flavour:
+    """Name the GPU of this machine where none was asked for.
+
+    Raises:
+        UsageError: there is none to name.
+    """
+    if flavour.sms:
+        return flavour
+    if not torch.cuda.is_available():
+        hint = "; name one, as in rtx:sm89" if flavour.target == "rtx" else ""
+        raise UsageError(
+            f"--target {flavour.target} builds for this machine's GPU, and PyTorch finds none{hint}"
+        )
+    major, minor = torch.cuda.get_device_capability()
+    return replace(flavour, sms=(10 * major + minor,))
+
+
+def compute_type(group: str, component: Component) -> torch.dtype:
+    """The type that a component computes in: bf16, but the VAE fp32, as the reference runs it."""
+    return torch.float32 if group == "vae" else torch.bfloat16
+
+
+def require_precision(flavour: Flavour, precision: str) -> None:
+    """Refuse what a GPU cannot compute.
+
+    Raises:
+        UsageError: says which precision or GPU would work.
+    """
+    for sm in flavour.sms:
+        if precision == "fp8" and sm < FP8_SM:
+            raise UsageError(f"sm{sm} has no FP8; choose --precision int8, or sm{FP8_SM} or newer")
+        if sm < BF16_SM:
+            raise UsageError(
+                f"sm{sm} has no bf16, which engines compute in; choose sm{BF16_SM} or newer"
+            )

@@ -1,0 +1,175 @@
+"""CUDA's runtime through cuda-python: memory, copies, one stream, and graphs of what it did.
+
+cuda-python is imported when it is asked for, since only sessions on a GPU need it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from wanx.errors import EnvironmentMismatchError
+
+
+class CudaError(Exception):
+    """What CUDA answers to a call that fails."""
+
+
+class Cuda:
+    """The GPU that is current, and one stream on it that waits for no other.
+
+    Addresses are integers. Every method raises :class:`CudaError` where CUDA refuses, but for those
+    that free: what cannot be freed any more goes with the process.
+    """
+
+    def __init__(self, runtime: Any) -> None:
+        """Open a stream through ``runtime``, the module ``cuda.bindings.runtime``."""
+        self._cuda = runtime
+        self.stream: Any = self._call("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking)
+
+    def close(self) -> None:
+        """Close the stream once it is done."""
+        if self.stream is not None:
+            stream, self.stream = self.stream, None
+            self._release("cudaStreamDestroy", stream)
+
+    @property
+    def sm(self) -> str:
+        """The kind of the GPU, such as ``sm89``."""
+        attributes = self._cuda.cudaDeviceAttr
+        device = self._call("cudaGetDevice")
+        major, minor = (
+            int(self._call("cudaDeviceGetAttribute", attribute, device))
+            for attribute in (
+                attributes.cudaDevAttrComputeCapabilityMajor,
+                attributes.cudaDevAttrComputeCapabilityMinor,
+            )
+        )
+        return f"sm{major}{minor}"
+
+    def free_memory(self) -> int:
+        """Bytes of the GPU's memory that nobody uses."""
+        free, _ = self._calls("cudaMemGetInfo")
+        return int(free)
+
+    def allocate(self, size: int) -> int:
+        """Memory of the GPU."""
+        return int(self._call("cudaMalloc", size))
+
+    def free(self, address: int) -> None:
+        """Give memory of the GPU back; waits for everything that runs."""
+        self._release("cudaFree", address)
+
+    def allocate_pinned(self, size: int) -> int:
+        """Memory of the host that the GPU copies from and to while the host goes on."""
+        return int(self._call("cudaMallocHost", size))
+
+    def free_pinned(self, address: int) -> None:
+        """Give such memory back."""
+        self._release("cudaFreeHost", address)
+
+    def to_device(self, device: int, host: int, size: int) -> None:
+        """Queue a copy from pinned memory; both must stay until it is done."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._call("cudaMemcpyAsync", device, host, size, kind, self.stream)
+
+    def to_host(self, host: int, device: int, size: int) -> None:
+        """Queue a copy to pinned memory; both must stay until it is done."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._call("cudaMemcpyAsync", host, device, size, kind, self.stream)
+
+    def wait(self) -> None:
+        """Wait until everything in the stream is done."""
+        self._call("cudaStreamSynchronize", self.stream)
+
+    def event(self) -> Any:
+        """A mark to set in the stream."""
+        return self._call("cudaEventCreate")
+
+    def mark(self, event: Any) -> None:
+        """Set the mark after what is in the stream now."""
+        self._call("cudaEventRecord", event, self.stream)
+
+    def wait_for(self, event: Any) -> None:
+        """Wait until the stream has passed the mark; one that was never set is passed."""
+        self._call("cudaEventSynchronize", event)
+
+    def close_event(self, event: Any) -> None:
+        """Free a mark."""
+        self._release("cudaEventDestroy", event)
+
+    def begin_recording(self) -> None:
+        """From now on keep what is put into the stream instead of doing it."""
+        # Other threads may go on allocating meanwhile.
+        mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call("cudaStreamBeginCapture", self.stream, mode)
+
+    def end_recording(self) -> Any:
+        """Stop, and make what was kept ready to be done again and again."""
+        graph = self._call("cudaStreamEndCapture", self.stream)
+        try:
+            return self._call("cudaGraphInstantiate", graph, 0)
+        finally:
+            self._release("cudaGraphDestroy", graph)
+
+    def drop_recording(self) -> None:
+        """Stop, and forget what was kept; nothing is raised, as this follows another failure."""
+        _, graph = self._cuda.cudaStreamEndCapture(self.stream)
+        if graph is not None and int(graph):
+            self._release("cudaGraphDestroy", graph)
+        self._cuda.cudaGetLastError()
+
+    def replay(self, recording: Any) -> None:
+        """Queue everything that was recorded."""
+        self._call("cudaGraphLaunch", recording, self.stream)
+
+    def free_recording(self, recording: Any) -> None:
+        """Free a recording."""
+        self._release("cudaGraphExecDestroy", recording)
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        values = self._calls(name, *arguments)
+        return values[0] if values else None
+
+    def _release(self, name: str, *arguments: Any) -> None:
+        (code,) = getattr(self._cuda, name)(*arguments)
+        if int(code):
+            self._cuda.cudaGetLastError()
+
+    def _calls(self, name: str, *arguments: Any) -> tuple[Any, ...]:
+        code, *values = getattr(self._cuda, name)(*arguments)
+        if int(code):
+            self._cuda.cudaGetLastError()  # else a later call would report it again
+            raise CudaError(f"{name}: {_text(self._cuda, code)}")
+        return tuple(values)
+
+
+def open_cuda(extra: str) -> Cuda:
+    """Open the GPU.
+
+    Args:
+        extra: the one of wanx that brings cuda-python.
+
+    Raises:
+        EnvironmentMismatchError: cuda-python is not installed, or there is no GPU that it can use.
+    """
+    try:
+        runtime = import_module("cuda.bindings.runtime")
+    except ImportError:
+        raise EnvironmentMismatchError(
+            "engines on a GPU need cuda-python (cuda-bindings), which is not installed; pip "
+            f"install 'wanx[{extra}]'"
+        ) from None
+    code, count = runtime.cudaGetDeviceCount()
+    if int(code) or not count:
+        found = _text(runtime, code) if int(code) else "there is none"
+        raise EnvironmentMismatchError(
+            f"this machine has no GPU that CUDA can use ({found}); run on one that has, or `wanx "
+            "build BUNDLE --target cpu` first"
+        )
+    return Cuda(runtime)
+
+
+def _text(runtime: Any, code: Any) -> str:
+    _, text = runtime.cudaGetErrorString(code)
+    return text.decode(errors="replace") if isinstance(text, bytes) else str(text)

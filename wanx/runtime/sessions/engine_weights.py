@@ -1,0 +1,136 @@
+"""The weights that a plan reads: found in a bundle's files, and copied to the GPU once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wanx.engine_plan import Plan, StoredType
+from wanx.runtime.sessions.cuda import Cuda, CudaError
+from wanx.runtime.sessions.device_memory import host_view, rounded
+from wanx.runtime.sessions.engine_session import misshaped_weight, missing_weight
+from wanx.runtime.sessions.stored_types import FLOATS, NUMPY, convert
+from wanx.safetensors_file import DTYPE_BYTES, TensorRef, read_header
+
+STAGE = 16 << 20  # bytes of each of the two pinned buffers
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A weight in the memory of all: its sources lie there one after the other."""
+
+    sources: tuple[TensorRef, ...]
+    dtype: StoredType
+    offset: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightLayout:
+    """Where the weights of all steps go.
+
+    Attributes:
+        offsets: by step, of each weight in the order of its program.
+        size: bytes of all together.
+    """
+
+    placed: tuple[_Placed, ...]
+    offsets: tuple[tuple[int, ...], ...]
+    size: int
+
+
+def lay_out(plan: Plan, files: Iterable[Path], component: str) -> WeightLayout:
+    """Find every weight in the files; only their headers are read.
+
+    Raises:
+        CorruptInputError: a weight is missing, or is not what the plan says.
+    """
+    known: dict[str, TensorRef] = {}
+    for file in files:
+        known |= read_header(file).entries
+    placed: list[_Placed] = []
+    offsets: list[tuple[int, ...]] = []
+    end = 0
+    for step in plan.steps:
+        places = []
+        for weight in plan.programs[step.program].weights:
+            names = [f"{step.prefix}{source}" for source in weight.sources]
+            for name in names:
+                if name not in known:
+                    raise missing_weight(component, name)
+            sources = tuple(known[name] for name in names)
+            for source in sources:
+                if source.dtype != weight.dtype and not {source.dtype, weight.dtype} <= FLOATS:
+                    raise misshaped_weight(component, source.name, [source.dtype], [weight.dtype])
+            count = math.prod(weight.shape)
+            if sum(math.prod(source.shape) for source in sources) != count:
+                raise misshaped_weight(component, names[0], sources[0].shape, weight.shape)
+            placed.append(_Placed(sources, weight.dtype, end))
+            places.append(end)
+            end += rounded(count * NUMPY[weight.dtype].itemsize)
+        offsets.append(tuple(places))
+    return WeightLayout(placed=tuple(placed), offsets=tuple(offsets), size=end)
+
+
+def upload(layout: WeightLayout, address: int, cuda: Cuda) -> None:
+    """Copy the weights to the GPU's memory at ``address``.
+
+    One of two pinned buffers is filled from the files while the other is copied.
+
+    Raises:
+        CudaError: CUDA refuses.
+    """
+    pinned: list[int] = []
+    marks: list[Any] = []
+    try:
+        for _ in range(2):
+            pinned.append(cuda.allocate_pinned(STAGE))
+            marks.append(cuda.event())
+        turn = 0
+        for offset, chunk in _chunks(layout):
+            cuda.wait_for(marks[turn])
+            host_view(pinned[turn], STAGE)[: len(chunk)] = chunk
+            cuda.to_device(address + offset, pinned[turn], len(chunk))
+            cuda.mark(marks[turn])
+            turn = 1 - turn
+    finally:
+        with suppress(CudaError):
+            cuda.wait()
+        for mark in marks:
+            cuda.close_event(mark)
+        for buffer in pinned:
+            cuda.free_pinned(buffer)
+    cuda.wait()
+
+
+def _chunks(layout: WeightLayout) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """Bytes of the weights in pieces that fit a pinned buffer, and where each goes."""
+    files: dict[Path, NDArray[np.uint8]] = {}
+    for weight in layout.placed:
+        offset = weight.offset
+        for source in weight.sources:
+            if source.file not in files:
+                files[source.file] = np.memmap(source.file, np.uint8, mode="r")
+            stored = files[source.file][source.offset : source.offset + source.nbytes]
+            found = source.dtype
+            width = DTYPE_BYTES[found]
+            step = width * (STAGE // max(width, DTYPE_BYTES[weight.dtype]))
+            for start in range(0, stored.nbytes, step):
+                chunk = stored[start : start + step]
+                if found != weight.dtype:
+                    # A tensor may lie at any byte of its file.
+                    values = np.frombuffer(chunk.tobytes(), NUMPY[_float(found)])
+                    chunk = convert(values, found, weight.dtype).view(np.uint8)
+                yield offset, chunk
+                offset += chunk.nbytes
+
+
+def _float(name: str) -> StoredType:
+    floats: dict[str, StoredType] = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
+    return floats[name]
