@@ -27,6 +27,8 @@ try:
     import triton.language as tl
 except ImportError:
     tl = None
+    # PyTorch says so at each op, when all that one wants may be to export.
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
 
     def jit(function: Any) -> Any:
         """Leave a kernel that cannot be compiled as it is."""
