@@ -72,7 +72,9 @@ def main() -> None:
                 row = {"component": spec.name, "engine": program.file, "bytes": size}
                 print(json.dumps(row | {"layers": program.layers}))
             print(json.dumps({"component": spec.name, "seconds": round(seconds, 1)}))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Of tracing, here, and of building, in processes of their own.
+    who = {"tracing": resource.RUSAGE_SELF, "building": resource.RUSAGE_CHILDREN}
+    peak = {name: resource.getrusage(of).ru_maxrss * 1024 for name, of in who.items()}
     seconds = time.perf_counter() - start
     print(json.dumps({"seconds": round(seconds, 1), "peak_bytes": peak, "engine_bytes": total}))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,6 +42,7 @@ from wanx.export.targets import tensorrt
 from wanx.export.targets import tensorrt_flavour as flavours
 from wanx.export.targets.tensorrt_graph import OUTPUT, WEIGHT, segment_graph
 from wanx.export.targets.tensorrt_ranges import Range, ranges
+from wanx.export.targets.tensorrt_worker import build_engine
 from wanx.runtime.sessions.tensorrt_library import import_tensorrt
 
 if find_spec("tensorrt_rtx") is None:
@@ -68,6 +69,15 @@ def spec_of(config: DiTConfig, kind: str) -> ComponentSpec:
         attention=dict.fromkeys(attends if kind == "attention" else [], (0.1, 0.1, 0.1)),
     )  # fmt: skip
     return quantized_spec(spec, recipe)
+
+
+def layers_of(
+    segment: Segment, axes: dict[str, int], sms: Sequence[int], sizes: Mapping[str, Range]
+) -> tuple[bytes, dict[str, int]]:
+    """Build in this process; return the engine and its layers."""
+    graph = segment_graph(segment, axes).SerializeToString()
+    engine, lines = build_engine(trt, graph, tensorrt.shapes_of(segment, sizes), sms)
+    return engine, tensorrt.count_layers(lines)
 
 
 def values_of(segment: Segment, axes: dict[str, int]) -> list[Tensor]:
@@ -185,7 +195,8 @@ def test_a_block_of_full_size(kind: str, layers: dict[str, int], sms: tuple[int,
     parts = cut(spec_of(WIDE, kind), torch.bfloat16)
     sizes = ranges(PRESETS["t2v-1.3B"], fp8_attention=kind == "attention")
     segment = parts.segments["block"]
-    engine, found = tensorrt.build_segment(trt, segment, parts.axes, sms, sizes)
+    engine, found = layers_of(segment, parts.axes, sms, sizes)
+    tensorrt.require_layers(segment, found)
     products = {n: c for n, c in found.items() if n.startswith(("gemm", "attention", "runtime"))}
     assert products == layers
     weights = sum(p.numel() * p.element_size() for _, p in segment.parameters)
@@ -225,8 +236,45 @@ def test_attention_that_is_taken_apart_is_refused() -> None:
     parts = cut(spec_of(WIDE, "attention"), torch.bfloat16)
     # From one token on; few at most, since it would hold all of their scores.
     sizes = {**ranges(PRESETS["t2v-1.3B"]), "L": Range(least=1, usual=512, most=1024)}
+    segment = parts.segments["block"]
+    _, layers = layers_of(segment, parts.axes, (89,), sizes)
     with pytest.raises(WanxError, match="did not become one kernel"):
-        tensorrt.build_segment(trt, parts.segments["block"], parts.axes, (89,), sizes)
+        tensorrt.require_layers(segment, layers)
+
+
+def test_a_process_that_ends_is_told_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the parser aborts; here the worker ends at its second graph."""
+    script = tmp_path / "worker_that_ends.py"
+    script.write_text(
+        "import json, os, sys\n"
+        "from pathlib import Path\n"
+        "from wanx.export.targets import tensorrt_worker as worker\n"
+        "whole, calls = worker.build_engine, []\n"
+        "def build(*arguments):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 2:\n"
+        "        print('last words', file=sys.stderr, flush=True)\n"
+        "        os.abort()\n"
+        "    return whole(*arguments)\n"
+        "worker.build_engine = build\n"
+        "worker.main()\n"
+    )
+    monkeypatch.setattr(tensorrt.tensorrt_worker, "__name__", "worker_that_ends")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    flavour = flavours.Flavour(target="rtx", sms=(89,))
+    words = r"cannot build block of dit: TensorRT ended its process \(signal SIGABRT: last words\)"
+    with pytest.raises(WanxError, match=words):
+        tensorrt.build(
+            dit_spec(PRESETS["tiny"].dit), torch.bfloat16, flavour, ranges(PRESETS["tiny"]),
+            tmp_path / "engines",
+        )  # fmt: skip
+
+
+def test_what_tensorrt_does_not_read() -> None:
+    with pytest.raises(WanxError, match="TensorRT does not read its graph: "):
+        build_engine(trt, b"no graph", {}, (89,))
 
 
 def test_products_that_are_not_8_bit_are_refused() -> None:

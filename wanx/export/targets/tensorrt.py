@@ -6,12 +6,16 @@ builds for GPUs that this machine need not have.
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,14 +24,14 @@ from wanx.errors import WanxError
 from wanx.export.components import ComponentSpec
 from wanx.export.cut import cut
 from wanx.export.segments import Segment
-from wanx.export.targets.tensorrt_flavour import Flavour
+from wanx.export.targets import tensorrt_worker
+from wanx.export.targets.tensorrt_flavour import MODULES, Flavour
 from wanx.export.targets.tensorrt_graph import segment_graph
 from wanx.export.targets.tensorrt_ranges import Range
+from wanx.export.targets.tensorrt_worker import REQUEST, Shapes
 from wanx.models.quantized import DynamicQuantLinear, QuantAttend, QuantLinear
-from wanx.runtime.sessions.tensorrt_plugin import register
 
 _EIGHT_BIT = (QuantLinear, DynamicQuantLinear)  # weight and input
-Sizes = Mapping[str, int]
 
 
 def build(
@@ -54,19 +58,29 @@ def build(
         EnvironmentMismatchError: this TensorRT is not installed.
         WanxError: an engine does not build, or is not what was asked for.
     """
-    trt = flavour.module()
+    flavour.module()
     parts = cut(spec, dtype)
     folder.mkdir(parents=True)
+    count = len(parts.segments)
+    on_program(0, count)
     programs = {}
-    on_program(0, len(parts.segments))
-    for done, (name, segment) in enumerate(parts.segments.items(), 1):
-        try:
-            engine, layers = build_segment(trt, segment, parts.axes, flavour.sms, ranges, plugins)
-        except WanxError as error:
-            raise WanxError(f"cannot build {name} of {spec.name}: {error}") from error
-        (folder / f"{name}.engine").write_bytes(engine)
-        programs[name] = Program(file=f"{name}.engine", weights=segment.weights, layers=layers)
-        on_program(done, len(parts.segments))
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        for segment_name, segment in parts.segments.items():
+            graph = segment_graph(segment, parts.axes, plugins=plugins, sms=flavour.sms)
+            (place / f"{segment_name}.onnx").write_bytes(graph.SerializeToString())
+        jobs = {n: shapes_of(segment, ranges) for n, segment in parts.segments.items()}
+        words = _work(place, flavour, jobs, bool(plugins))
+        for done, (segment_name, segment) in enumerate(parts.segments.items(), 1):
+            try:
+                layers = count_layers(_result(place / f"{segment_name}.json", words))
+                require_layers(segment, layers)
+            except WanxError as error:
+                raise WanxError(f"cannot build {segment_name} of {spec.name}: {error}") from error
+            file = f"{segment_name}.engine"
+            shutil.move(place / file, folder / file)
+            programs[segment_name] = Program(file=file, weights=segment.weights, layers=layers)
+            on_program(done, count)
     plan = Plan(
         compiler=flavour.compiler(),
         device=flavour.device,
@@ -79,86 +93,41 @@ def build(
     return plan
 
 
-def build_segment(
-    trt: Any,
-    segment: Segment,
-    axes: Sizes,
-    sms: Sequence[int],
-    ranges: Mapping[str, Range],
-    plugins: Collection[str] = (),
-) -> tuple[bytes, dict[str, int]]:
-    """Build one engine; it holds no weights.
-
-    Returns:
-        The plan of TensorRT, and its layers by kind.
-
-    Raises:
-        WanxError: it does not build, or an 8-bit product or an attention is not one kernel.
-    """
-    if plugins:
-        register(trt)
-    graph = segment_graph(segment, axes, plugins=plugins, sms=sms)
-    log = _log(trt)
-    builder = trt.Builder(log)
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, log)
-    if not parser.parse(graph.SerializeToString()):
-        raise WanxError(f"TensorRT does not read its graph: {log.last_error()}")
-    config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    # Sessions give the memory, as much as a shape needs, and record what runs.
-    _set(trt, "BuilderFlag", "REQUIRE_USER_ALLOCATION", config.set_flag)
-    resize = partial(_enable, config)
-    _set(trt, "PreviewFeature", "RUNTIME_ACTIVATION_RESIZE_10_10", resize)
-    if sms and hasattr(config, "num_compute_capabilities"):
-        config.num_compute_capabilities = len(sms)
-        for place, sm in enumerate(sms):
-            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), place)
-    profile = builder.create_optimization_profile()
+def shapes_of(segment: Segment, ranges: Mapping[str, Range]) -> dict[str, list[list[int]]]:
+    """Least, usual and largest shape of each input that has dynamic axes."""
+    found = {}
     for item in segment.inputs:
         if any(isinstance(size, str) for size in item.shape):
-            shapes = [
-                tuple(item.example({n: getattr(r, which) for n, r in ranges.items()}, "meta").shape)
+            found[item.name] = [
+                list(item.example({n: getattr(r, which) for n, r in ranges.items()}, "meta").shape)
                 for which in ("least", "usual", "most")
             ]
-            profile.set_shape(item.name, *shapes)
-    config.add_optimization_profile(profile)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise WanxError(f"TensorRT failed: {log.last_error()}")
-    layers = count_layers(log.lines)
-    require_layers(segment, layers)
-    return bytes(plan), layers
+    return found
 
 
-def _set(trt: Any, kind: str, name: str, call: Callable[[Any], object]) -> None:
-    """Turn on what this flavour has of that name."""
-    if hasattr(getattr(trt, kind, None), name):
-        call(getattr(getattr(trt, kind), name))
+def _work(folder: Path, flavour: Flavour, jobs: Mapping[str, Shapes], plugins: bool) -> str:
+    """Build all graphs in ``folder`` in a process that TensorRT may end; return its last words."""
+    request = {"module": MODULES[flavour.target], "sms": flavour.sms, "plugins": plugins}
+    (folder / REQUEST).write_text(json.dumps(request | {"jobs": jobs}), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", tensorrt_worker.__name__, str(folder)],
+        capture_output=True, text=True, errors="replace", check=False,
+    )  # fmt: skip
+    said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    if done.returncode < 0:
+        return f"signal {signal.Signals(-done.returncode).name}: {said:.200}"
+    return f"exit code {done.returncode}: {said:.200}"
 
 
-def _enable(config: Any, feature: Any) -> None:
-    config.set_preview_feature(feature, True)
-
-
-def _log(trt: Any) -> Any:
-    class Log(trt.ILogger):  # type: ignore[misc]
-        """Keeps what TensorRT says."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.lines: list[str] = []
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            self.lines.append(message)
-            if severity <= trt.ILogger.ERROR:
-                self.errors.append(" ".join(message.split()))
-
-        def last_error(self) -> str:
-            return f"{self.errors[-1]:.300}" if self.errors else "it gave no reason"
-
-    return Log()
+def _result(path: Path, words: str) -> list[str]:
+    """What became of one graph: the lines that list the layers of its engine."""
+    if not path.exists():
+        raise WanxError(f"TensorRT ended its process ({words}); report this, or leave memory free")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if "error" in found:
+        raise WanxError(found["error"])
+    lines: list[str] = found["lines"]
+    return lines
 
 
 _LAYER = re.compile(r"Name: (\S+), LayerType: (\w+), Inputs: \[(.*?)\], Constants:")
