@@ -72,7 +72,7 @@ def main() -> None:
                 row = {"component": spec.name, "engine": program.file, "bytes": size}
                 print(json.dumps(row | {"layers": program.layers}))
             print(json.dumps({"component": spec.name, "seconds": round(seconds, 1)}))
-    # Of tracing, here, and of building, in processes of their own.
+    # Of tracing, here, and of building, in processes that begin as copies of this one.
     who = {"tracing": resource.RUSAGE_SELF, "building": resource.RUSAGE_CHILDREN}
     peak = {name: resource.getrusage(of).ru_maxrss * 1024 for name, of in who.items()}
     seconds = time.perf_counter() - start
