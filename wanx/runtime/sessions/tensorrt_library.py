@@ -21,6 +21,7 @@ from wanx.errors import EnvironmentMismatchError
 
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx-cu13"}
 _LIBRARY = "libtensorrt_rtx.so"
+_named: set[Path] = set()  # folders of libraries that this process knows by the right name
 _FILES = (f"{_LIBRARY}.1", "libtensorrt_onnxparser_rtx.so.1")
 
 
@@ -55,6 +56,8 @@ def _name_library(*, imported: bool) -> None:
     folder = Path(spec.origin).parent
     if (folder / _LIBRARY).exists() or not all((folder / file).exists() for file in _FILES):
         return
+    if folder in _named:
+        return
     if imported:
         try:
             ctypes.CDLL(_LIBRARY)
@@ -68,6 +71,7 @@ def _name_library(*, imported: bool) -> None:
     links = _links(folder)
     for file in _FILES:
         ctypes.CDLL(str(links / file))
+    _named.add(folder)
 
 
 def _links(folder: Path) -> Path:
