@@ -70,19 +70,13 @@ def compute_type(group: str, component: Component) -> torch.dtype:
     return max(wide, key=lambda dtype: component.storage.get(STORED[dtype], 0))
 
 
-def build(
-    spec: ComponentSpec,
-    dtype: torch.dtype,
-    folder: Path,
-    on_program: Callable[[int, int], None] = lambda done, total: None,
-) -> Plan:
+def build(spec: ComponentSpec, dtype: torch.dtype, folder: Path) -> Plan:
     """Compile a component for this machine's GPU, or its processor.
 
     Args:
         spec: as it is, or with 8-bit layers.
         dtype: that it computes in.
         folder: a new one for the packages and the plan.
-        on_program: told how many programs are done, of how many.
 
     Raises:
         EnvironmentMismatchError: as :func:`device_name`.
@@ -92,11 +86,9 @@ def build(
     parts = cut(spec, dtype)
     folder.mkdir(parents=True)
     programs = {}
-    on_program(0, len(parts.segments))
-    for done, (name, segment) in enumerate(parts.segments.items(), 1):
+    for name, segment in parts.segments.items():
         _compile(segment, parts.axes, device, folder / f"{name}.pt2", spec.name)
         programs[name] = Program(file=f"{name}.pt2", weights=segment.weights)
-        on_program(done, len(parts.segments))
     plan = Plan(
         compiler=compiler(),
         device=device,

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,11 +25,12 @@ from wanx.export.components import ComponentSpec
 from wanx.export.cut import cut
 from wanx.export.segments import Segment
 from wanx.export.targets import tensorrt_worker
-from wanx.export.targets.tensorrt_flavour import MODULES, Flavour
+from wanx.export.targets.tensorrt_flavour import Flavour
 from wanx.export.targets.tensorrt_graph import segment_graph
 from wanx.export.targets.tensorrt_ranges import Range
 from wanx.export.targets.tensorrt_worker import REQUEST, Shapes
 from wanx.models.quantized import DynamicQuantLinear, QuantAttend, QuantLinear
+from wanx.runtime.sessions.tensorrt_library import MODULES
 
 _EIGHT_BIT = (QuantLinear, DynamicQuantLinear)  # weight and input
 
@@ -41,7 +42,6 @@ def build(
     ranges: Mapping[str, Range],
     folder: Path,
     plugins: Collection[str] = (),
-    on_program: Callable[[int, int], None] = lambda done, total: None,
 ) -> Plan:
     """Build the engines of a component.
 
@@ -52,7 +52,6 @@ def build(
         ranges: of each dynamic axis.
         folder: a new one for the engines and the plan.
         plugins: functions that our kernels run, as :func:`parse_plugins` reads them.
-        on_program: told how many engines are done, of how many.
 
     Raises:
         EnvironmentMismatchError: this TensorRT is not installed.
@@ -61,8 +60,6 @@ def build(
     flavour.module()
     parts = cut(spec, dtype)
     folder.mkdir(parents=True)
-    count = len(parts.segments)
-    on_program(0, count)
     programs = {}
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
@@ -71,7 +68,7 @@ def build(
             (place / f"{segment_name}.onnx").write_bytes(graph.SerializeToString())
         jobs = {n: shapes_of(segment, ranges) for n, segment in parts.segments.items()}
         words = _work(place, flavour, jobs, bool(plugins))
-        for done, (segment_name, segment) in enumerate(parts.segments.items(), 1):
+        for segment_name, segment in parts.segments.items():
             try:
                 layers = count_layers(_result(place / f"{segment_name}.json", words))
                 require_layers(segment, layers)
@@ -80,7 +77,6 @@ def build(
             file = f"{segment_name}.engine"
             shutil.move(place / file, folder / file)
             programs[segment_name] = Program(file=file, weights=segment.weights, layers=layers)
-            on_program(done, count)
     plan = Plan(
         compiler=flavour.compiler(),
         device=flavour.device,

@@ -10,11 +10,10 @@ import torch
 from wanx.errors import UsageError
 from wanx.export.targets.tensorrt_ops import OPS
 from wanx.manifest import Component
-from wanx.runtime.sessions.tensorrt_library import import_tensorrt
+from wanx.runtime.sessions.tensorrt_library import MODULES, import_tensorrt
 
 RTX_SM = (75, 80, 86, 89, 120, 121)
 FP8_SM, BF16_SM = 89, 80
-MODULES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 
 
 @dataclass(frozen=True, kw_only=True)

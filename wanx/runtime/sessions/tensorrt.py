@@ -18,11 +18,9 @@ from wanx.runtime.sessions.cuda import open_cuda
 from wanx.runtime.sessions.engine_session import EngineSession
 from wanx.runtime.sessions.engine_weights import lay_out
 from wanx.runtime.sessions.tensorrt_engine import Engine
-from wanx.runtime.sessions.tensorrt_library import import_tensorrt
+from wanx.runtime.sessions.tensorrt_library import MODULES, import_tensorrt
 from wanx.runtime.sessions.tensorrt_loader import Loader
 from wanx.trust import require_trusted
-
-MODULES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 
 
 class TensorRTSession(EngineSession):

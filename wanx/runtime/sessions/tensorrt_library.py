@@ -20,6 +20,7 @@ import platformdirs
 from wanx.errors import EnvironmentMismatchError
 
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx-cu13"}
+MODULES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}  # by target
 _LIBRARY = "libtensorrt_rtx.so"
 _named: set[Path] = set()  # folders of libraries that this process knows by the right name
 _FILES = (f"{_LIBRARY}.1", "libtensorrt_onnxparser_rtx.so.1")
