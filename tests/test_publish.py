@@ -21,9 +21,10 @@ import wanx
 from wanx.bundle import open_bundle, read_bundle
 from wanx.checksum import sha256_file
 from wanx.config import PRESETS
+from wanx.disk import preflight_space
 from wanx.errors import CorruptInputError, UsageError, WanxError
 from wanx.manifest import Manifest, Provenance
-from wanx.publish import extending, preflight_space, record_files, staging, write_manifest
+from wanx.publish import extending, record_files, staging, write_manifest
 
 
 def fill(folder: Path, text: str) -> None:

@@ -17,6 +17,7 @@ from wanx import cli_build, cli_compare, cli_export, cli_run
 from wanx.builtin import find_bundle, is_builtin
 from wanx.cli_options import BundlePath, Json, Quiet, Threads, bundle_facts, option, print_json
 from wanx.errors import WanxError
+from wanx.interruption import EXIT_CODE, INTERRUPTED
 
 if TYPE_CHECKING:
     from wanx.benchmarks.comparison import Agreement
@@ -35,8 +36,8 @@ class _Group(TyperGroup):
             _say(f"error: {error}")
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            _say("interrupted: nothing partial was left behind")
-            sys.exit(130)
+            _say(INTERRUPTED)
+            sys.exit(EXIT_CODE)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from wanx.cli_options import Json, Quiet, bundle_facts, option, print_json
+from wanx.interruption import ends_at_interrupt
 
 
 def export(
@@ -137,7 +138,7 @@ def export(
         else:
             print_estimate(resolved, needs)
         return
-    with bars(quiet) as progress:
+    with ends_at_interrupt(), bars(quiet) as progress:
         bundle = run_export(options, progress)
     if as_json:
         print_json(bundle_facts(bundle))

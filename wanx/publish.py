@@ -15,7 +15,6 @@ next export and the next opening put the latter back (``recover``).
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
@@ -27,7 +26,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from wanx.checksum import sha256_file
-from wanx.errors import UsageError, WanxError
+from wanx.disk import explained, preflight_space, sync
+from wanx.errors import UsageError
+from wanx.interruption import undone_by_interrupt
 from wanx.manifest import MANIFEST, FileRecord, Manifest, printable
 
 _OLD = "wanx-old"
@@ -52,21 +53,22 @@ def staging(target: str | Path, *, force: bool = False, needed_bytes: int = 0) -
     """
     target = _absolute(target)
     folder = _sibling(target, f"wanx-{os.getpid()}.partial")
-    with _explained(target, folder, needed_bytes):
+    with explained(target, folder, needed_bytes):
         _refuse_unsuitable(target)
         preflight_space(target, needed_bytes)
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target, timeout=0):
             _clean(target)
             _refuse_taken(target, force)
-            try:
-                with _explained(target, folder, needed_bytes):  # while the disk is still full
-                    folder.mkdir()
-                    yield folder
-                    _commit(folder, target, force)
-            except BaseException:
-                _clean(target)
-                raise
+            with undone_by_interrupt(lambda: _abandon(target, folder)):
+                try:
+                    with explained(target, folder, needed_bytes):  # while the disk is still full
+                        folder.mkdir()
+                        yield folder
+                        _commit(folder, target, force)
+                except BaseException:
+                    _clean(target)
+                    raise
 
 
 @contextmanager
@@ -84,27 +86,38 @@ def extending(target: str | Path) -> Iterator[tuple[Path, Callable[[Manifest], N
     folder = _sibling(target, f"wanx-{os.getpid()}.partial")
 
     def commit(manifest: Manifest) -> None:
-        engines, moved = target / "engines", []
+        engines = target / "engines"
+        moved: list[Path] = []
         engines.mkdir(exist_ok=True)
-        try:
-            for new in sorted((folder / "engines").glob("*")):
-                for path in (*new.rglob("*"), new):
-                    _sync(path)
-                shutil.rmtree(engines / new.name, ignore_errors=True)  # of a build that was killed
-                os.rename(new, engines / new.name)
-                moved.append(engines / new.name)
-            _sync(engines)
-            write_manifest(target, manifest)
-        except BaseException:
+
+        def undo() -> None:
             for path in moved:
                 shutil.rmtree(path, ignore_errors=True)
-            raise
+
+        with undone_by_interrupt(undo):
+            try:
+                for new in sorted((folder / "engines").glob("*")):
+                    for path in (*new.rglob("*"), new):
+                        sync(path)
+                    # What a killed build left.
+                    shutil.rmtree(engines / new.name, ignore_errors=True)
+                    moved.append(engines / new.name)
+                    os.rename(new, engines / new.name)
+                sync(engines)
+                write_manifest(target, manifest)
+            except BaseException:
+                undo()
+                raise
         listed = {Path(name).parts[1] for name in manifest.files if name.startswith("engines/")}
         for old in engines.glob("*"):
             if old.name not in listed:
                 shutil.rmtree(old, ignore_errors=True)
 
-    with _explained(target, folder, 0), _locked(target, timeout=0):
+    with (
+        explained(target, folder, 0),
+        _locked(target, timeout=0),
+        undone_by_interrupt(lambda: _abandon(target, folder)),
+    ):
         _clean(target)
         try:
             folder.mkdir()
@@ -117,9 +130,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json`` into ``folder`` in one step, replacing one that is there."""
     temporary = folder / f".{MANIFEST}.partial"
     temporary.write_bytes(manifest.to_json())
-    _sync(temporary)
+    sync(temporary)
     os.replace(temporary, folder / MANIFEST)
-    _sync(folder)
+    sync(folder)
 
 
 def record_files(
@@ -145,21 +158,6 @@ def record_files(
     return records
 
 
-def preflight_space(target: str | Path, needed_bytes: int) -> None:
-    """Check that the disk of ``target`` has ``needed_bytes`` free.
-
-    Raises:
-        WanxError: it has not.
-    """
-    target = _absolute(target)
-    free = _free_bytes(target)
-    if free < needed_bytes:
-        raise WanxError(
-            f"{target} needs {_megabytes(needed_bytes)}, its disk has {_megabytes(free)} free: "
-            "free some space or choose another disk"
-        )
-
-
 def recover(target: Path) -> None:
     """Put back the bundle that a killed export had moved out of the way of ``target``.
 
@@ -170,7 +168,7 @@ def recover(target: Path) -> None:
     old = _sibling(target, _OLD)
     if os.path.lexists(target) or not old.is_dir():
         return
-    with _explained(target, old, 0), _locked(target, timeout=_RECOVERY_SECONDS):
+    with explained(target, old, 0), _locked(target, timeout=_RECOVERY_SECONDS):
         _clean(target)
 
 
@@ -182,17 +180,24 @@ def _clean(target: Path) -> None:
     if old.is_dir():
         if not os.path.lexists(target):
             os.rename(old, target)
-            _sync(target.parent)
+            sync(target.parent)
         elif _is_bundle(target):
             _discard(old)
+
+
+def _abandon(target: Path, folder: Path) -> None:
+    """Remove ``folder`` while other threads may write into it: they know it by its old name."""
+    with suppress(OSError):
+        os.rename(folder, _sibling(target, "wanx-0.partial"))
+    _clean(target)
 
 
 def _commit(folder: Path, target: Path, force: bool) -> None:
     assert (folder / MANIFEST).is_file(), "write_manifest was not called"
     for parent, _, names in os.walk(folder, topdown=False):
         for name in names:
-            _sync(Path(parent, name))
-        _sync(Path(parent))
+            sync(Path(parent, name))
+        sync(Path(parent))
     _refuse_taken(target, force)
     old = _sibling(target, _OLD)
     if _is_bundle(target):
@@ -200,7 +205,7 @@ def _commit(folder: Path, target: Path, force: bool) -> None:
     elif target.is_dir():
         target.rmdir()
     os.rename(folder, target)
-    _sync(target.parent)
+    sync(target.parent)
     if old.is_dir():
         with suppress(OSError):  # the new bundle is in place; the next export tries again
             _discard(old)
@@ -259,53 +264,12 @@ def _locked(target: Path, timeout: float) -> Iterator[None]:
             f"another export is writing {target}{who}: wait for it or choose another name"
         ) from None
     try:
-        yield
+        with undone_by_interrupt(path.unlink):
+            yield
     finally:
         with suppress(OSError):  # safe while held: filelock never grants a lock on an unlinked file
             path.unlink()
         lock.release()
-
-
-@contextmanager
-def _explained(target: Path, folder: Path, needed_bytes: int) -> Iterator[None]:
-    """Turn a full disk, or any failure to write at ``target``, into one line."""
-    try:
-        yield
-    except WanxError:
-        raise
-    except Exception as error:
-        if _is_disk_full(error):
-            written = sum(path.lstat().st_size for path in folder.rglob("*"))
-            available = written + _free_bytes(target)
-            needs = _megabytes(needed_bytes) if needed_bytes > available else "more"
-            raise WanxError(
-                f"the disk is full: {target} needs {needs}, {_megabytes(available)} were free: "
-                "free some space or choose another disk"
-            ) from error
-        if isinstance(error, OSError) and isinstance(error.filename, str):
-            path = Path(error.filename)
-            ours = path.parent == target.parent and path.name.startswith(f".{target.name}.")
-            if ours or path.is_relative_to(folder) or target.is_relative_to(path):
-                raise WanxError(
-                    f"cannot write {path}: {error.strerror}: choose another place"
-                ) from error
-        raise
-
-
-def _is_disk_full(error: BaseException | None) -> bool:
-    while error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _free_bytes(target: Path) -> int:
-    return shutil.disk_usage(next(p for p in target.parents if p.exists())).free
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
 
 
 def _absolute(target: str | Path) -> Path:
@@ -325,15 +289,3 @@ def _sibling(target: Path, suffix: str) -> Path:
 def _partials(target: Path) -> list[str]:
     pattern = re.compile(rf"\.{re.escape(target.name)}\.wanx-(\d+|old)\.partial")
     return sorted(name for name in os.listdir(target.parent) if pattern.fullmatch(name))
-
-
-def _sync(path: Path) -> None:
-    """Make a file's bytes, or a folder's entries, survive a power loss."""
-    windows = os.name == "nt"
-    if windows and path.is_dir():
-        return  # Windows cannot open folders
-    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

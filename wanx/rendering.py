@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from wanx.bundle import Bundle, FileCheck
+from wanx.interruption import undone_by_interrupt
 from wanx.progress import Progress as Report
 from wanx.progress import Unit, silent
 
@@ -68,7 +69,8 @@ def bars(quiet: bool) -> Iterator[Report]:
         yield silent
         return
     columns = (TextColumn("{task.description:<20}"), BarColumn(bar_width=30), _Amount())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    progress = Progress(*columns, console=Console(stderr=True))
+    with undone_by_interrupt(progress.stop), progress:
         tasks: dict[str, int] = {}
 
         def report(stage: str, done: int, total: int, unit: Unit) -> None:

@@ -381,9 +381,7 @@ def test_prompts_to_contexts() -> None:
     long = "a red circle " * 20
     prompts: dict[Branch, str] = {"unconditional": " a  red &amp;amp; x\n", "conditional": long}
     cleaned: dict[Branch, str] = {"unconditional": "a red & x", "conditional": long.strip()}
-    done: list[int] = []
-    contexts = encode_prompts(cast(Session, Echo()), tokenizer, prompts, 9, done.append)
-    assert done == [1, 2]
+    contexts = encode_prompts(cast(Session, Echo()), tokenizer, prompts, 9)
     assert list(contexts) == list(prompts)
     for branch, text in cleaned.items():
         ids, mask = tokenizer.encode(text, 9)

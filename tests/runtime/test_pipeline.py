@@ -120,6 +120,8 @@ def test_callbacks_and_stages(pipeline: Pipeline) -> None:
     }
     assert [stage.name for stage in result.stages] == ["text", "denoise", "decode"]
     assert all(stage.load_seconds > 0 and stage.seconds > 0 for stage in result.stages)
+    assert [len(stage.calls) for stage in result.stages] == [2, 3, 2]
+    assert all(0 < sum(stage.calls) <= stage.seconds for stage in result.stages)
     assert result.path is None
     assert result.frames is not None
     assert result.frames.shape == (5, 32, 48, 3)

@@ -6,10 +6,9 @@ of its largest component.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,35 +23,18 @@ from wanx.runtime.denoise import Trajectory
 from wanx.runtime.guidance import Branch, branches
 from wanx.runtime.health import FrameCheck
 from wanx.runtime.inputs import read_inputs
-from wanx.runtime.memory import peak_bytes, reset_peak
 from wanx.runtime.options import ResolvedRun, RunOptions, resolve
 from wanx.runtime.output import check_output
 from wanx.runtime.sampler import make_sampler
 from wanx.runtime.sessions import open_session
 from wanx.runtime.sessions.base import Session, State
+from wanx.runtime.stages import Clock, Stage
 from wanx.runtime.text import PromptTokenizer, encode_prompts
 from wanx.runtime.video import VideoWriter
 
 Float32 = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 OnStep = Callable[[int, int, Float32], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """What one part of a run took.
-
-    Attributes:
-        name: ``text``, ``condition`` (where there are images or videos), ``denoise`` or ``decode``.
-        load_seconds: loading the component.
-        seconds: running it; for ``decode``, including the video encoder.
-        peak_bytes: peak resident memory of the process, mapped weights included.
-    """
-
-    name: str
-    load_seconds: float
-    seconds: float
-    peak_bytes: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,29 +52,6 @@ class Generation:
     stages: tuple[Stage, ...]
     path: Path | None
     frames: Pixels | None
-
-
-@dataclass
-class _Clock:
-    loaded: float = 0.0
-    stages: list[Stage] = field(default_factory=list)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        reset_peak()
-        self.loaded = 0.0
-        start = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - start - self.loaded
-        self.stages.append(
-            Stage(name=name, load_seconds=self.loaded, seconds=seconds, peak_bytes=peak_bytes())
-        )
-
-    @contextmanager
-    def loading(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.loaded += time.perf_counter() - start
 
 
 class Pipeline:
@@ -142,7 +101,7 @@ class Pipeline:
             path = check_output(
                 output, width=run.width, height=run.height, frames=run.frames, overwrite=overwrite
             )
-        clock = _Clock()
+        clock = Clock()
         with clock.stage("text"):
             contexts = self._encode_text(run, clock, progress)
         _stop_if(cancelled)
@@ -159,11 +118,7 @@ class Pipeline:
                 pixels = np.concatenate(list(frames))
             else:
                 pixels = None
-                with VideoWriter(
-                    path, run.width, run.height, fps=run.fps, metadata=self.provenance(run)
-                ) as writer:
-                    for chunk in frames:
-                        writer.write(chunk)
+                self._write(frames, path, run, clock)
         return Generation(options=run, stages=tuple(clock.stages), path=path, frames=pixels)
 
     def provenance(self, run: ResolvedRun) -> dict[str, str]:
@@ -180,7 +135,21 @@ class Pipeline:
         options = {name: value for name, value in asdict(run).items() if value is not None}
         return facts | {name: str(value) for name, value in options.items()}
 
-    def _opener(self, clock: _Clock) -> Callable[[str], Session]:
+    def _write(self, frames: Iterator[Pixels], path: Path, run: ResolvedRun, clock: Clock) -> None:
+        with ExitStack() as stack:
+            with clock.writing():
+                writer = stack.enter_context(
+                    VideoWriter(
+                        path, run.width, run.height, fps=run.fps, metadata=self.provenance(run)
+                    )
+                )
+            for chunk in frames:
+                with clock.writing():
+                    writer.write(chunk)
+            with clock.writing():
+                stack.close()
+
+    def _opener(self, clock: Clock) -> Callable[[str], Session]:
         def open_component(name: str) -> Session:
             with clock.loading():
                 return open_session(self.bundle, name, threads=self.threads)
@@ -188,7 +157,7 @@ class Pipeline:
         return open_component
 
     def _encode_text(
-        self, run: ResolvedRun, clock: _Clock, progress: Progress
+        self, run: ResolvedRun, clock: Clock, progress: Progress
     ) -> dict[Branch, Float32]:
         tokenizer = PromptTokenizer(self.bundle.tokenizer_path)
         texts: dict[Branch, str] = {
@@ -197,19 +166,23 @@ class Pipeline:
         }
         prompts = {branch: texts[branch] for branch in branches(run.guide_scale)}
 
-        def tell(done: int) -> None:
-            progress("encode text", done, len(prompts), "steps")
-
-        tell(0)
+        contexts: dict[Branch, Float32] = {}
+        progress("encode text", 0, len(prompts), "steps")
         with self._opener(clock)("text_encoder") as session:
-            return encode_prompts(session, tokenizer, prompts, self.config.dit.text_len, tell)
+            for done, (branch, prompt) in enumerate(prompts.items(), 1):
+                with clock.call():
+                    contexts |= encode_prompts(
+                        session, tokenizer, {branch: prompt}, self.config.dit.text_len
+                    )
+                progress("encode text", done, len(prompts), "steps")
+        return contexts
 
     def _denoise(
         self,
         run: ResolvedRun,
         contexts: dict[Branch, Float32],
         given: Conditioning,
-        clock: _Clock,
+        clock: Clock,
         on_step: OnStep | None,
         cancelled: Callable[[], bool],
         progress: Progress,
@@ -220,9 +193,10 @@ class Pipeline:
         with self._opener(clock)("dit") as session:
             session.bind(video.constants)
             while not video.done:
-                feeds = video.feeds()
-                made = session.run_each(list(feeds.values()))
-                video.advance({b: out["velocity"] for b, out in zip(feeds, made, strict=True)})
+                with clock.call():
+                    feeds = video.feeds()
+                    made = session.run_each(list(feeds.values()))
+                    video.advance({b: out["velocity"] for b, out in zip(feeds, made, strict=True)})
                 progress("denoise", video.step, video.steps, "steps")
                 if on_step is not None:
                     on_step(video.step, video.steps, video.latent)
@@ -230,7 +204,7 @@ class Pipeline:
         return video.result
 
     def _decode(
-        self, latent: Float32, clock: _Clock, cancelled: Callable[[], bool], progress: Progress
+        self, latent: Float32, clock: Clock, cancelled: Callable[[], bool], progress: Progress
     ) -> Iterator[Pixels]:
         check = FrameCheck()
         state: State = {}
@@ -241,9 +215,10 @@ class Pipeline:
                 continue
             with self._opener(clock)(f"vae_decoder_{name}") as session:
                 for index in chunks:
-                    part = np.ascontiguousarray(latent[None, :, index : index + 1])
-                    video = session.run({"latent": part}, state)["video"]
-                    yield check.convert(video[0])
+                    with clock.call():
+                        part = np.ascontiguousarray(latent[None, :, index : index + 1])
+                        pixels = check.convert(session.run({"latent": part}, state)["video"][0])
+                    yield pixels
                     progress("decode", index + 1, count, "steps")
                     _stop_if(cancelled)
         check.finish()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -134,7 +134,6 @@ def encode_prompts(
     tokenizer: PromptTokenizer,
     prompts: Mapping[Branch, str],
     text_len: int,
-    on_done: Callable[[int], None] = lambda done: None,
 ) -> dict[Branch, NDArray[np.float32]]:
     """Turn the prompts of one video into what the transformer attends to.
 
@@ -143,7 +142,6 @@ def encode_prompts(
         tokenizer: Of the same bundle.
         prompts: As the user wrote them; they are cleaned here.
         text_len: Rows of each result.
-        on_done: Told after each prompt how many are done.
 
     Returns:
         Padded features by branch, float32 [1, text_len, text_dim], in the order of ``prompts``.
@@ -152,10 +150,9 @@ def encode_prompts(
         WanxError: The backend failed.
     """
     contexts: dict[Branch, NDArray[np.float32]] = {}
-    for done, (branch, prompt) in enumerate(prompts.items(), 1):
+    for branch, prompt in prompts.items():
         ids, mask = tokenizer.encode(clean_prompt(prompt), text_len)
         # Padding is masked in T5, so leaving it out gives the same features for less.
         features = session.run({"ids": ids[:, : int(mask.sum())]})["features"]
         contexts[branch] = zero_pad(features[0], text_len)[None].astype(np.float32)
-        on_done(done)
     return contexts

@@ -1,0 +1,80 @@
+"""What can go wrong with the disk that a bundle is written to, in one line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from wanx.errors import WanxError
+
+
+def preflight_space(target: Path, needed_bytes: int) -> None:
+    """Check that the disk of ``target`` has ``needed_bytes`` free.
+
+    Raises:
+        WanxError: it has not.
+    """
+    free = _free_bytes(target)
+    if free < needed_bytes:
+        raise WanxError(
+            f"{target} needs {_megabytes(needed_bytes)}, its disk has {_megabytes(free)} free: "
+            "free some space or choose another disk"
+        )
+
+
+@contextmanager
+def explained(target: Path, folder: Path, needed_bytes: int) -> Iterator[None]:
+    """Turn a full disk, or any failure to write at ``target``, into one line."""
+    try:
+        yield
+    except WanxError:
+        raise
+    except Exception as error:
+        if _is_disk_full(error):
+            written = sum(path.lstat().st_size for path in folder.rglob("*"))
+            available = written + _free_bytes(target)
+            needs = _megabytes(needed_bytes) if needed_bytes > available else "more"
+            raise WanxError(
+                f"the disk is full: {target} needs {needs}, {_megabytes(available)} were free: "
+                "free some space or choose another disk"
+            ) from error
+        if isinstance(error, OSError) and isinstance(error.filename, str):
+            path = Path(error.filename)
+            ours = path.parent == target.parent and path.name.startswith(f".{target.name}.")
+            if ours or path.is_relative_to(folder) or target.is_relative_to(path):
+                raise WanxError(
+                    f"cannot write {path}: {error.strerror}: choose another place"
+                ) from error
+        raise
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    while error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _free_bytes(target: Path) -> int:
+    return shutil.disk_usage(next(p for p in target.parents if p.exists())).free
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+def sync(path: Path) -> None:
+    """Make a file's bytes, or a folder's entries, survive a power loss."""
+    windows = os.name == "nt"
+    if windows and path.is_dir():
+        return  # Windows cannot open folders
+    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
