@@ -30,7 +30,7 @@ EXPORTER = {"export", "kernels", "models"}
 
 # The packages beyond the standard library that a folder may import, and the parts of wanx.
 EXTERNAL = {
-    "benchmarks": {"PIL", "jinja2", "markupsafe", "matplotlib", "numpy", "pydantic"},
+    "benchmarks": {"PIL", "jinja2", "markupsafe", "matplotlib", "numpy", "pydantic", "pynvml"},
     "kernels": {"cudnn", "fa3_fwd_interface", "onnxscript", "torch", "triton"},
     "runtime": {"PIL", "av", "ftfy", "numpy", "onnxruntime", "platformdirs", "tokenizers"},
 }
@@ -38,6 +38,7 @@ INTERNAL = {
     "benchmarks": {
         "",
         "benchmarks",
+        "builtin",
         "bundle",
         "config",
         "errors",
@@ -57,13 +58,23 @@ INTERNAL = {
 WITH_TORCH = {
     *(PACKAGE / "runtime" / "sessions" / name for name in ("aoti.py", "aoti_engine.py")),
     *(PACKAGE / "benchmarks" / "gpu").glob("*.py"),
+    *(PACKAGE / "benchmarks" / "peers").glob("*.py"),
 }
 # What talks to CUDA, imported when a session on a GPU is opened.
 WITH_CUDA = {PACKAGE / "runtime" / "sessions" / name for name in ("cuda.py", "tensorrt_launch.py")}
 # The modules beside the folders that may import them: the API, the command line and what it shows.
 FRONT = {
-    *("__init__", "__main__", "cli", "cli_build", "cli_compare", "cli_export", "cli_options"),
-    *("cli_run", "doctor", "rendering", "rendering_accuracy"),
+    *(
+        "__init__",
+        "__main__",
+        "cli",
+        "cli_bench",
+        "cli_build",
+        "cli_compare",
+        "cli_export",
+        "cli_options",
+    ),
+    *("cli_run", "doctor", "rendering", "rendering_accuracy", "rendering_speed"),
 }
 
 NEVER_AT_RUNTIME = {
@@ -129,7 +140,7 @@ def test_imports_follow_the_layers(path: Path) -> None:
     packages = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"wanx"}
     own = own_part(path)
     if path in WITH_TORCH:
-        packages -= {"diffusers", "safetensors", "torch"}
+        packages -= {"accelerate", "diffusers", "safetensors", "torch", "transformers"}
         if own == "benchmarks":
             parts -= {"engine_plan", "export", "kernels", "models"}
     if path in WITH_CUDA:

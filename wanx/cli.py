@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from wanx import cli_build, cli_compare, cli_export, cli_run
+from wanx import cli_bench, cli_build, cli_compare, cli_export, cli_run
 from wanx.builtin import find_bundle, is_builtin
 from wanx.cli_options import BundlePath, Json, Quiet, Threads, bundle_facts, option, print_json
 from wanx.errors import WanxError
@@ -59,6 +59,7 @@ app.command()(cli_export.export)
 app.command()(cli_build.build)
 app.command()(cli_run.run)
 app.command()(cli_compare.compare)
+app.command()(cli_bench.bench)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-import wanx.benchmarks.page as page_module
+import wanx.benchmarks.html as html_module
 import wanx.benchmarks.report as report_module
 from wanx.benchmarks.clips import compare_clips
 from wanx.benchmarks.comparison import Agreement, Comparison, Gates, RunComparison, Subject
@@ -301,7 +301,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 def test_without_the_packages(
     package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page_module, "find_spec", lambda name: None if name == package else name)
+    monkeypatch.setattr(html_module, "find_spec", lambda name: None if name == package else name)
     with pytest.raises(EnvironmentMismatchError, match=rf"{package}.*pip install 'wanx\[report\]'"):
         prepare_folder(tmp_path / "report")
     assert list(tmp_path.iterdir()) == []

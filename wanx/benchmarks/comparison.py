@@ -217,7 +217,7 @@ class Comparison:
             "layers": dict(self.layers),
             "environment": dict(self.environment),
         }
-        facts: dict[str, Any] = _strict(document)
+        facts: dict[str, Any] = strict(document)
         return facts
 
     def _short(self, run: RunComparison) -> Iterator[str]:
@@ -264,9 +264,10 @@ def _but(facts: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if name not in names}
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
+    """The document with values that strict JSON has: null for what is not finite."""
     if isinstance(value, Mapping):
-        return {name: _strict(item) for name, item in value.items()}
+        return {name: strict(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
+        return [strict(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import math
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,29 +9,12 @@ from numpy.typing import NDArray
 
 from wanx.benchmarks.clips import Still
 from wanx.benchmarks.comparison import Comparison, RunComparison, worst
+from wanx.benchmarks.html import fill, image_uri, require_packages
 from wanx.benchmarks.metrics import psnr_db
-from wanx.errors import EnvironmentMismatchError
 
-PACKAGES = ("jinja2", "matplotlib")
-_TEMPLATE = Path(__file__).with_name("page.html.jinja")
-_WIDEST = 480  # pixels of a frame on the page
 _AMPLIFICATIONS = (64, 32, 16, 8, 4, 2, 1)
 
 Pixels = NDArray[np.uint8]
-
-
-def require_packages() -> None:
-    """Check that what a page needs beyond the runtime is installed.
-
-    Raises:
-        EnvironmentMismatchError: packages are missing.
-    """
-    missing = [name for name in PACKAGES if find_spec(name) is None]
-    if missing:
-        raise EnvironmentMismatchError(
-            f"a report needs {', '.join(missing)}, which this environment lacks: "
-            "pip install 'wanx[report]'"
-        )
 
 
 def render(comparison: Comparison) -> str:
@@ -46,24 +24,14 @@ def render(comparison: Comparison) -> str:
         EnvironmentMismatchError: the packages of ``wanx[report]`` are missing.
     """
     require_packages()
-    import jinja2
     from markupsafe import Markup
 
-    import wanx
     from wanx.benchmarks.plots import MOST_LAYERS, cosine_plot, layer_plot, sqnr_plot
 
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"number": _number, "ratio": _ratio, "worst": worst}
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     gates, layers = comparison.gates, comparison.layers
-    return template.render(
-        version=wanx.__version__,
+    return fill(
+        "page.html.jinja",
+        worst=worst,
         comparison=comparison,
         gates=gates,
         runs=[
@@ -92,11 +60,11 @@ def _stills(run: RunComparison) -> dict[str, Any] | None:
             {
                 "label": still.label,
                 "index": still.index,
-                "reference": _image(still.reference),
-                "candidate": _image(still.candidate),
+                "reference": image_uri(still.reference),
+                "candidate": image_uri(still.candidate),
                 "psnr": _psnr(still.candidate, still.reference),
-                "difference": _image(_difference(still.candidate, still.reference, factor)),
-                "floor": _image(_difference(still.floor, still.reference, factor)),
+                "difference": image_uri(_difference(still.candidate, still.reference, factor)),
+                "floor": image_uri(_difference(still.floor, still.reference, factor)),
                 "floor_psnr": _psnr(still.floor, still.reference),
             }
             for still in stills
@@ -121,32 +89,3 @@ def _difference(image: Pixels, reference: Pixels, factor: int) -> Pixels:
 
 def _psnr(image: Pixels, reference: Pixels) -> float:
     return float(psnr_db(image[None], reference[None])[0])
-
-
-def _image(pixels: Pixels) -> str:
-    """A data URI: small frames as they are, large ones smaller and compressed."""
-    from PIL import Image
-
-    image = Image.fromarray(pixels)
-    stream = io.BytesIO()
-    if image.width <= _WIDEST:
-        image.save(stream, "PNG", optimize=True)
-        kind = "png"
-    else:
-        height = max(1, round(image.height * _WIDEST / image.width))
-        image = image.resize((_WIDEST, height), Image.Resampling.BOX)
-        image.save(stream, "JPEG", quality=90, subsampling=0)
-        kind = "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.{digits}f}" if math.isfinite(value) else "not finite"
-
-
-def _ratio(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:,.0f}×" if value >= 100 else f"{value:.3g}×"

@@ -8,7 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from wanx.benchmarks.comparison import Comparison, dumps
-from wanx.benchmarks.page import render, require_packages
+from wanx.benchmarks.html import require_packages
+from wanx.benchmarks.page import render
 from wanx.errors import UsageError, WanxError
 
 
@@ -41,12 +42,16 @@ def write_accuracy(comparison: Comparison, folder: Path) -> tuple[Path, Path]:
     """
     prepare_folder(folder)
     data, page = folder / "accuracy.json", folder / "accuracy.html"
-    _write({data: dumps(comparison.to_json()), page: render(comparison)})
+    write_files({data: dumps(comparison.to_json()), page: render(comparison)})
     return data, page
 
 
-def _write(texts: Mapping[Path, str]) -> None:
-    """Write all files under temporary names, then rename them."""
+def write_files(texts: Mapping[Path, str]) -> None:
+    """Write all files under temporary names, then rename them.
+
+    Raises:
+        WanxError: the disk is full or failing.
+    """
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in texts}
     try:
         for path, text in texts.items():

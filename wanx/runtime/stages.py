@@ -39,13 +39,14 @@ class Clock:
     _loaded: float = 0.0
     _calls: list[float] = field(default_factory=list)
     _written: list[float] = field(default_factory=list)
+    _mark: float = 0.0
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Measure a stage, and its writing as one of its own."""
         reset_peak()
         self._loaded, self._calls, self._written = 0.0, [], []
-        start = time.perf_counter()
+        start = self._mark = time.perf_counter()
         yield
         total, peak = time.perf_counter() - start, peak_bytes()
         written = sum(self._written)
@@ -75,7 +76,8 @@ class Clock:
         """Count what is loaded within the stage apart."""
         start = time.perf_counter()
         yield
-        self._loaded += time.perf_counter() - start
+        self._mark = time.perf_counter()
+        self._loaded += self._mark - start
 
     @contextmanager
     def call(self) -> Iterator[None]:
@@ -83,6 +85,11 @@ class Clock:
         start = time.perf_counter()
         yield
         self._calls.append(time.perf_counter() - start)
+
+    def lap(self) -> None:
+        """Measure a call that ends now; it began when the one before, or loading, ended."""
+        start, self._mark = self._mark, time.perf_counter()
+        self._calls.append(self._mark - start)
 
     @contextmanager
     def writing(self) -> Iterator[None]:

@@ -1,0 +1,1 @@
+"""Other implementations, on the weights of a bundle."""

@@ -1,0 +1,1 @@
+"""How fast a bundle is, what it takes, and how close that is to what the machine can do."""
