@@ -60,6 +60,11 @@ WITH_TORCH = {
     *(PACKAGE / "benchmarks" / "gpu").glob("*.py"),
     *(PACKAGE / "benchmarks" / "peers").glob("*.py"),
 }
+# What counts operations in graphs and finds the machine's limits, where the package onnx is there.
+WITH_ONNX = {
+    PACKAGE / "benchmarks" / "speed" / name
+    for name in ("ceilings.py", "cost.py", "parts.py", "profile.py", "shapes.py")
+}
 # What talks to CUDA, imported when a session on a GPU is opened.
 WITH_CUDA = {PACKAGE / "runtime" / "sessions" / name for name in ("cuda.py", "tensorrt_launch.py")}
 # The modules beside the folders that may import them: the API, the command line and what it shows.
@@ -145,6 +150,8 @@ def test_imports_follow_the_layers(path: Path) -> None:
             parts -= {"engine_plan", "export", "kernels", "models"}
     if path in WITH_CUDA:
         packages -= {"cuda"}
+    if path in WITH_ONNX:
+        packages -= {"onnx", "onnxruntime"}
     if own in INTERNAL:
         assert parts <= INTERNAL[own]
     elif own == "export":

@@ -22,7 +22,7 @@ from wanx.builtin import builtin_bundle
 
 __all__ = ["wanx"]
 
-SMALL = ["--sizes", "32x48", "--frames", "5", "--steps", "3"]
+SMALL = ["--sizes", "32x48", "--frames", "5", "--steps", "3", "--no-roofline"]
 
 
 def report_of(folder: Path) -> Results:
@@ -68,6 +68,32 @@ def test_bundles_take_turns_and_the_order_turns_round(wanx: Wanx, tmp_path: Path
     assert document["settings"]["baseline"] == 1
     assert [s["label"] for s in document["subjects"]] == ["tiny", "new"]
     assert "times new" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_a_profile_says_where_the_time_goes(wanx: Wanx, tmp_path: Path) -> None:
+    result = wanx("bench", *SMALL[:-1], "--repeat", "1", "--profile")
+    assert result.code == 0
+    found = {item.component: item for item in report_of(tmp_path).rooflines}
+    assert found.keys() == {"text_encoder", "dit", "vae_decoder_rest"}
+    for item in found.values():
+        assert sum(part.seconds or 0 for part in item.parts) == pytest.approx(item.seconds)
+        assert 0 < item.least_seconds < item.seconds
+        assert len(item.operations) == 10
+        assert item.sentence in result.out
+    (denoised,) = [s for s in report_of(tmp_path).trials[0].stages if s.name == "denoise"]
+    assert min(denoised.calls[1:]) <= found["dit"].seconds <= max(denoised.calls[1:])
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "How close to the limit" in page
+    assert "The most expensive operations" in page
+
+
+def test_a_peer_takes_part(wanx: Wanx, tmp_path: Path) -> None:
+    result = wanx("bench", "tiny", *SMALL, "--repeat", "1", "--peer", "diffusers")
+    assert result.code == 0
+    (agreement,) = report_of(tmp_path).agreements
+    assert agreement.first_step_cosine > 0.999999
+    assert agreement.latent_cosine > 0.99999
+    assert "Do they make the same video?" in (tmp_path / "report" / "report.html").read_text()
 
 
 def test_a_sweep_is_in_the_report(wanx: Wanx, tmp_path: Path) -> None:

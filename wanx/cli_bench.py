@@ -60,6 +60,16 @@ def bench(
             "may be repeated.",
         ),
     ] = None,
+    roofline: Annotated[
+        bool,
+        option(
+            "--roofline/--no-roofline",
+            help="Compare each part of the model with what this machine can do.",
+        ),
+    ] = True,
+    profile: Annotated[
+        bool, option("--profile", help="List the ten most expensive operations too.")
+    ] = False,
     sweep: Annotated[
         str | None, option(help="tokens: how a step grows with the size; fits and predicts.")
     ] = None,
@@ -113,8 +123,9 @@ def bench(
 
         require_peer(opened[0])
     suite = prepare(opened, options, ["wanx", *sys.argv[1:]])
+    extras = Extras(roofline=roofline or profile, profile=profile, sweep=sweep is not None)
     with bars(quiet) as progress:
-        results = run_bench(suite, output, Extras(sweep=sweep is not None), progress=progress)
+        results = run_bench(suite, output, extras, progress=progress)
     if as_json:
         print_json(results.to_json())
     else:

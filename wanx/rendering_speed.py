@@ -37,6 +37,8 @@ def print_results(results: Results, folder: Path) -> None:
             if any(cell != "–" for cell in cells):
                 table.add_row(metric.name, *cells)
         OUT.print(table)
+    for item in results.rooflines:
+        OUT.print(f"{results.subjects[item.subject].label}, {item.component}: {item.sentence}")
     OUT.print(f"wrote {folder / 'report.html'}, report.json and report.md")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from wanx.benchmarks.comparison import dumps, strict
 from wanx.benchmarks.report import prepare_folder, write_files
+from wanx.benchmarks.speed.analysis import require_packages, with_rooflines
 from wanx.benchmarks.speed.markdown import to_markdown
 from wanx.benchmarks.speed.page import Stills, render
 from wanx.benchmarks.speed.peers import with_agreements
@@ -29,16 +30,20 @@ class Extras:
     """What is measured beside the trials.
 
     Attributes:
+        roofline: how close each part comes to what the machine can do.
+        profile: the most expensive operations too.
         sweep: how a step grows with the number of tokens.
         sweep_sizes: width, height and frames; without any, lengths of the first case.
     """
 
+    roofline: bool = True
+    profile: bool = False
     sweep: bool = False
     sweep_sizes: Sequence[tuple[int, int, int]] = ()
 
 
 def bench(
-    suite: Suite, folder: Path, extras: Extras | None = None, *, progress: Progress = silent
+    suite: Suite, folder: Path, extras: Extras = Extras(), *, progress: Progress = silent
 ) -> Results:
     """Measure, and write ``report.json``, ``report.html`` and ``report.md`` into ``folder``.
 
@@ -51,6 +56,8 @@ def bench(
         WanxError: the disk is full.
     """
     prepare_folder(folder)
+    if extras.roofline:
+        require_packages()
     latest = suite.plan
     unfinished = "it ended before everything was measured"
 
@@ -66,7 +73,9 @@ def bench(
         try:
             keep(measure(suite, work, on_trial=keep, progress=progress))
             keep(with_agreements(latest, work))
-            if extras is not None and extras.sweep:
+            if extras.roofline:
+                keep(with_rooflines(latest, suite, operations=extras.profile, progress=progress))
+            if extras.sweep:
                 keep(_with_sweeps(latest, suite, extras, progress))
         except KeyboardInterrupt:
             interrupted = True

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from wanx.benchmarks.html import fill, image_uri, require_packages
 from wanx.benchmarks.speed.metrics import METRICS, Metric, amount, peak_bytes, speedup, spread
 from wanx.benchmarks.speed.results import Results
+from wanx.benchmarks.speed.roofline import fraction_text
 from wanx.benchmarks.speed.sweep import Sweep
 
 Pixels = NDArray[np.uint8]
@@ -46,7 +47,7 @@ def render(results: Results, stills: Stills | None = None) -> str:
         "speed.html.jinja",
         results=results,
         cases=[_case(results, case, stills or {}) for case in range(len(results.cases))],
-        rooflines=[],
+        rooflines=[_roofline(results, number) for number in range(len(results.rooflines))],
         agreements=results.agreements,
         sweeps=[_sweep(results, item) for item in results.sweep],
         metrics=METRICS,
@@ -113,6 +114,64 @@ def _cell(results: Results, metric: Metric, subject: int, case: int) -> dict[str
         "range": f"{amount(found.p10)} to {amount(found.p90)}" if found and found.count > 1 else "",
         "ratio": f"{ratio.median:.2f}×" if ratio else "–",
     }
+
+
+def _roofline(results: Results, number: int) -> dict[str, Any]:
+    from markupsafe import Markup
+
+    from wanx.benchmarks.speed.roofline_plot import roofline_plot
+
+    found = results.rooflines[number]
+    case = f", {results.cases[found.case].label}" if len(results.cases) > 1 else ""
+    return {
+        "label": f"{results.subjects[found.subject].label}{case}",
+        "component": found.component,
+        "sentence": found.sentence,
+        "plot": Markup(roofline_plot(found, number)),
+        "caption": f"Parts of a {found.unit}; on the line they are as fast as can be.",
+        "parts": [
+            {
+                "name": part.name,
+                "time": amount(part.seconds),
+                "share": _percent(part.seconds, found.seconds),
+                "flops": count(sum(part.flops.values()), "FLOP"),
+                "bytes": size(part.bytes),
+                "speed": count(sum(part.flops.values()) / part.seconds, "FLOP/s")
+                if part.seconds
+                else "–",
+                "fraction": fraction_text(part.fraction),
+                "bound": part.bound if part.least_seconds else "–",
+            }
+            for part in found.parts
+        ],
+        "operations": [
+            {
+                "name": operation.name,
+                "part": operation.part,
+                "shapes": operation.shapes,
+                "calls": operation.calls,
+                "share": f"{operation.share:.1%}",
+            }
+            for operation in found.operations
+        ],
+        "ceilings": ", ".join(
+            f"{found.ceilings.high if kind == 'high' else kind} products {count(rate, 'FLOP/s')}"
+            for kind, rate in found.ceilings.flops.items()
+        )
+        + f", copies {size(found.ceilings.bytes)}/s",
+    }
+
+
+def _percent(part: float | None, whole: float) -> str:
+    return "–" if part is None else f"{part / whole:.1%}"
+
+
+def count(value: float, unit: str) -> str:
+    """An amount with three digits and a decimal prefix."""
+    for prefix, factor in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= factor:
+            return f"{value / factor:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}" if value else "–"
 
 
 def _sweep(results: Results, sweep: Sweep) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import wanx
 from wanx.benchmarks.environment import environment
 from wanx.benchmarks.peers.agreement import PeerAgreement
+from wanx.benchmarks.speed.roofline import Roofline
 from wanx.benchmarks.speed.sweep import Sweep
 from wanx.bundle import Bundle
 from wanx.errors import CorruptInputError, UsageError
@@ -188,6 +189,7 @@ class Results:
     subjects: tuple[Subject, ...]
     cases: tuple[Case, ...]
     trials: tuple[Trial, ...] = ()
+    rooflines: tuple[Roofline, ...] = ()
     sweep: tuple[Sweep, ...] = ()
     agreements: tuple[PeerAgreement, ...] = ()
     problems: tuple[str, ...] = ()

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanx.bundle import Bundle
+from wanx.bundle import Bundle, Component
 from wanx.errors import CorruptInputError, WanxError
 from wanx.runtime.sessions.base import NEXT, Array, Session, State
 
@@ -51,6 +51,14 @@ def session_options(root: Path, *, threads: int | None = None) -> onnxruntime.Se
     return options
 
 
+def folds(record: Component) -> bool:
+    """Whether a component's constants are to be folded; see :func:`create_session`.
+
+    Integer products need their scales folded; what is left in 16 bits is small then.
+    """
+    return record.quantization is not None or all(dtype == "F32" for dtype in record.storage)
+
+
 class OnnxRuntimeSession(Session):
     """A graph on ONNX Runtime's CPU provider."""
 
@@ -63,9 +71,7 @@ class OnnxRuntimeSession(Session):
                 bundle.root / record.engines.get("cpu", record.graph),
                 bundle.root,
                 threads=threads,
-                # Integer products need their scales folded; what is left in 16 bits is small then.
-                fold=record.quantization is not None
-                or all(dtype == "F32" for dtype in record.storage),
+                fold=folds(record),
             )
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._inputs = {value.name for value in self._session.get_inputs()}
