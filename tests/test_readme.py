@@ -15,6 +15,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 STAND_INS = {
     "/models/Wan2.1-T2V-14B": "tiny",
     "--size 832x480 --frames 81 --steps 50": "--size 64x64 --frames 17 --steps 4",
+    "--steps 10 -o speed/": "--steps 3 --repeat 1 -o speed/",
     "width=832, height=480, frames=81": "width=64, height=64, frames=17, steps=4",
     "a cat surfing at sunset": "a red circle moving right on a blue background",
 }
@@ -42,7 +43,7 @@ def test_commands_and_code_run_in_order(tmp_path: Path) -> None:
     lines = [line for block in blocks("sh") for line in block.splitlines()]
     commands = [shlex.split(stand_in(line), comments=True) for line in lines]
     wanx = [words for words in commands if words and words[0] == "wanx"]
-    commands_shown = {"run", "export", "compare", "inspect", "verify", "doctor"}
+    commands_shown = {"run", "export", "compare", "bench", "inspect", "verify", "doctor"}
     assert {words[1] for words in wanx} == commands_shown
     line = '{"prompt": "a cat", "seed": 7, "output": "cat.mp4"}'
     assert line in README
@@ -53,6 +54,7 @@ def test_commands_and_code_run_in_order(tmp_path: Path) -> None:
     for name in ("cat.mp4", "cat-1.png", "cat-4.png", "videos/cat.mp4"):
         assert (tmp_path / name).stat().st_size > 0
     assert (tmp_path / "report" / "accuracy.html").stat().st_size > 0
+    assert (tmp_path / "speed" / "report.html").stat().st_size > 0
     (code,) = blocks("python")
     check = "\nassert video.frames.shape == (17, 64, 64, 3)\n"
     run([sys.executable, "-c", stand_in(code) + check], tmp_path)

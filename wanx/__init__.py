@@ -24,6 +24,9 @@ from wanx.progress import Progress, silent
 
 if TYPE_CHECKING:
     from wanx.benchmarks.comparison import Comparison
+    from wanx.benchmarks.speed.bench import Extras
+    from wanx.benchmarks.speed.results import Results
+    from wanx.benchmarks.speed.suite import BenchOptions
     from wanx.bundle import Bundle
     from wanx.export.calibration_options import CalibrationOptions
     from wanx.export.scheme import QuantizeOptions
@@ -37,6 +40,7 @@ __all__ = [
     "GateError",
     "UsageError",
     "WanxError",
+    "bench",
     "build",
     "compare",
     "export",
@@ -163,3 +167,41 @@ def compare(
         threads=threads,
     )
     return run_compare(ours, theirs, settings, progress)
+
+
+def bench(
+    *bundles: str | Path,
+    output: str | Path = "report",
+    options: BenchOptions | None = None,
+    extras: Extras | None = None,
+    command: str = "wanx.bench(...)",
+    progress: Progress = silent,
+) -> Results:
+    """Measure how fast bundles are, and write ``report.json``, ``.html`` and ``.md``.
+
+    Args:
+        bundles: folders made by :func:`export`, or names of built-in ones; without any, ``tiny``.
+        output: folder of the report.
+        options: what to measure; see :class:`wanx.benchmarks.speed.suite.BenchOptions`.
+        extras: what beside it; see :class:`wanx.benchmarks.speed.bench.Extras`.
+        command: that makes the report again, for the report.
+        progress: told how far it is.
+
+    Raises:
+        CancelledError: it was interrupted; the report has what was measured so far.
+        WanxError: a bundle is damaged, or the bundles cannot be compared.
+    """
+    from wanx.benchmarks.report import prepare_folder
+    from wanx.benchmarks.speed.bench import Extras
+    from wanx.benchmarks.speed.bench import bench as run_bench
+    from wanx.benchmarks.speed.suite import BenchOptions, prepare
+    from wanx.builtin import find_bundle, is_builtin
+    from wanx.bundle import open_bundle
+
+    prepare_folder(Path(output))
+    opened = [
+        open_bundle(folder, allow_hard_links=is_builtin(folder))
+        for folder in map(find_bundle, bundles or ("tiny",))
+    ]
+    suite = prepare(opened, options or BenchOptions(), command)
+    return run_bench(suite, Path(output), extras or Extras(), progress=progress)

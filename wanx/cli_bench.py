@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -95,37 +96,28 @@ def bench(
         raise UsageError("--fail-over goes with --compare OLD NEW; measure first")
     if sweep not in (None, "tokens"):
         raise UsageError(f"--sweep {sweep} is not available; choose tokens")
-    from wanx.benchmarks.report import prepare_folder
+    import wanx
     from wanx.benchmarks.speed.bench import Extras
-    from wanx.benchmarks.speed.bench import bench as run_bench
     from wanx.benchmarks.speed.peers import parse_peers
-    from wanx.benchmarks.speed.suite import BenchOptions, prepare
-    from wanx.builtin import find_bundle, is_builtin
-    from wanx.bundle import open_bundle
+    from wanx.benchmarks.speed.suite import BenchOptions
     from wanx.rendering import bars
     from wanx.rendering_speed import print_results
     from wanx.runtime.options import RunOptions
     from wanx.runtime.sizes import parse_size
 
-    prepare_folder(output)
-    folders = [find_bundle(name) for name in bundles or ["tiny"]]
     options = BenchOptions(
-        run=RunOptions(
-            prompt=prompt, steps=steps, guide_scale=guide_scale, image=image, seed=0
-        ),
+        run=RunOptions(prompt=prompt, steps=steps, guide_scale=guide_scale, image=image, seed=0),
         sizes=tuple(parse_size(size) for size in sizes.split(",")) if sizes else (),
         frames=frames, repeat=repeat, warm_up=warm_up, baseline=baseline,
         peers=parse_peers(peer or []), threads=threads,
     )  # fmt: skip
-    opened = [open_bundle(folder, allow_hard_links=is_builtin(folder)) for folder in folders]
-    if options.peers:
-        from wanx.benchmarks.peers.requirements import require_peer
-
-        require_peer(opened[0])
-    suite = prepare(opened, options, ["wanx", *sys.argv[1:]])
     extras = Extras(roofline=roofline or profile, profile=profile, sweep=sweep is not None)
+    command = shlex.join(["wanx", *sys.argv[1:]])
     with bars(quiet) as progress:
-        results = run_bench(suite, output, extras, progress=progress)
+        results = wanx.bench(
+            *(bundles or []), output=output, options=options, extras=extras, command=command,
+            progress=progress,
+        )  # fmt: skip
     if as_json:
         print_json(results.to_json())
     else:

@@ -31,6 +31,17 @@ def build(
         int | None,
         option(min=1, help="TensorRT: most frames to cover.", show_default="the model's own"),
     ] = None,
+    workspace: Annotated[
+        str | None,
+        option(
+            help="TensorRT: most memory that a kernel may work in, such as 4G, 512M, or MiB.",
+            show_default="all of the GPU's",
+        ),
+    ] = None,
+    opt_level: Annotated[
+        int | None,
+        option(help="TensorRT: 0 to 5; more tries more kernels.", show_default="TensorRT's own"),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -41,6 +52,7 @@ def build(
     from wanx.bundle import open_bundle
     from wanx.export.build import EngineOptions
     from wanx.export.build import build as run_build
+    from wanx.export.targets.tensorrt_tuning import parse_tuning
     from wanx.rendering import bars, print_bundle
     from wanx.runtime.sizes import parse_size
 
@@ -48,6 +60,7 @@ def build(
         plugins=plugins,
         sizes=tuple(parse_size(size) for size in sizes.split(",")) if sizes else (),
         frames=frames,
+        tuning=parse_tuning(workspace, opt_level),
     )
     folder = find_bundle(bundle)
     if is_builtin(folder):

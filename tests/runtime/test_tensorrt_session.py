@@ -528,6 +528,10 @@ def test_rtx_is_told_for_which_gpu(bundle: Any, cuda: FakeCuda, trt: FakeTensorR
         )
         with pytest.raises(EnvironmentMismatchError, match=r"wanx build \S+ --target rtx:sm89`"):
             open_dit(bundle)
+        # TensorRT-RTX builds nothing for the GPUs of data centres.
+        patch.setattr(cuda, "sm", 90)
+        with pytest.raises(EnvironmentMismatchError, match=r"wanx build \S+ --target tensorrt`"):
+            open_dit(bundle)
 
 
 def test_without_tensorrt(bundle: Any, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,16 +8,19 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-_TOOLS = ("onnxruntime", "numpy", "tokenizers", "pillow")
+_TOOLS = ("onnxruntime", "numpy", "tokenizers", "pillow", "torch", "diffusers")
 
 
 def environment() -> dict[str, str]:
-    """Processor, system, and the versions of Python and of the packages that compute."""
+    """Processor, memory, system, and the versions of Python and of the packages that compute."""
     found = {
         "cpu": f"{_processor()}, {os.cpu_count()} logical cores",
         "system": platform.platform(),
         "python": platform.python_version(),
     }
+    with suppress(AttributeError, OSError, ValueError):  # only POSIX tells
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        found["memory"] = f"{memory / 2**30:.0f} GiB"
     for tool in _TOOLS:
         with suppress(PackageNotFoundError):
             found[tool] = version(tool)

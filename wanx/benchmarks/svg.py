@@ -53,9 +53,10 @@ def svg(name: str, height: float, draw: Callable[[Axes], None]) -> str:
     return "<svg " + svg.replace(_INK, "currentColor")
 
 
-def plain(name: str) -> str:
-    """A name from a file, of bounded length, that is not taken for a formula."""
-    return name[:60].replace("$", r"\$")
+def plain(name: str, most: int = 60) -> str:
+    """A name from a file, of ``most`` characters, that is not taken for a formula."""
+    cut = name if len(name) <= most else f"{name[: most - 1]}…"
+    return cut.replace("$", r"\$")
 
 
 def legend(axes: Axes, columns: int = 4) -> None:

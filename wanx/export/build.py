@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -18,6 +19,7 @@ from wanx.export.quantized_spec import quantized_spec
 from wanx.export.recipe import recorded_recipe
 from wanx.export.targets import aoti, tensorrt, tensorrt_flavour
 from wanx.export.targets.tensorrt_ranges import ranges
+from wanx.export.targets.tensorrt_tuning import BY_ITSELF, Tuning
 from wanx.manifest import Manifest
 from wanx.progress import Progress, silent
 from wanx.publish import extending, record_files
@@ -25,8 +27,10 @@ from wanx.safetensors_file import read_header
 from wanx.trust import note_built
 
 TARGETS = ("cpu", "aoti", "rtx", "tensorrt")
-# Of a component, the type that it computes in, and the folder of its engines.
-Build = Callable[[ComponentSpec, torch.dtype, Path], object]
+# Of a component, the type that it computes in, the folder of its engines, and what is told how much
+# is done, from 0 to 1.
+Tell = Callable[[float], None]
+Build = Callable[[ComponentSpec, torch.dtype, Path, Tell], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +41,13 @@ class EngineOptions:
         plugins: see :func:`wanx.export.targets.tensorrt_flavour.parse_plugins`.
         sizes: see :func:`wanx.export.targets.tensorrt_ranges.ranges`.
         frames: likewise.
+        tuning: of the builder.
     """
 
     plugins: str = "auto"
     sizes: tuple[tuple[int, int], ...] = ()
     frames: int | None = None
+    tuning: Tuning = BY_ITSELF
 
 
 def require_target(target: str) -> None:
@@ -101,7 +107,10 @@ def with_engines(
     kind = target.partition(":")[0]
     if target == aoti.TARGET:
         device = aoti.device_name()
-        builder: Build = aoti.build
+
+        def builder(spec: ComponentSpec, dtype: torch.dtype, place: Path, tell: Tell) -> object:
+            return aoti.build(spec, dtype, place)
+
         types = aoti.compute_type
         compiler = aoti.compiler()
     elif flavour := tensorrt_flavour.parse_target(target):
@@ -116,10 +125,12 @@ def with_engines(
         )
         types = tensorrt_flavour.compute_type
         wanted = tensorrt_flavour.parse_plugins(options.plugins)
-        compiler = " ".join([flavour.compiler(), *wanted, repr(sorted(covered.items()))])
+        tuning = options.tuning
+        words = [flavour.compiler(), *wanted, repr(sorted(covered.items())), str(tuning)]
+        compiler = " ".join(filter(None, words))
 
-        def builder(spec: ComponentSpec, dtype: torch.dtype, place: Path) -> object:
-            return tensorrt.build(spec, dtype, flavour, covered, place, wanted)
+        def builder(spec: ComponentSpec, dtype: torch.dtype, place: Path, tell: Tell) -> object:
+            return tensorrt.build(spec, dtype, flavour, covered, place, wanted, tuning, tell)
 
     else:
         return manifest.model_copy(update={"target": kind})
@@ -133,12 +144,17 @@ def with_engines(
     key = engine_key(specs, kind, device, wanx.__version__, compiler)
     engines = {name: f"engines/{key}/{name}/{PLAN}" for name in specs}
     if any(c.engines.get(kind) != engines[n] for n, c in manifest.components.items()):
-        for number, (name, (spec, dtype)) in enumerate(specs.items()):
-            progress("build engines", number, len(specs), "steps")
-            builder(spec, dtype, folder / "engines" / key / name)
-        progress("build engines", len(specs), len(specs), "steps")
+        for name, (spec, dtype) in specs.items():
+            progress(f"build {name}", 0, 100, "steps")
+            place = folder / "engines" / key / name
+            builder(spec, dtype, place, partial(_percent, progress, f"build {name}"))
+            progress(f"build {name}", 100, 100, "steps")
         manifest = _listing(manifest, kind, engines, folder)
     return manifest.model_copy(update={"target": kind})
+
+
+def _percent(progress: Progress, stage: str, done: float) -> None:
+    progress(stage, int(100 * done), 100, "steps")
 
 
 def _listing(manifest: Manifest, kind: str, engines: dict[str, str], folder: Path) -> Manifest:

@@ -42,9 +42,7 @@ class Extras:
     sweep_sizes: Sequence[tuple[int, int, int]] = ()
 
 
-def bench(
-    suite: Suite, folder: Path, extras: Extras = Extras(), *, progress: Progress = silent
-) -> Results:
+def bench(suite: Suite, folder: Path, extras: Extras, *, progress: Progress = silent) -> Results:
     """Measure, and write ``report.json``, ``report.html`` and ``report.md`` into ``folder``.
 
     The JSON is written after each trial, so that what was measured survives whatever happens.

@@ -14,7 +14,7 @@ def to_markdown(results: Results) -> str:
     for index, case in enumerate(results.cases):
         guidance = "without guidance" if case.guide_scale == 1 else "with guidance"
         lines += [f"**{case.label}**, {case.tokens:,} tokens, {case.steps} steps, {guidance}", ""]
-        lines += [*_table(results, index), ""]
+        lines += [*case_table(results, index), ""]
     lines += [
         f"Medians of {results.settings.repeat} rounds in processes of their own, taking turns; "
         f"`step` leaves out the first {results.settings.warm_up} of each. "
@@ -27,7 +27,8 @@ def to_markdown(results: Results) -> str:
     return "\n".join(lines)
 
 
-def _table(results: Results, case: int) -> list[str]:
+def case_table(results: Results, case: int) -> list[str]:
+    """The rows of a table of one case."""
     subjects = range(len(results.subjects))
     baseline = results.settings.baseline
     several = len(results.subjects) > 1

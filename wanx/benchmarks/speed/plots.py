@@ -40,7 +40,7 @@ def stage_plot(results: Results, case: int) -> str:
             axes.annotate(
                 f"{end:.3g} s", (end, place), (4, 0), textcoords="offset points", va="center"
             )
-        axes.set_yticks(places, [plain(label) for label, _ in rows])
+        axes.set_yticks(places, [plain(label, 28) for label, _ in rows])
         axes.invert_yaxis()
         axes.margins(x=0.12)
         axes.grid(visible=False, axis="y")
@@ -71,7 +71,7 @@ def step_plot(results: Results, case: int) -> str:
             middle = np.median(calls, axis=0)
             axes.plot(
                 steps, middle, "o-", color=color, markersize=3, linewidth=1.2,
-                label=plain(subject.label),
+                label=plain(subject.label, 28),
             )  # fmt: skip
         warm_up = results.settings.warm_up
         if warm_up:
@@ -95,7 +95,7 @@ def memory_plot(results: Results, case: int) -> str | None:
 
     def draw(axes: Axes) -> None:
         for index, trial in shown:
-            label = plain(results.subjects[index].label)
+            label = plain(results.subjects[index].label, 28)
             color = COLORS[index % len(COLORS)]
             memory = trial.memory
             for values, line, where in (

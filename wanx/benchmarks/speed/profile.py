@@ -15,14 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wanx.benchmarks.speed.parts import REST, label_in, name_nodes, parts_of
+from wanx.benchmarks.speed.parts import CONVOLUTIONS, REST, label_in, name_nodes, parts_of
 from wanx.bundle import Bundle
 from wanx.runtime.sessions.onnxruntime import folds, session_options
 
 OTHER = "other"
 MOST_OPERATIONS = 10
 _SUFFIX = "_kernel_time"
-_ACTIVATIONS = {"FastGelu", "Gelu", "QuickGelu", "BiasGelu", "LayerNormalization"}
+# Of nodes that fusion left without the name of a part.
+_BY_OPERATION = {
+    **dict.fromkeys(("FastGelu", "Gelu", "QuickGelu", "BiasGelu", "LayerNormalization"), REST),
+    **dict.fromkeys(("Conv", "FusedConv"), CONVOLUTIONS),
+}
 _LEAST_SECONDS = 1.0
 _MOST_RUNS = 5
 
@@ -131,9 +135,7 @@ def _read(events: Sequence[Mapping[str, Any]], runs: int) -> Profile:
 
 def _part(event: Mapping[str, Any]) -> str:
     part = label_in(event["name"].removesuffix(_SUFFIX))
-    if part is not None:
-        return part
-    return REST if event["args"]["op_name"] in _ACTIVATIONS else OTHER
+    return part or _BY_OPERATION.get(event["args"]["op_name"], OTHER)
 
 
 def _shape(value: Mapping[str, Sequence[int]]) -> str:

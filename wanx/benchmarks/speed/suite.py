@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from wanx.benchmarks.peers.requirements import require_peer
 from wanx.benchmarks.speed.inputs import as_json, with_pictures
 from wanx.benchmarks.speed.results import Case, Peer, Results, Settings, Subject, Trial
 from wanx.benchmarks.speed.trial import run_trial
@@ -70,17 +70,20 @@ class Suite:
     options: BenchOptions
 
 
-def prepare(bundles: Sequence[Bundle], options: BenchOptions, command: Sequence[str]) -> Suite:
+def prepare(bundles: Sequence[Bundle], options: BenchOptions, command: str) -> Suite:
     """Check what is to be measured, before anything is.
 
     Args:
         bundles: at least one.
         options: what to measure.
-        command: the words that made this benchmark.
+        command: that makes this benchmark.
 
     Raises:
+        EnvironmentMismatchError: what a peer needs is not installed.
         UsageError: the bundles are not for one task, or an option is out of range.
     """
+    if options.peers:
+        require_peer(bundles[0])
     if options.repeat < 1:
         raise UsageError(f"--repeat {options.repeat} measures nothing; give 1 or more")
     tasks = {bundle.manifest.task for bundle in bundles}
@@ -109,7 +112,7 @@ def prepare(bundles: Sequence[Bundle], options: BenchOptions, command: Sequence[
     )
     plan = Results(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=shlex.join(command),
+        command=command,
         settings=settings,
         subjects=tuple(subjects),
         cases=cases,

@@ -14,8 +14,11 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +31,9 @@ from wanx.export.targets import tensorrt_worker
 from wanx.export.targets.tensorrt_flavour import Flavour
 from wanx.export.targets.tensorrt_graph import segment_graph
 from wanx.export.targets.tensorrt_ranges import Range
-from wanx.export.targets.tensorrt_worker import REQUEST, Shapes
+from wanx.export.targets.tensorrt_tuning import BY_ITSELF, Tuning
+from wanx.export.targets.tensorrt_worker import REQUEST
+from wanx.interruption import undone_by_interrupt
 from wanx.models.quantized import DynamicQuantLinear, QuantAttend, QuantLinear
 from wanx.runtime.sessions.tensorrt_library import MODULES
 
@@ -42,6 +47,8 @@ def build(
     ranges: Mapping[str, Range],
     folder: Path,
     plugins: Collection[str] = (),
+    tuning: Tuning = BY_ITSELF,
+    tell: Callable[[float], None] = lambda done: None,
 ) -> Plan:
     """Build the engines of a component.
 
@@ -52,6 +59,8 @@ def build(
         ranges: of each dynamic axis.
         folder: a new one for the engines and the plan.
         plugins: functions that our kernels run, as :func:`parse_plugins` reads them.
+        tuning: options of the builder.
+        tell: told how much is done, from 0 to 1.
 
     Raises:
         EnvironmentMismatchError: this TensorRT is not installed.
@@ -67,7 +76,11 @@ def build(
             graph = segment_graph(segment, parts.axes, plugins=plugins, sms=flavour.sms)
             (place / f"{segment_name}.onnx").write_bytes(graph.SerializeToString())
         jobs = {n: shapes_of(segment, ranges) for n, segment in parts.segments.items()}
-        words = _work(place, flavour, jobs, bool(plugins))
+        request = {
+            "module": MODULES[flavour.target], "sms": flavour.sms, "plugins": bool(plugins),
+            "tuning": asdict(tuning), "jobs": jobs,
+        }  # fmt: skip
+        words = _work(place, request, tell)
         for segment_name, segment in parts.segments.items():
             try:
                 layers = count_layers(_result(place / f"{segment_name}.json", words))
@@ -101,18 +114,28 @@ def shapes_of(segment: Segment, ranges: Mapping[str, Range]) -> dict[str, list[l
     return found
 
 
-def _work(folder: Path, flavour: Flavour, jobs: Mapping[str, Shapes], plugins: bool) -> str:
+def _work(folder: Path, request: Mapping[str, Any], tell: Callable[[float], None]) -> str:
     """Build all graphs in ``folder`` in a process that TensorRT may end; return its last words."""
-    request = {"module": MODULES[flavour.target], "sms": flavour.sms, "plugins": plugins}
-    (folder / REQUEST).write_text(json.dumps(request | {"jobs": jobs}), encoding="utf-8")
-    done = subprocess.run(
+    (folder / REQUEST).write_text(json.dumps(request), encoding="utf-8")
+    jobs = list(request["jobs"])
+    log = folder / "stderr"
+    with log.open("wb") as errors, subprocess.Popen(
         [sys.executable, "-m", tensorrt_worker.__name__, str(folder)],
-        capture_output=True, text=True, errors="replace", check=False,
-    )  # fmt: skip
-    said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-    if done.returncode < 0:
-        return f"signal {signal.Signals(-done.returncode).name}: {said:.200}"
-    return f"exit code {done.returncode}: {said:.200}"
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True,
+    ) as child, undone_by_interrupt(child.kill):  # fmt: skip
+        try:
+            assert child.stdout is not None
+            for line in child.stdout:
+                with suppress(ValueError):  # TensorRT itself may print
+                    name, done = json.loads(line)
+                    tell((jobs.index(name) + done) / len(jobs))
+        except BaseException:
+            child.kill()
+            raise
+    said = (log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+    if child.returncode < 0:
+        return f"signal {signal.Signals(-child.returncode).name}: {said:.200}"
+    return f"exit code {child.returncode}: {said:.200}"
 
 
 def _result(path: Path, words: str) -> list[str]:

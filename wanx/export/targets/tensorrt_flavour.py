@@ -10,9 +10,8 @@ import torch
 from wanx.errors import UsageError
 from wanx.export.targets.tensorrt_ops import OPS
 from wanx.manifest import Component
-from wanx.runtime.sessions.tensorrt_library import MODULES, import_tensorrt
+from wanx.runtime.sessions.tensorrt_library import MODULES, RTX_SMS, import_tensorrt
 
-RTX_SM = (75, 80, 86, 89, 120, 121)
 FP8_SM, BF16_SM = 89, 80
 
 
@@ -61,13 +60,12 @@ def parse_target(target: str) -> Flavour | None:
         return None
     if name == "tensorrt" and asked:
         raise UsageError("--target tensorrt builds for this machine's GPU; leave out what follows")
-    known = [f"sm{sm}" for sm in RTX_SM]
     wanted = asked.split(",") if asked else []
     for word in wanted:
-        if word not in known:
+        if word not in RTX_SMS:
             raise UsageError(
                 f"--target {target}: TensorRT-RTX does not build for {word or 'nothing'}; choose "
-                f"from {', '.join(known)}"
+                f"from {', '.join(RTX_SMS)}"
             )
     return Flavour(target=name, sms=tuple(sorted({int(word[2:]) for word in wanted})))
 

@@ -2,8 +2,9 @@
 
     python -m wanx.export.targets.tensorrt_worker FOLDER
 
-``request.json`` there says what to build. Of each job ``NAME.onnx`` is read; ``NAME.engine`` is
-written, and then ``NAME.json``: the layers as TensorRT lists them, or why there is no engine.
+``request.json`` there says what to build, and stdout how far it is. Of each job ``NAME.onnx`` is
+read; ``NAME.engine`` is written, and then ``NAME.json``: the layers as TensorRT lists them, or why
+there is no engine.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from wanx.errors import WanxError
-from wanx.runtime.sessions.tensorrt_library import import_tensorrt
+from wanx.export.targets.tensorrt_tuning import (
+    BY_ITSELF,
+    TimingCache,
+    Tuning,
+    apply_tuning,
+    monitor,
+)
+from wanx.runtime.sessions.tensorrt_library import MODULES, import_tensorrt
 from wanx.runtime.sessions.tensorrt_plugin import register
 
 REQUEST = "request.json"
@@ -25,7 +33,12 @@ Shapes = Mapping[str, Sequence[Sequence[int]]]
 
 
 def build_engine(
-    trt: Any, graph: bytes, shapes: Shapes, sms: Sequence[int]
+    trt: Any,
+    graph: bytes,
+    shapes: Shapes,
+    sms: Sequence[int],
+    tuning: Tuning = BY_ITSELF,
+    tell: Callable[[float], None] = lambda done: None,
 ) -> tuple[bytes, list[str]]:
     """Build one engine.
 
@@ -34,6 +47,8 @@ def build_engine(
         graph: in ONNX.
         shapes: least, usual and largest shape of each input with dynamic axes.
         sms: GPUs to build for, where this flavour can choose.
+        tuning: options of the builder.
+        tell: told how much is done, from 0 to 1, where this flavour tells.
 
     Returns:
         The plan, and the lines of TensorRT's log that list layers.
@@ -61,9 +76,18 @@ def build_engine(
     for name, (least, usual, most) in shapes.items():
         profile.set_shape(name, tuple(least), tuple(usual), tuple(most))
     config.add_optimization_profile(profile)
+    apply_tuning(trt, config, tuning)
+    if hasattr(config, "progress_monitor"):
+        watcher = monitor(trt, tell)  # the configuration keeps no reference
+        config.progress_monitor = watcher
+    cache = None
+    if trt.__name__ == MODULES["tensorrt"]:
+        cache = TimingCache(config, f"{trt.__version__}-{'-'.join(map(str, sms))}")
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise WanxError(f"TensorRT failed: {log.last_error()}")
+    if cache is not None:
+        cache.write()
     return bytes(plan), [line for text in log.lines for line in text.splitlines() if LAYER in line]
 
 
@@ -97,6 +121,10 @@ def _log(trt: Any) -> Any:
     return Log()
 
 
+def _tell(name: str, done: float) -> None:
+    print(json.dumps([name, done]), flush=True)
+
+
 def main() -> None:
     """Build what the folder asks for."""
     folder = Path(sys.argv[1])
@@ -104,11 +132,13 @@ def main() -> None:
     trt = import_tensorrt(request["module"])
     if request["plugins"]:
         register(trt)
+    tuning = Tuning(**request["tuning"])
     for name, shapes in request["jobs"].items():
         found: dict[str, Any]
         try:
             graph = (folder / f"{name}.onnx").read_bytes()
-            engine, lines = build_engine(trt, graph, shapes, request["sms"])
+            tell = partial(_tell, name)
+            engine, lines = build_engine(trt, graph, shapes, request["sms"], tuning, tell)
             (folder / f"{name}.engine").write_bytes(engine)
             found = {"lines": lines}
         except WanxError as error:

@@ -18,7 +18,7 @@ from wanx.runtime.sessions.cuda import open_cuda
 from wanx.runtime.sessions.engine_session import EngineSession
 from wanx.runtime.sessions.engine_weights import lay_out
 from wanx.runtime.sessions.tensorrt_engine import Engine
-from wanx.runtime.sessions.tensorrt_library import MODULES, import_tensorrt
+from wanx.runtime.sessions.tensorrt_library import MODULES, RTX_SMS, import_tensorrt
 from wanx.runtime.sessions.tensorrt_loader import Loader
 from wanx.trust import require_trusted
 
@@ -117,5 +117,6 @@ def _rebuild(bundle: Bundle, sm: str | None = None) -> str:
     """The command that builds the engines for this machine."""
     target = bundle.manifest.target
     if target == "rtx" and sm is not None:
-        target = f"{target}:{sm}"
+        # TensorRT-RTX is for GeForce and workstations; data-centre GPUs have TensorRT.
+        target = f"{target}:{sm}" if sm in RTX_SMS else "tensorrt"
     return f"wanx build {bundle.root} --target {target}"

@@ -21,6 +21,7 @@ from wanx.errors import EnvironmentMismatchError
 
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx-cu13"}
 MODULES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}  # by target
+RTX_SMS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")  # that TensorRT-RTX builds for
 _LIBRARY = "libtensorrt_rtx.so"
 _named: set[Path] = set()  # folders of libraries that this process knows by the right name
 _FILES = (f"{_LIBRARY}.1", "libtensorrt_onnxparser_rtx.so.1")
