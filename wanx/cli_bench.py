@@ -17,7 +17,7 @@ def bench(
     bundles: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="BUNDLE...",
+            metavar="BUNDLE",
             help="Folders of bundles, or built-in ones; with --compare: an old and a new "
             "report.json.",
             show_default="the built-in tiny model",

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 def print_results(results: Results, folder: Path) -> None:
     """Summarise a benchmark: medians, and how many times faster than the baseline."""
     from wanx.benchmarks.speed.metrics import METRICS, amount, speedup, spread
+    from wanx.benchmarks.speed.results import counted
 
     for number, case in enumerate(results.cases):
-        OUT.print(f"{case.label}, {case.tokens:,} tokens, {case.steps} steps")
+        OUT.print(f"{case.label}, {counted(case.tokens, 'token')}, {counted(case.steps, 'step')}")
         table = Table("", box=None, pad_edge=False)
         for subject in results.subjects:
             table.add_column(subject.label, justify="right")

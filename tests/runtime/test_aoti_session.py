@@ -129,6 +129,18 @@ def test_text_and_carried_state(compiled: Bundle) -> None:
         assert relative(found, wanted) < 1e-4
 
 
+def test_operators_are_timed(compiled: Bundle) -> None:
+    grid = (2, 8, 8)
+    feeds = random_feeds(compiled, grid, 1)
+    with open_session(compiled, "dit") as session:
+        bind(session, compiled, grid)
+        found = session.kernel_times(lambda: session.run(feeds))
+    layers = compiled.manifest.config.dit.num_layers
+    products = [time for time in found if "mm" in time.name]
+    assert sum(time.calls for time in products) >= 8 * layers
+    assert all(time.seconds > 0 for time in found)
+
+
 def test_a_whole_video(compiled: Bundle) -> None:
     videos = [
         Pipeline(bundle)(PROMPT, seed=3, steps=6).frames.astype(np.float64)

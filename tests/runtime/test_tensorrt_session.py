@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -775,3 +776,24 @@ def test_engines_list_tensors_in_the_order_of_the_graph() -> None:
 def test_plans_of_engines_are_read(bundle: Any) -> None:
     plan = read_plan(bundle.root / "engines" / "dit" / PLAN)
     assert plan == dit_plan()
+
+
+def test_layers_are_timed(bundle: Any, cuda: FakeCuda, trt: FakeTensorRT) -> None:
+    with open_dit(bundle) as session:
+        given = feeds(5, 0) | rope(5)
+        for _ in range(4):  # the last is replayed
+            expected = session.run(given)["velocity"]
+        answers = []
+        found = session.kernel_times(lambda: answers.append(session.run(given)["velocity"]))
+        np.testing.assert_array_equal(answers[0], expected)
+        # Of a program that several steps run, the calls of all of them; the fake says 2 ms each.
+        calls = Counter(step.program for step in session.plan.steps)
+        assert {(t.program, t.name): t.calls for t in found} == {
+            (program, layer): count
+            for program, count in calls.items()
+            for layer in ("product", "rest")
+        }
+        for time in found:
+            assert time.seconds == pytest.approx(0.002 * time.calls)
+        assert not session.kernel_times(lambda: None)
+    nothing_left(cuda)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from statistics import median
 from typing import Any
@@ -14,7 +15,7 @@ from wanx.benchmarks.speed.ceilings import Ceilings, gpu_ceilings, processor_cei
 from wanx.benchmarks.speed.cost import component_cost
 from wanx.benchmarks.speed.feeds import dit_feeds
 from wanx.benchmarks.speed.metrics import stage_of, steady_steps
-from wanx.benchmarks.speed.profile import profile_component
+from wanx.benchmarks.speed.profile import profile_component, profile_engines
 from wanx.benchmarks.speed.results import Results, Trial, with_problem
 from wanx.benchmarks.speed.roofline import Roofline, roofline
 from wanx.benchmarks.speed.suite import Suite
@@ -24,6 +25,7 @@ from wanx.progress import Progress, silent
 from wanx.runtime.guidance import branches
 from wanx.runtime.sessions import open_session
 from wanx.runtime.sessions.base import State
+from wanx.runtime.sessions.engine_session import EngineSession
 from wanx.runtime.sizes import latent_shape
 from wanx.runtime.text import PromptTokenizer, clean_prompt
 from wanx.runtime.tokens import token_grid
@@ -39,7 +41,8 @@ class _Work:
         seconds: of that.
         runs: of the graph in that.
         sizes: of its dynamic axes.
-        feeds: every input.
+        feeds: every input that is no state.
+        state: for networks that have one.
     """
 
     component: str
@@ -47,7 +50,8 @@ class _Work:
     seconds: float
     runs: int
     sizes: Mapping[str, int]
-    feeds: Mapping[str, Any]
+    feeds: dict[str, Any]
+    state: State | None = None
 
 
 def require_packages() -> None:
@@ -115,10 +119,15 @@ def _roofline(
     case: int,
 ) -> Roofline:
     costs = component_cost(bundle.graph_path(work.component), work.sizes)
-    profile = None
+    threads, profile = results.settings.threads, None
     if bundle.manifest.target == "cpu":
-        threads = results.settings.threads
-        profile = profile_component(bundle, work.component, work.feeds, threads=threads)
+        wanted = bundle.manifest.components[work.component].inputs
+        held = {name: value for name, value in (work.state or {}).items() if name in wanted}
+        profile = profile_component(bundle, work.component, work.feeds | held, threads=threads)
+    elif operations:
+        with open_session(bundle, work.component, threads=threads) as session:
+            if isinstance(session, EngineSession):
+                profile = profile_engines(session, partial(session.run, work.feeds, work.state))
     return roofline(
         costs, ceilings, profile, runs=work.runs, seconds=work.seconds,
         with_operations=operations, subject=subject, case=case, component=work.component,
@@ -155,14 +164,11 @@ def _works(results: Results, bundle: Bundle, subject: int, number: int) -> Itera
     if frames:
         latent = np.random.default_rng(0).standard_normal((1, shape[0], 1, *shape[2:]), np.float32)
         state: State = {}
-        if bundle.manifest.target == "cpu":
-            with open_session(bundle, "vae_decoder_first", threads=threads) as session:
-                session.run({"latent": latent}, state)
-        wanted = bundle.manifest.components["vae_decoder_rest"].inputs
+        with open_session(bundle, "vae_decoder_first", threads=threads) as session:
+            session.run({"latent": latent}, state)
         yield _Work(
             component="vae_decoder_rest", unit="latent frame", seconds=median(frames), runs=1,
-            sizes={"h": shape[2], "w": shape[3]},
-            feeds={n: v for n, v in ({"latent": latent} | state).items() if n in wanted},
+            sizes={"h": shape[2], "w": shape[3]}, feeds={"latent": latent}, state=state,
         )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from wanx.benchmarks.speed.analysis import require_packages, with_rooflines
 from wanx.benchmarks.speed.markdown import to_markdown
 from wanx.benchmarks.speed.page import Stills, render
 from wanx.benchmarks.speed.peers import with_agreements
-from wanx.benchmarks.speed.results import Results, with_problem
+from wanx.benchmarks.speed.results import Results, counted, with_problem
 from wanx.benchmarks.speed.stills import read_stills
 from wanx.benchmarks.speed.suite import Suite, measure
 from wanx.benchmarks.speed.sweep import default_sizes, sweep
@@ -77,7 +77,9 @@ def bench(suite: Suite, folder: Path, extras: Extras, *, progress: Progress = si
                 keep(_with_sweeps(latest, suite, extras, progress))
         except KeyboardInterrupt:
             interrupted = True
-            latest = with_problem(latest, f"interrupted after {len(latest.trials)} trials")
+            latest = with_problem(
+                latest, f"interrupted after {counted(len(latest.trials), 'trial')}"
+            )
         write_report(latest, folder, read_stills(latest, work))
     if interrupted:
         raise CancelledError(

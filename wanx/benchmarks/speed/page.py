@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from wanx.benchmarks.html import fill, image_uri, require_packages
 from wanx.benchmarks.speed.metrics import METRICS, Metric, amount, peak_bytes, speedup, spread
-from wanx.benchmarks.speed.results import Results
+from wanx.benchmarks.speed.results import Results, counted
 from wanx.benchmarks.speed.roofline import fraction_text
 from wanx.benchmarks.speed.sweep import Sweep
 
@@ -52,6 +52,7 @@ def render(results: Results, stills: Stills | None = None) -> str:
         sweeps=[_sweep(results, item) for item in results.sweep],
         metrics=METRICS,
         bytes=size,
+        counted=counted,
     )
 
 

@@ -1,4 +1,4 @@
-"""Where the time of a graph goes on ONNX Runtime, by part of the model and by operation.
+"""Where the time of a component goes, by part of the model and by operation.
 
 ONNX Runtime writes what each node took. It renames and fuses nodes, so they are found by the part
 in the name that they were given (:mod:`wanx.benchmarks.speed.parts`) or by what they compute.
@@ -10,13 +10,14 @@ import json
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from wanx.benchmarks.speed.parts import CONVOLUTIONS, REST, label_in, name_nodes, parts_of
 from wanx.bundle import Bundle
+from wanx.runtime.sessions.engine_session import EngineSession
 from wanx.runtime.sessions.onnxruntime import folds, session_options
 
 OTHER = "other"
@@ -55,7 +56,7 @@ class Profile:
     """Where the time of a component goes.
 
     Attributes:
-        parts: share of the time of all nodes, by part; they add up to 1.
+        parts: share of the time of all nodes, by part; they add up to 1. Empty for engines.
         operations: the most expensive ones.
     """
 
@@ -103,6 +104,41 @@ def profile_component(
             spent, runs = spent + time.perf_counter() - start, runs + 1
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     return _read(events, runs)
+
+
+def profile_engines(session: EngineSession, call: Callable[[], object], runs: int = 3) -> Profile:
+    """Measure the kernels of a session on engines, after a warm-up.
+
+    Args:
+        session: that ``call`` runs.
+        call: one run.
+        runs: how often it is measured.
+
+    Returns:
+        Only the most expensive kernels: what is fused belongs to no single part of the model.
+    """
+    call()
+
+    def repeat() -> None:
+        for _ in range(runs):
+            call()
+
+    times = session.kernel_times(repeat)
+    total = sum(time.seconds for time in times)
+    largest = sorted(times, key=lambda time: -time.seconds)[:MOST_OPERATIONS]
+    return Profile(
+        parts={},
+        operations=tuple(
+            Operation(
+                name=time.name,
+                part=time.program,
+                shapes="",
+                calls=round(time.calls / runs),
+                share=time.seconds / total,
+            )
+            for time in largest
+        ),
+    )
 
 
 def _read(events: Sequence[Mapping[str, Any]], runs: int) -> Profile:

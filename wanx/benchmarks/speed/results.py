@@ -22,6 +22,11 @@ KIND = "wanx bench"
 Peer = Literal["diffusers", "diffusers-compiled"]
 
 
+def counted(number: int, thing: str) -> str:
+    """A number of things, such as ``1 frame`` or ``1,280 tokens``."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Subject:
     """What was measured.
@@ -99,7 +104,7 @@ class Case:
     @property
     def label(self) -> str:
         """Such as ``832x480, 81 frames``."""
-        return f"{self.width}x{self.height}, {self.frames} frames"
+        return f"{self.width}x{self.height}, {counted(self.frames, 'frame')}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -133,7 +133,7 @@ def roofline(
                 bytes=moved,
                 least_seconds=ceilings.seconds(flops, moved),
                 bound="compute" if compute >= moved / ceilings.bytes else "memory",
-                seconds=None if profile is None else shares.get(name, 0.0) * seconds,
+                seconds=shares.get(name, 0.0) * seconds if shares else None,
             )
         )
     return Roofline(

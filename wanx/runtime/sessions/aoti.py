@@ -6,7 +6,7 @@ Weights go from the bundle's files to the device once, and stay there.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,13 +14,19 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from wanx.bundle import Bundle
 from wanx.engine_plan import Plan, Step, Weight, read_plan
 from wanx.errors import EnvironmentMismatchError
 from wanx.runtime.sessions.aoti_engine import TYPES, Engine
 from wanx.runtime.sessions.base import NEXT, Array, State
-from wanx.runtime.sessions.engine_session import EngineSession, misshaped_weight, missing_weight
+from wanx.runtime.sessions.engine_session import (
+    EngineSession,
+    KernelTime,
+    misshaped_weight,
+    missing_weight,
+)
 from wanx.trust import require_trusted
 
 TARGET = "aoti"
@@ -86,6 +92,21 @@ class AotiSession(EngineSession):
                 else:
                     outputs[name] = value.float().cpu().numpy()
         return outputs
+
+    def kernel_times(self, call: Callable[[], object]) -> list[KernelTime]:
+        """Measure with PyTorch's profiler: kernels on a GPU, operators on the processor."""
+        on_gpu = self._engine.device.type == "cuda"
+        kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+        with profile(activities=kinds) as found:
+            call()
+        times = []
+        for event in found.key_averages():
+            spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            if spent and (not on_gpu or event.device_type.name != "CPU"):
+                times.append(
+                    KernelTime(program="", name=event.key, calls=event.count, seconds=spent / 1e6)
+                )
+        return times
 
     def close(self) -> None:
         """Free programs and weights."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,6 +15,23 @@ from wanx.runtime.sessions.base import Array, Session
 
 WARM_UPS = 2  # runs of a shape before it is recorded
 MOST_SHAPES = 4  # kept at a time, as each holds memory of its own
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelTime:
+    """What a kernel, or a layer, took in all its calls.
+
+    Attributes:
+        program: that it belongs to; empty where the backend does not tell.
+        name: as the backend calls it.
+        calls: how often it ran.
+        seconds: all together.
+    """
+
+    program: str
+    name: str
+    calls: int
+    seconds: float
 
 
 class EngineSession(Session):
@@ -31,6 +49,14 @@ class EngineSession(Session):
     @abstractmethod
     def plan(self) -> Plan:
         """What runs."""
+
+    @abstractmethod
+    def kernel_times(self, call: Callable[[], object]) -> list[KernelTime]:
+        """Measure the kernels that ``call``, which runs this session, makes run.
+
+        What was recorded as one CUDA graph runs as single programs meanwhile, where only those tell
+        their kernels.
+        """
 
     def run_each(self, feeds: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
         """Run on each of ``feeds``, as one batch where building found that to be faster."""

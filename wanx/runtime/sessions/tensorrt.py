@@ -5,7 +5,7 @@ Weights go from the bundle's files to the GPU once, and stay there; so do consta
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from importlib.util import find_spec
 from typing import Any
@@ -15,7 +15,7 @@ from wanx.engine_plan import Plan, read_plan
 from wanx.errors import CorruptInputError, EnvironmentMismatchError
 from wanx.runtime.sessions.base import Array, State
 from wanx.runtime.sessions.cuda import open_cuda
-from wanx.runtime.sessions.engine_session import EngineSession
+from wanx.runtime.sessions.engine_session import EngineSession, KernelTime
 from wanx.runtime.sessions.engine_weights import lay_out
 from wanx.runtime.sessions.tensorrt_engine import Engine
 from wanx.runtime.sessions.tensorrt_library import MODULES, RTX_SMS, import_tensorrt
@@ -66,6 +66,10 @@ class TensorRTSession(EngineSession):
         """Run the engines; see :meth:`Session.run`. Outputs are float32."""
         with self._explained():
             return self._engine.run(feeds, state)
+
+    def kernel_times(self, call: Callable[[], object]) -> list[KernelTime]:
+        """Measure layers with TensorRT's profiler; see :meth:`EngineSession.kernel_times`."""
+        return self._engine.kernel_times(call)
 
     def close(self) -> None:
         """Free engines and weights."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,10 +15,11 @@ from wanx.errors import WanxError
 from wanx.runtime.sessions.base import NEXT, Array, State
 from wanx.runtime.sessions.cuda import Cuda, CudaError
 from wanx.runtime.sessions.device_memory import Arena, Block, DeviceTensor, host_view
-from wanx.runtime.sessions.engine_session import MOST_SHAPES, WARM_UPS, last_use
+from wanx.runtime.sessions.engine_session import MOST_SHAPES, WARM_UPS, KernelTime, last_use
 from wanx.runtime.sessions.engine_weights import WeightLayout, upload
 from wanx.runtime.sessions.stored_types import NUMPY, as_float32, as_input
 from wanx.runtime.sessions.tensorrt_loader import Loader, TensorRTError
+from wanx.runtime.sessions.tensorrt_profile import layer_times
 from wanx.runtime.sessions.tensorrt_program import LoadedProgram, Shape
 from wanx.runtime.sessions.tensorrt_shapes import Place, StepShapes, walk
 
@@ -58,6 +59,7 @@ class Engine:
         self._outputs = outputs
         self._last_use = last_use(plan, outputs)
         self._cuda = cuda
+        self._trt = loader.trt
         self._constants: dict[str, Array] = {}
         self._bound = 0  # how often they were given
         self._places: dict[Key, Place] = {}
@@ -105,6 +107,24 @@ class Engine:
         finally:
             with suppress(CudaError):  # no memory may be used again before it is read
                 self._cuda.wait()
+
+    def kernel_times(self, call: Callable[[], object]) -> list[KernelTime]:
+        """Measure the layers that ``call`` makes run; nothing is recorded or replayed meanwhile."""
+        profilers = {name: layer_times(self._trt) for name in self._programs}
+        records, self._records = self._records, False
+        for name, program in self._programs.items():
+            program.set_profiler(profilers[name])
+        try:
+            call()
+        finally:
+            self._records = records
+            for program in self._programs.values():
+                program.set_profiler(None)
+        return [
+            KernelTime(program=program, name=layer, calls=len(spent), seconds=sum(spent))
+            for program, profiler in profilers.items()
+            for layer, spent in profiler.seconds.items()
+        ]
 
     def close(self) -> None:
         """Free everything."""

@@ -125,6 +125,10 @@ class LoadedProgram:
             return True
         return bool(self._context.is_stream_capturable(int(stream)))
 
+    def set_profiler(self, profiler: Any) -> None:
+        """Have every run tell a ``trt.IProfiler`` what each layer took; None ends that."""
+        self._context.profiler = profiler
+
     def close(self) -> None:
         """Free the engine, and keep what was compiled for it."""
         if self._cache is not None:
