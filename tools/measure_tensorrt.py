@@ -59,12 +59,11 @@ def main() -> None:
     total = 0
     with tempfile.TemporaryDirectory() as name:
         for spec in component_specs(config):
-            dtype = torch.float32 if spec.weights == "vae" else torch.bfloat16
             built = quantised(spec, asked.model, asked.precision, asked.attention)
             begun = time.perf_counter()
             folder = Path(name) / spec.name
             sizes = ranges(config, fp8_attention=asked.attention == "fp8")
-            plan = tensorrt.build(built, dtype, flavour, sizes, folder)
+            plan = tensorrt.build(built, torch.bfloat16, flavour, sizes, folder)
             seconds = time.perf_counter() - begun
             for program in plan.programs.values():
                 size = (folder / program.file).stat().st_size

@@ -40,6 +40,8 @@ def print_results(results: Results, folder: Path) -> None:
         OUT.print(table)
     for item in results.rooflines:
         OUT.print(f"{results.subjects[item.subject].label}, {item.component}: {item.sentence}")
+    for note in results.notes:
+        OUT.print(note)
     OUT.print(f"wrote {folder / 'report.html'}, report.json and report.md")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,6 +58,28 @@ def test_a_peer_makes_the_same_video(
     branches = 1 if guide_scale == 1 else 2
     assert [len(stage.calls) for stage in theirs.stages] == [branches, 4, 1, 1]
     assert all(stage.load_seconds > 0 for stage in theirs.stages[:3])
+
+
+def test_a_peer_compiles_before_its_steps_are_timed(
+    tiny: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = []
+
+    def compile_quickly(module: torch.nn.Module, **how: Any) -> None:
+        compiled(module, backend=lambda graph, _: graphs.append(graph) or graph, **how)
+
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
+    options = RunOptions(width=32, height=32, frames=1, steps=3, seed=1, guide_scale=2.0)
+    run = resolve(options, tiny.manifest.config, Inputs())
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        made = generate(tiny, run, compiled=True, threads=1, output=tmp_path / "compiled.png")
+    plain = generate(tiny, run, compiled=False, threads=1, output=tmp_path / "plain.png")
+    assert graphs
+    np.testing.assert_allclose(made.latent, plain.latent, atol=1e-5)
+    denoise = made.stages[1]
+    assert len(denoise.calls) == 3
+    assert denoise.load_seconds > denoise.calls[0]  # without a step before, it would compile here
 
 
 def test_agreement_sees_what_differs() -> None:

@@ -16,9 +16,11 @@ import torch
 from checkpoints import OUR_CLIP, OUR_T5, TASKS
 from eightbit import SMALL
 from onnx_runs import as_numpy
+from safetensors import safe_open
 from torch import Tensor
 
 import wanx
+from wanx.benchmarks.metrics import cosine, psnr_db
 from wanx.builtin import builtin_bundle
 from wanx.bundle import open_bundle, verify_bundle
 from wanx.config import PRESETS, DiTConfig
@@ -43,6 +45,9 @@ from wanx.export.targets import tensorrt_flavour as flavours
 from wanx.export.targets.tensorrt_graph import OUTPUT, WEIGHT, segment_graph
 from wanx.export.targets.tensorrt_ranges import Range, ranges
 from wanx.export.targets.tensorrt_worker import build_engine
+from wanx.models.vae import WanVAE
+from wanx.runtime.options import RunOptions
+from wanx.runtime.pipeline import Pipeline
 from wanx.runtime.sessions.tensorrt_library import import_tensorrt
 
 if find_spec("tensorrt_rtx") is None:
@@ -177,6 +182,49 @@ def test_graphs_of_the_vae() -> None:
         parts = cut(spec, torch.float32)
         (segment,) = parts.segments.values()
         require_same(segment, parts.axes, {"h": 3, "w": 5}, 1e-4)
+
+
+def test_the_vae_in_bf16() -> None:
+    """Every convolution is one kernel in bf16, and so is what is kept from chunk to chunk."""
+    spec = vae_decoder_specs(PRESETS["tiny"].vae)[1]
+    parts = cut(spec, torch.bfloat16)
+    (segment,) = parts.segments.values()
+    assert {item.dtype for item in segment.inputs} == {torch.float32, torch.bfloat16}
+    assert parts.types["latent"] == "F32"
+    assert {kind for name, kind in parts.types.items() if name != "latent"} == {"BF16"}
+    _, found = layers_of(segment, parts.axes, (89,), ranges(PRESETS["tiny"]))
+    convolutions = {n: c for n, c in found.items() if n.startswith(("conv", "corr"))}
+    module = segment.module
+    layers = [m for m in module.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Conv3d)]
+    assert convolutions == {"correlation BFloat16": len(layers)}
+    assert found["gemm BFloat16"] == 2  # attention: its scores, and the sums of values
+
+
+def test_the_vae_in_bf16_draws_the_same_frames() -> None:
+    bundle = open_bundle(builtin_bundle(), allow_hard_links=True)
+    config = bundle.manifest.config.vae
+    with safe_open(bundle.root / "weights" / "vae.safetensors", "pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    latents: list[np.ndarray] = []
+    Pipeline(bundle).run(
+        RunOptions(seed=1, steps=10), on_step=lambda step, steps, latent: latents.append(latent)
+    )
+    latent = torch.from_numpy(latents[-1])[None]
+    videos = []
+    for dtype in (torch.float32, torch.bfloat16):
+        vae = WanVAE(config)
+        shapes = {name: parameter.shape for name, parameter in vae.named_parameters()}
+        vae.load_state_dict({n: stored[n].reshape(shape) for n, shape in shapes.items()})
+        with torch.no_grad():
+            videos.append(vae.to(dtype).decode(latent).float().numpy())
+            if dtype == torch.bfloat16:
+                back = vae.encode(torch.from_numpy(videos[0])).float().numpy()
+            else:
+                encoded = vae.encode(torch.from_numpy(videos[0])).numpy()
+    assert cosine(videos[1], videos[0]) > 0.9999
+    assert cosine(back, encoded) > 0.999
+    frames = [np.rint(v[0].transpose(1, 2, 3, 0) * 127.5 + 127.5).astype(np.uint8) for v in videos]
+    assert psnr_db(frames[1], frames[0]).min() > 45
 
 
 @pytest.mark.parametrize(

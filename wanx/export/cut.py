@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ def cut(spec: ComponentSpec, dtype: torch.dtype) -> Cut:
                 return _cut_image_encoder(module, spec, dtype)
             case WanVAE():
                 _halve(module, "encoder" if "encoder" in spec.name else "decoder")
-    return _whole(module, spec)
+    return _whole(module, spec, dtype)
 
 
 @contextmanager
@@ -50,8 +51,9 @@ def _halve(vae: WanVAE, kept: str) -> None:
         delattr(vae, name)
 
 
-def _whole(module: nn.Module, spec: ComponentSpec) -> Cut:
+def _whole(module: nn.Module, spec: ComponentSpec, dtype: torch.dtype) -> Cut:
     """One segment: the convolutions of a VAE differ from layer to layer."""
+    caches = tuple(replace(cache, dtype=dtype) for cache in spec.caches)
 
     def call(module: nn.Module, *inputs: Tensor) -> tuple[Tensor, ...]:
         count = len(spec.inputs)
@@ -62,7 +64,7 @@ def _whole(module: nn.Module, spec: ComponentSpec) -> Cut:
     cutter = Cutter(spec.axes)
     cutter.add(
         Segment(
-            name=spec.name, module=module, call=call, inputs=(*spec.inputs, *spec.caches),
+            name=spec.name, module=module, call=call, inputs=(*spec.inputs, *caches),
             outputs=spec.outputs,
         )
     )  # fmt: skip

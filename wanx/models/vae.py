@@ -263,6 +263,7 @@ class Decoder(nn.Module):
 class WanVAE(nn.Module):
     """Encoder and decoder between pixels in [-1, 1] and normalised latents.
 
+    Convolutions run in the dtype of their weights, norms and the statistics of latents in fp32.
     ``F = temporal_stride · (T - 1) + 1`` frames correspond to ``T`` latent frames.
     """
 
@@ -283,7 +284,7 @@ class WanVAE(nn.Module):
     def moments(self, video: Tensor, history: History | None = None) -> tuple[Tensor, Tensor]:
         """Encode ``video`` ``[B, 3, F, H, W]`` to means and log variances, ``[B, z, T, h, w]``."""
         history = history or History(keep=False)
-        moments = self.conv1(self.encoder(video, history), history)
+        moments = self.conv1(self.encoder(video.to(self.conv1.weight.dtype), history), history)
         z_dim = moments.shape[1] // 2
         return moments[:, :z_dim], moments[:, z_dim:]
 
@@ -294,5 +295,5 @@ class WanVAE(nn.Module):
     def decode(self, latent: Tensor, history: History | None = None) -> Tensor:
         """Decode a normalised ``latent`` ``[B, z, T, h, w]`` to video clamped to [-1, 1]."""
         history = history or History(keep=False)
-        raw = latent * self.latent_std + self.latent_mean
+        raw = (latent * self.latent_std + self.latent_mean).to(self.conv2.weight.dtype)
         return self.decoder(self.conv2(raw, history), history).clamp(-1.0, 1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class PeerRun:
 
     Attributes:
         stages: as those of wanx; ``decode`` is one call for the whole video, and the load of
-            ``denoise`` holds the first, compiling forward where there is one.
+            ``denoise`` holds a first step of its own, which compiles, where that is asked for.
         first_latent: float32 ``[C, T, h, w]`` after the first step.
         latent: likewise after the last.
     """
@@ -112,8 +113,19 @@ def generate(
             if compiled:
                 # A module that is compiled in place is still what the pipeline expects.
                 transformer.compile(dynamic=False)
-                transformer(noise.to(dtype), torch.ones(1, device=device), contexts[0])
             video = pipeline(transformer=transformer, vae=_Strides(config.vae))
+            denoise = partial(
+                video,
+                prompt_embeds=contexts[0],
+                negative_prompt_embeds=contexts[1] if guided else None,
+                height=run.height, width=run.width, num_frames=run.frames,
+                num_inference_steps=run.steps, guidance_scale=run.guide_scale,
+                latents=noise, output_type="latent",
+            )  # fmt: skip
+            if compiled:
+                # Compiled code holds for calls of one form, so the pipeline itself makes the first.
+                denoise(callback_on_step_end=_interrupt)
+                wait()
 
         def note(_: Any, step: int, timestep: Any, values: dict[str, Tensor]) -> dict[str, Any]:
             wait()
@@ -122,14 +134,8 @@ def generate(
                 latents.append(values["latents"].clone())
             return {}
 
-        made = video(
-            prompt_embeds=contexts[0],
-            negative_prompt_embeds=contexts[1] if guided else None,
-            height=run.height, width=run.width, num_frames=run.frames,
-            num_inference_steps=run.steps, guidance_scale=run.guide_scale,
-            latents=noise, output_type="latent", callback_on_step_end=note,
-        ).frames  # fmt: skip
-        del video, transformer
+        made = denoise(callback_on_step_end=note).frames
+        del denoise, video, transformer
     with clock.stage("decode"):
         with clock.loading():
             vae = _vae(diffusers, bundle, device)
@@ -149,6 +155,12 @@ def generate(
 
 def _nothing() -> None:
     """On the processor a call returns when it is done."""
+
+
+def _interrupt(video: Any, *_: Any) -> dict[str, Any]:
+    """End a run after the step that calls this back, as diffusers documents."""
+    video._interrupt = True
+    return {}
 
 
 class _Strides:

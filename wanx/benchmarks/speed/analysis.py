@@ -96,9 +96,8 @@ def with_rooflines(
             measured[on_processor] = processor_ceilings(threads) if on_processor else gpu_ceilings()
         ceilings = measured[on_processor]
         if ceilings is None:
-            results = with_problem(
-                results, f"{label}: no roofline, since measuring the GPU needs PyTorch with CUDA"
-            )
+            note = f"{label}: no roofline, since the GPU's limits are measured with PyTorch"
+            results = replace(results, notes=(*results.notes, note))
             continue
         try:
             for work in _works(results, bundle, subject, case):

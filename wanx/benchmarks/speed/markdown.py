@@ -16,6 +16,7 @@ def to_markdown(results: Results) -> str:
         amounts = f"{counted(case.tokens, 'token')}, {counted(case.steps, 'step')}"
         lines += [f"**{case.label}**, {amounts}, {guidance}", ""]
         lines += [*case_table(results, index), ""]
+    lines += [f"{note}\n" for note in results.notes]
     lines += [
         f"Medians of {counted(results.settings.repeat, 'round')} in processes of their own, "
         "taking turns; "

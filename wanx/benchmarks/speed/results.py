@@ -181,7 +181,8 @@ class Results:
         rooflines: where the time of the parts goes.
         sweep: how a step grows with the number of tokens.
         agreements: how close peers come to the bundle whose weights they use.
-        problems: why something is missing; empty when all is there.
+        problems: why something that was asked for is missing; empty when all is there.
+        notes: what this machine cannot tell.
     """
 
     kind: str = KIND
@@ -198,6 +199,7 @@ class Results:
     sweep: tuple[Sweep, ...] = ()
     agreements: tuple[PeerAgreement, ...] = ()
     problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:

@@ -158,7 +158,8 @@ _SILENT = ("signal", "wait", "shape_call", "reformat_free")
 def count_layers(log: Sequence[str]) -> dict[str, int]:
     """Count the layers of an engine by kind, as a verbose build lists them.
 
-    Products are told by the type of their first operand: ``gemm FP8``, ``attention BFloat16``.
+    Products are told by the type of their first operand: ``gemm FP8``, ``attention BFloat16``;
+    TensorRT calls convolutions ``correlation``.
     """
     found: Counter[str] = Counter()
     for line in log:
@@ -168,7 +169,7 @@ def count_layers(log: Sequence[str]) -> dict[str, int]:
                 continue
             if "mha" in name:
                 kind = "attention"
-            elif kind not in ("gemm", "conv"):
+            elif kind not in ("gemm", "conv", "correlation"):
                 types = []
             found[" ".join([kind, *types[:1]])] += 1
     return dict(sorted(found.items()))

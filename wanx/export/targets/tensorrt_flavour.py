@@ -108,8 +108,8 @@ def for_this_machine(flavour: Flavour) -> Flavour:
 
 
 def compute_type(group: str, component: Component) -> torch.dtype:
-    """The type that a component computes in: bf16, but the VAE fp32, as the reference runs it."""
-    return torch.float32 if group == "vae" else torch.bfloat16
+    """The type that a component computes in around its 8-bit layers."""
+    return torch.bfloat16
 
 
 def require_precision(flavour: Flavour, precision: str) -> None:

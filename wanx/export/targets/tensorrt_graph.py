@@ -12,10 +12,11 @@ import torch
 
 from wanx.export.functional import arguments, export_segment
 from wanx.export.segments import Segment
-from wanx.export.targets.tensorrt_forms import FORMS, FP32_FORMS
+from wanx.export.targets.tensorrt_forms import FORMS, UNFUSED
 from wanx.export.targets.tensorrt_nodes import use_plugins
 from wanx.export.trace import OPSET, quiet
 from wanx.kernels.registry import ONNX_FUNCTIONS, OpsAsNodes
+from wanx.models.vae import WanVAE
 
 WEIGHT = "weight."  # goes before the names of inputs that are weights
 OUTPUT = "out."  # before those of outputs, since a program may give what it takes
@@ -60,7 +61,8 @@ def segment_graph(
     model = exported.model
     _scales_as_factors(model)
     types = {parameter.dtype for _, parameter in segment.parameters}
-    forms = ONNX_FUNCTIONS | FORMS | (FP32_FORMS if types == {torch.float32} else {})
+    unfused = types == {torch.float32} or isinstance(segment.module, WanVAE)
+    forms = ONNX_FUNCTIONS | FORMS | (UNFUSED if unfused else {})
     used = {node.op_type for node in model.graph if node.domain == "wanx"}
     for name in sorted(used):
         function = forms[name]
