@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from altered import altered_bundle, noise
 
-import wanx.benchmarks.page as page_module
+import wanx.benchmarks.html as html_module
 import wanx.benchmarks.side as side_module
 from wanx.cli import main
 
@@ -123,7 +123,7 @@ def test_refused_in_one_line(arguments: list[str], code: int, message: str, wanx
 def test_a_report_without_its_packages_fails_before_anything_runs(
     wanx: Wanx, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(page_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(html_module, "find_spec", lambda name: None)
     monkeypatch.setattr(side_module, "open_session", None)
     code, _, err = wanx("tiny", "tiny", *SMALL, "-o", "report")
     assert code == 4
