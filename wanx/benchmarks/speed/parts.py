@@ -25,7 +25,7 @@ _ATTENTION = re.compile("Attention$")
 # Operations that leave a weight a weight.
 _VIEWS = {"Transpose", "Cast", "CastLike", "Reshape", "Unsqueeze", "Squeeze", "DequantizeLinear"}
 _BY_WEIGHT = (
-    (re.compile(r"(^|\.)(self_attn|cross_attn|attn)\.|to_qkv|middle\.1\.proj"), ATTENTION_LINEARS),
+    (re.compile(r"(^|\.)(self_attn|cross_attn|attn)\."), ATTENTION_LINEARS),
     (re.compile(r"\.(ffn|mlp)\."), FEED_FORWARD),
 )
 _NAME = re.compile(r"(?:_inlfunc_)?(.*?)#")

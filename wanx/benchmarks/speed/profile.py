@@ -124,7 +124,7 @@ def profile_engines(session: EngineSession, call: Callable[[], object], runs: in
             call()
 
     times = session.kernel_times(repeat)
-    total = sum(time.seconds for time in times)
+    total = sum(time.seconds for time in times) or 1.0
     largest = sorted(times, key=lambda time: -time.seconds)[:MOST_OPERATIONS]
     return Profile(
         parts={},
