@@ -1,14 +1,16 @@
 """CUDA and TensorRT without a GPU: memory is the host's, engines are functions of numpy arrays.
 
-What is put into a stream is done only when somebody waits for the stream, so that memory which is
-used again or freed too early shows. Every address is looked up; fresh and freed memory is filled
-with a pattern.
+What is put into a stream is done only when somebody waits for it, so that memory which is used
+again or freed too early shows. Streams run beside each other in the order that ``FakeCuda.hurry``
+chooses among those which events allow. Every address is looked up; fresh and freed memory is
+filled with a pattern.
 """
 
 from __future__ import annotations
 
 import bisect
 import json
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from importlib.machinery import ModuleSpec
@@ -29,11 +31,16 @@ TEXTS = {
 }
 
 
+# What a stream does next; or an event that it waits for, recorded so often.
+Work = Callable[[], None] | tuple[str, int]
+
+
 class Memory:
     """One kind of memory: what is allocated, and of how much at most."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self.peak = 0
         self.live: dict[int, np.ndarray] = {}
         self.allocations = 0
         self._kept: list[np.ndarray] = []  # freed memory is not handed out again
@@ -51,6 +58,7 @@ class Memory:
         self._kept.append(whole)
         self.live[data.ctypes.data] = data
         self.allocations += 1
+        self.peak = max(self.peak, self.used)
         return int(data.ctypes.data)
 
     def free(self, address: int) -> None:
@@ -68,7 +76,7 @@ class Memory:
 
 
 class FakeCuda:
-    """The module ``cuda.bindings.runtime``, as far as it is used; one stream, one GPU."""
+    """The module ``cuda.bindings.runtime``, as far as it is used; one GPU."""
 
     cudaStreamNonBlocking = 1
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
@@ -81,7 +89,10 @@ class FakeCuda:
         self.sm = sm
         self.count, self.state = 1, 0
         self.device, self.host = Memory(memory), Memory(1 << 32)
-        self.queue: list[Callable[[], None]] = []
+        self.streams: dict[int, deque[Work]] = {}
+        self.hurry: Callable[[list[int]], int] = min  # which of the streams goes on
+        self.marks: Counter[str] = Counter()  # how often an event was recorded,
+        self.passed: Counter[str] = Counter()  # and how far its streams are
         self.graph: list[Callable[[], None]] | None = None
         self.graphs: dict[int, list[Callable[[], None]]] = {}
         self.open: set[str] = set()
@@ -113,12 +124,15 @@ class FakeCuda:
 
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[int, int]:
         assert flags == self.cudaStreamNonBlocking
-        self.open.add("stream")
-        return 0, 7
+        stream = 7 + len(self.calls)
+        self.streams[stream] = deque()
+        self.open.add(f"stream {stream}")
+        return 0, stream
 
     def cudaStreamDestroy(self, stream: int) -> tuple[int]:
-        self.run()
-        self.open.remove("stream")
+        self.run(lambda: not self.streams[stream])
+        self.open.remove(f"stream {stream}")
+        del self.streams[stream]
         return (0,)
 
     def cudaMemGetInfo(self) -> tuple[int, int, int]:
@@ -152,13 +166,13 @@ class FakeCuda:
         def copy() -> None:
             into.view(to, size)[:] = out_of.view(source, size)
 
-        self.put(copy)
+        self.put(copy, stream)
         return (0,)
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[int]:
         if self.graph is not None:
             return (CAPTURING,)
-        self.run()
+        self.run(lambda: not self.streams[stream])
         return (0,)
 
     def cudaEventCreate(self) -> tuple[int, str]:
@@ -167,10 +181,26 @@ class FakeCuda:
         return 0, name
 
     def cudaEventRecord(self, event: str, stream: int) -> tuple[int]:
+        assert self.graph is None
+        assert event in self.open
+        self.marks[event] += 1
+        number = self.marks[event]
+
+        def passes() -> None:
+            self.passed[event] = max(self.passed[event], number)
+
+        self.put(passes, stream)
+        return (0,)
+
+    def cudaStreamWaitEvent(self, stream: int, event: str, flags: int) -> tuple[int]:
+        assert self.graph is None
+        assert event in self.open
+        self.streams[stream].append((event, self.marks[event]))
         return (0,)
 
     def cudaEventSynchronize(self, event: str) -> tuple[int]:
-        self.run()
+        number = self.marks[event]
+        self.run(lambda: self.passed[event] >= number)
         return (0,)
 
     def cudaEventDestroy(self, event: str) -> tuple[int]:
@@ -204,17 +234,26 @@ class FakeCuda:
         return (0,)
 
     def cudaGraphLaunch(self, graph: int, stream: int) -> tuple[int]:
-        self.queue.extend(self.graphs[graph])
+        self.streams[stream].extend(self.graphs[graph])
         return (0,)
 
-    def put(self, work: Callable[[], None]) -> None:
-        (self.queue if self.graph is None else self.graph).append(work)
+    def put(self, work: Callable[[], None], stream: int) -> None:
+        if self.graph is None:
+            self.streams[stream].append(work)
+        else:
+            self.graph.append(work)
 
-    def run(self) -> None:
-        """Do what is in the stream."""
-        todo, self.queue = self.queue, []
-        for work in todo:
-            work()
+    def run(self, until: Callable[[], bool] = lambda: False) -> None:
+        """Do what is in the streams, as much as is needed; without a condition all of it."""
+        while not until() and any(self.streams.values()):
+            ready = [s for s, todo in self.streams.items() if todo and self._ready(todo[0])]
+            assert ready, "streams wait for each other"
+            work = self.streams[self.hurry(ready)].popleft()
+            if not isinstance(work, tuple):
+                work()
+
+    def _ready(self, work: Work) -> bool:
+        return not isinstance(work, tuple) or self.passed[work[0]] >= work[1]
 
 
 class Severity(IntEnum):
@@ -399,6 +438,8 @@ class Context:
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         least, _, most = self.engine.get_tensor_profile_shape(name, self.profile)
+        if self.shapes.get(name) != shape:
+            self.memory = 0, 0  # it was given for other shapes
         self.shapes[name] = shape
         self.updated = False
         return all(a <= n <= b for a, n, b in zip(least, shape, most, strict=True))
@@ -408,6 +449,8 @@ class Context:
         return self.scratch()
 
     def scratch(self) -> int:
+        if "scratch" in self.engine.made:
+            return int(self.engine.made["scratch"])
         return 3 * sum(int(np.prod(s)) for s in self.shapes.values())
 
     def set_device_memory(self, address: int, size: int) -> None:
@@ -431,7 +474,6 @@ class Context:
         return self.trt.capturable
 
     def execute_async_v3(self, stream: int) -> bool:
-        assert stream == 7
         self.runs += 1
         if self.profiler is not None:
             for layer in ("product", "rest"):
@@ -464,7 +506,7 @@ class Context:
             for array, (_, place) in zip(stored, made, strict=True):
                 cuda.device.view(place, array.nbytes)[:] = array.reshape(-1).view(np.uint8)
 
-        cuda.put(work)
+        cuda.put(work, stream)
         return True
 
     def _given(self) -> list[str]:

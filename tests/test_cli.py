@@ -137,6 +137,8 @@ def test_a_seed_repeats_and_minus_one_draws(wanx: Wanx, tmp_path: Path) -> None:
         (["--solver", "euler"], "unipc"),
         (["--seed", "-2"], "seed"),
         (["--fps", "0"], "fps"),
+        (["--vram-budget", "12"], "12G"),
+        (["--vram-budget", "12G"], "runs on the processor"),
         (["-o", "video.avi"], ".mp4"),
         (["-o", "no/such/folder.mp4"], "does not exist"),
         (["-o", "http://host/v.mp4"], "URL"),

@@ -48,14 +48,22 @@ __all__ = [
 ]
 
 
-def load(bundle: str | Path | None = None, *, threads: int | None = None) -> Pipeline:
+def load(
+    bundle: str | Path | None = None,
+    *,
+    threads: int | None = None,
+    vram_budget: int | None = None,
+) -> Pipeline:
     """Open a bundle to generate videos from.
 
     Args:
         bundle: folder made by :func:`export`, or the name of a built-in bundle; None is ``tiny``.
         threads: threads of the processor; None takes all cores.
+        vram_budget: most bytes of the GPU's memory to take, for engines of TensorRT; weights that
+            do not fit are streamed. None takes what is free.
 
     Raises:
+        UsageError: a budget was given for a bundle that cannot keep to one.
         WanxError: the bundle is missing, damaged or unsafe.
     """
     from wanx.builtin import find_bundle, is_builtin
@@ -63,7 +71,8 @@ def load(bundle: str | Path | None = None, *, threads: int | None = None) -> Pip
     from wanx.runtime.pipeline import Pipeline
 
     folder = find_bundle(bundle or "tiny")
-    return Pipeline(open_bundle(folder, allow_hard_links=is_builtin(folder)), threads=threads)
+    opened = open_bundle(folder, allow_hard_links=is_builtin(folder))
+    return Pipeline(opened, threads=threads, vram_budget=vram_budget)
 
 
 def export(

@@ -69,6 +69,13 @@ def run(
         Path | None,
         option(help="JSON Lines: an object of options for each video; finished ones are skipped."),
     ] = None,
+    vram_budget: Annotated[
+        str | None,
+        option(
+            help="GPU memory to take, such as 12G; weights that do not fit are streamed.",
+            show_default="what is free",
+        ),
+    ] = None,
     threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -78,9 +85,10 @@ def run(
     Options that are left out take the bundle's defaults.
     """
     import wanx
-    from wanx.rendering import bars, print_generation
+    from wanx.rendering import bars, memory_lines, print_generation
     from wanx.runtime.batch import read_jobs, seeds
     from wanx.runtime.options import RunOptions
+    from wanx.runtime.sessions.vram_budget import parse_vram_budget
     from wanx.runtime.sizes import parse_size
 
     folder, text = _bundle_and_prompt(bundle, prompt)
@@ -92,20 +100,24 @@ def run(
         references=tuple(reference or ()), vace_scale=vace_scale,
     )  # fmt: skip
     suffix = ".png" if frames == 1 else ".mp4"
-    if prompts is not None:
+    if prompts is not None and count > 1:
+        raise UsageError("--count and --prompts do not go together; give each seed a line")
+    budget = None if vram_budget is None else parse_vram_budget(vram_budget)
+    with memory_lines(quiet):
+        if prompts is not None:
+            jobs = read_jobs(prompts, _batch_folder(output), options, suffix)
+            pipeline = wanx.load(folder, threads=threads, vram_budget=budget)
+            _run_jobs(pipeline, jobs, bars(quiet), as_json, resume=True)
+            return
         if count > 1:
-            raise UsageError("--count and --prompts do not go together; give each seed a line")
-        jobs = read_jobs(prompts, _batch_folder(output), options, suffix)
-        _run_jobs(wanx.load(folder, threads=threads), jobs, bars(quiet), as_json, resume=True)
-        return
-    if count > 1:
-        jobs = seeds(options, _numbered(output, Path(f"out{suffix}"), count))
-        _run_jobs(wanx.load(folder, threads=threads), jobs, bars(quiet), as_json, resume=False)
-        return
-    with bars(quiet) as progress:
-        pipeline = wanx.load(folder, threads=threads)
-        path = output or _free_name(Path(f"out{suffix}"))
-        result = pipeline.run(options, output=path, progress=progress)
+            jobs = seeds(options, _numbered(output, Path(f"out{suffix}"), count))
+            pipeline = wanx.load(folder, threads=threads, vram_budget=budget)
+            _run_jobs(pipeline, jobs, bars(quiet), as_json, resume=False)
+            return
+        with bars(quiet) as progress:
+            pipeline = wanx.load(folder, threads=threads, vram_budget=budget)
+            path = output or _free_name(Path(f"out{suffix}"))
+            result = pipeline.run(options, output=path, progress=progress)
     if as_json:
         print_json(_facts(result, pipeline))
     else:

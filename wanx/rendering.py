@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -79,6 +80,37 @@ def bars(quiet: bool) -> Iterator[Report]:
             progress.update(tasks[stage], completed=done)  # type: ignore[arg-type]
 
         yield report
+
+
+class _Lines(logging.Handler):
+    """Writes each message to stderr once, above the bars where there are any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if text not in self._said:
+            self._said.add(text)
+            print(text, file=sys.stderr)
+
+
+@contextmanager
+def memory_lines(quiet: bool) -> Iterator[None]:
+    """Show what the runtime says of the GPU's memory before it computes."""
+    logger = logging.getLogger("wanx.runtime")
+    handler, level = _Lines(), logger.level
+    if quiet:
+        yield
+        return
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
 
 
 def print_estimate(resolved: ResolvedExport, needs: Estimate) -> None:

@@ -45,7 +45,10 @@ class Watch:
         self.replace: Callable[[str, int, dict[str, Any]], dict[str, Any]] = lambda *a: a[-1]
         opener = pipeline_module.open_session
 
-        def open_session(bundle: Bundle, component: str, *, threads: int | None) -> Session:
+        def open_session(
+            bundle: Bundle, component: str, *, threads: int | None, vram_budget: int | None
+        ) -> Session:
+            assert vram_budget is None
             assert self.open == [], "two components in memory at once"
             assert threads == 1
             session = opener(bundle, component, threads=threads)

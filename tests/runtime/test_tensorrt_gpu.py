@@ -15,6 +15,7 @@ from wanx.export.calibration_options import CalibrationOptions
 from wanx.runtime.pipeline import Pipeline
 from wanx.runtime.sessions import open_session
 from wanx.runtime.sessions.base import State
+from wanx.runtime.sessions.tensorrt import TensorRTSession
 from wanx.runtime.tokens import rope_tables
 
 pytestmark = pytest.mark.gpu
@@ -45,12 +46,19 @@ def cosine(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.vdot(found, wanted) / np.linalg.norm(found) / np.linalg.norm(wanted))
 
 
-def velocities(bundle: Bundle, grid: tuple[int, int, int], runs: int) -> list[np.ndarray]:
-    """As many runs, whose inputs differ."""
+def velocities(
+    bundle: Bundle, grid: tuple[int, int, int], runs: int, streamed: int = 0
+) -> list[np.ndarray]:
+    """As many runs, whose inputs differ, with the weights of so many blocks streamed."""
     dit = bundle.manifest.config.dit
     cos, sin = rope_tables(grid, dit.rope_dims)
     found = []
     with open_session(bundle, "dit") as session:
+        if streamed:
+            assert isinstance(session, TensorRTSession)
+            weights = session._engine._weights
+            weights.fit(weights._bytes(streamed))
+            assert weights.streamed == streamed
         session.bind({"rope_cos": cos, "rope_sin": sin})
         for seed in range(runs):
             generator = np.random.default_rng(seed)
@@ -80,6 +88,15 @@ def test_the_denoiser(
     ):
         np.testing.assert_array_equal(captured, launched)
         assert cosine(captured, wanted) >= 0.99
+
+
+def test_streamed_weights(built: Bundle) -> None:
+    """Copies that overtake what reads them, or come too late, would change what comes out."""
+    for streamed in (3, built.manifest.config.dit.num_layers):
+        for found, wanted in zip(
+            velocities(built, (5, 4, 4), 8, streamed), velocities(built, (5, 4, 4), 8), strict=True
+        ):
+            np.testing.assert_array_equal(found, wanted)
 
 
 def test_text_and_carried_state(built: Bundle) -> None:

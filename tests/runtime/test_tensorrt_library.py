@@ -99,6 +99,13 @@ def test_an_import_that_came_first_is_refused(tmp_path: Path) -> None:
     assert "was imported before wanx" in done.stderr.splitlines()[-1]
 
 
+@needs_rtx
+def test_an_import_that_came_first_does_where_nothing_is_parsed(tmp_path: Path) -> None:
+    code = PARSE.partition("class Creator")[0].replace('rtx")', 'rtx", parses=False)')
+    done = run(f"import tensorrt_rtx\n{code}", XDG_CACHE_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_flavour_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     import_tensorrt.cache_clear()

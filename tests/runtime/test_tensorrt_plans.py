@@ -92,10 +92,11 @@ def cuda(
 ) -> Iterator[FakeCuda]:
     fake = FakeCuda()
     trt = FakeTensorRT(fake, planned[1])
+    monkeypatch.setattr("wanx.runtime.sessions.cuda.SPARE", 0)
     monkeypatch.setenv("WANX_TRUST_ENGINES", "1")
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", fake)  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
-    monkeypatch.setattr("wanx.runtime.sessions.tensorrt.import_tensorrt", lambda _: trt)
+    monkeypatch.setattr("wanx.runtime.sessions.tensorrt.import_tensorrt", lambda _, **__: trt)
     monkeypatch.setattr(
         "wanx.runtime.sessions.tensorrt_loader.register", lambda _: SimpleNamespace(problem=None)
     )

@@ -28,6 +28,7 @@ from wanx.runtime.output import check_output
 from wanx.runtime.sampler import make_sampler
 from wanx.runtime.sessions import open_session
 from wanx.runtime.sessions.base import Session, State
+from wanx.runtime.sessions.vram_budget import require_streaming
 from wanx.runtime.stages import Clock, Stage
 from wanx.runtime.text import PromptTokenizer, encode_prompts
 from wanx.runtime.video import VideoWriter
@@ -57,11 +58,25 @@ class Generation:
 class Pipeline:
     """Generates videos from one bundle."""
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
-        """Prepare to run ``bundle`` on ``threads`` threads (None: all cores)."""
+    def __init__(
+        self, bundle: Bundle, *, threads: int | None = None, vram_budget: int | None = None
+    ) -> None:
+        """Prepare to run ``bundle``.
+
+        Args:
+            bundle: an opened, checked bundle.
+            threads: threads of the processor; None takes all cores.
+            vram_budget: most bytes of the GPU's memory to take; None takes what is free.
+
+        Raises:
+            UsageError: a budget was given for a bundle that cannot keep to one.
+        """
+        if vram_budget is not None:
+            require_streaming(bundle.manifest.target)
         self.bundle = bundle
         self.config = bundle.manifest.config
         self.threads = threads
+        self.vram_budget = vram_budget
 
     def __call__(self, prompt: str | None = None, **options: Any) -> Generation:
         """Generate a video in memory; keywords are those of :class:`RunOptions` and :meth:`run`."""
@@ -152,7 +167,9 @@ class Pipeline:
     def _opener(self, clock: Clock) -> Callable[[str], Session]:
         def open_component(name: str) -> Session:
             with clock.loading():
-                return open_session(self.bundle, name, threads=self.threads)
+                return open_session(
+                    self.bundle, name, threads=self.threads, vram_budget=self.vram_budget
+                )
 
         return open_component
 

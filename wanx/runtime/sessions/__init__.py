@@ -9,13 +9,21 @@ from wanx.errors import EnvironmentMismatchError
 from wanx.runtime.sessions.base import Session
 
 
-def open_session(bundle: Bundle, component: str, *, threads: int | None = None) -> Session:
+def open_session(
+    bundle: Bundle,
+    component: str,
+    *,
+    threads: int | None = None,
+    vram_budget: int | None = None,
+) -> Session:
     """Load a component of a bundle on the backend that it was exported for.
 
     Args:
         bundle: an opened, checked bundle.
         component: such as ``dit``.
         threads: threads of the processor; None takes all cores.
+        vram_budget: most bytes of the GPU's memory to take, for engines of TensorRT; None takes
+            what is free.
 
     Raises:
         WanxError: the backend cannot load the component.
@@ -34,7 +42,7 @@ def open_session(bundle: Bundle, component: str, *, threads: int | None = None) 
         if target in ("rtx", "tensorrt"):
             from wanx.runtime.sessions.tensorrt import TensorRTSession
 
-            return TensorRTSession(bundle, component, threads=threads)
+            return TensorRTSession(bundle, component, threads=threads, vram_budget=vram_budget)
     from wanx.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
     return OnnxRuntimeSession(bundle, component, threads=threads)

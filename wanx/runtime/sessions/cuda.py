@@ -1,4 +1,4 @@
-"""CUDA's runtime through cuda-python: memory, copies, one stream, and graphs of what it did.
+"""CUDA's runtime through cuda-python: memory, copies, streams, and graphs of what they did.
 
 cuda-python is imported when it is asked for, since only sessions on a GPU need it.
 """
@@ -10,28 +10,46 @@ from typing import Any
 
 from wanx.errors import EnvironmentMismatchError
 
+SPARE = 256 << 20  # bytes for what CUDA and TensorRT load while they run, which nobody predicts
+_taken: dict[int, int] = {}  # bytes by address: of the process, as state outlives its session
+
 
 class CudaError(Exception):
     """What CUDA answers to a call that fails."""
 
 
 class Cuda:
-    """The GPU that is current, and one stream on it that waits for no other.
+    """The GPU that is current, and a stream on it that waits for no other.
 
-    Addresses are integers. Every method raises :class:`CudaError` where CUDA refuses, but for those
-    that free: what cannot be freed any more goes with the process.
+    Addresses are integers. Where a stream may be named, it is this one by default. Every method
+    raises :class:`CudaError` where CUDA refuses, but for those that free: what cannot be freed any
+    more goes with the process.
     """
 
-    def __init__(self, runtime: Any) -> None:
-        """Open a stream through ``runtime``, the module ``cuda.bindings.runtime``."""
+    def __init__(self, runtime: Any, budget: int | None = None) -> None:
+        """Open a stream.
+
+        Args:
+            runtime: the module ``cuda.bindings.runtime``.
+            budget: bytes of the GPU's memory that this process may allocate in all.
+        """
         self._cuda = runtime
-        self.stream: Any = self._call("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking)
+        self._budget = budget
+        self.stream: Any = self.open_stream()
 
     def close(self) -> None:
         """Close the stream once it is done."""
         if self.stream is not None:
             stream, self.stream = self.stream, None
-            self._release("cudaStreamDestroy", stream)
+            self.close_stream(stream)
+
+    def open_stream(self) -> Any:
+        """Another stream, whose work runs beside that of the others."""
+        return self._call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
+
+    def close_stream(self, stream: Any) -> None:
+        """Close a stream once it is done."""
+        self._release("cudaStreamDestroy", stream)
 
     @property
     def sm(self) -> str:
@@ -52,12 +70,21 @@ class Cuda:
         free, _ = self._calls("cudaMemGetInfo")
         return int(free)
 
+    def available_memory(self) -> int:
+        """Bytes of it that may be allocated: some are kept free, and there may be a budget."""
+        free = self.free_memory() - SPARE
+        left = free if self._budget is None else self._budget - sum(_taken.values())
+        return max(0, min(free, left))
+
     def allocate(self, size: int) -> int:
         """Memory of the GPU."""
-        return int(self._call("cudaMalloc", size))
+        address = int(self._call("cudaMalloc", size))
+        _taken[address] = size
+        return address
 
     def free(self, address: int) -> None:
         """Give memory of the GPU back; waits for everything that runs."""
+        _taken.pop(address)
         self._release("cudaFree", address)
 
     def allocate_pinned(self, size: int) -> int:
@@ -68,27 +95,31 @@ class Cuda:
         """Give such memory back."""
         self._release("cudaFreeHost", address)
 
-    def to_device(self, device: int, host: int, size: int) -> None:
+    def to_device(self, device: int, host: int, size: int, stream: Any = None) -> None:
         """Queue a copy from pinned memory; both must stay until it is done."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._call("cudaMemcpyAsync", device, host, size, kind, self.stream)
+        self._call("cudaMemcpyAsync", device, host, size, kind, self._or_ours(stream))
 
     def to_host(self, host: int, device: int, size: int) -> None:
         """Queue a copy to pinned memory; both must stay until it is done."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call("cudaMemcpyAsync", host, device, size, kind, self.stream)
 
-    def wait(self) -> None:
+    def wait(self, stream: Any = None) -> None:
         """Wait until everything in the stream is done."""
-        self._call("cudaStreamSynchronize", self.stream)
+        self._call("cudaStreamSynchronize", self._or_ours(stream))
 
     def event(self) -> Any:
-        """A mark to set in the stream."""
+        """A mark to set in a stream."""
         return self._call("cudaEventCreate")
 
-    def mark(self, event: Any) -> None:
+    def mark(self, event: Any, stream: Any = None) -> None:
         """Set the mark after what is in the stream now."""
-        self._call("cudaEventRecord", event, self.stream)
+        self._call("cudaEventRecord", event, self._or_ours(stream))
+
+    def hold(self, event: Any, stream: Any = None) -> None:
+        """Let what comes next in the stream wait for the mark, as it is set now, in another."""
+        self._call("cudaStreamWaitEvent", self._or_ours(stream), event, 0)
 
     def wait_for(self, event: Any) -> None:
         """Wait until the stream has passed the mark; one that was never set is passed."""
@@ -127,6 +158,9 @@ class Cuda:
         """Free a recording."""
         self._release("cudaGraphExecDestroy", recording)
 
+    def _or_ours(self, stream: Any) -> Any:
+        return self.stream if stream is None else stream
+
     def _call(self, name: str, *arguments: Any) -> Any:
         values = self._calls(name, *arguments)
         return values[0] if values else None
@@ -144,11 +178,12 @@ class Cuda:
         return tuple(values)
 
 
-def open_cuda(extra: str) -> Cuda:
+def open_cuda(extra: str, budget: int | None = None) -> Cuda:
     """Open the GPU.
 
     Args:
         extra: the one of wanx that brings cuda-python.
+        budget: bytes of its memory that this process may allocate in all.
 
     Raises:
         EnvironmentMismatchError: cuda-python is not installed, or there is no GPU that it can use.
@@ -167,7 +202,7 @@ def open_cuda(extra: str) -> Cuda:
             f"this machine has no GPU that CUDA can use ({found}); run on one that has, or `wanx "
             "build BUNDLE --target cpu` first"
         )
-    return Cuda(runtime)
+    return Cuda(runtime, budget)
 
 
 def _text(runtime: Any, code: Any) -> str:

@@ -1,4 +1,4 @@
-"""The weights that a plan reads: found in a bundle's files, and copied to the GPU once."""
+"""The weights that a plan reads: found in a bundle's files, and copied from there."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STAGE = 16 << 20  # bytes of each of the two pinned buffers
 
 @dataclass(frozen=True)
 class _Placed:
-    """A weight in the memory of all: its sources lie there one after the other."""
+    """A weight in the memory of its step: its sources lie there one after the other."""
 
     sources: tuple[TensorRef, ...]
     dtype: StoredType
@@ -32,21 +32,25 @@ class _Placed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightLayout:
-    """Where the weights of all steps go.
+class StepWeights:
+    """The weights of a step, in one piece of memory.
 
     Attributes:
-        offsets: by step, of each weight in the order of its program.
+        placed: they, in the order of their program.
         size: bytes of all together.
     """
 
     placed: tuple[_Placed, ...]
-    offsets: tuple[tuple[int, ...], ...]
     size: int
 
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each of them is in that memory."""
+        return tuple(weight.offset for weight in self.placed)
 
-def lay_out(plan: Plan, files: Iterable[Path], component: str) -> WeightLayout:
-    """Find every weight in the files; only their headers are read.
+
+def lay_out(plan: Plan, files: Iterable[Path], component: str) -> list[StepWeights]:
+    """Find every weight of each step in the files; only their headers are read.
 
     Raises:
         CorruptInputError: a weight is missing, or is not what the plan says.
@@ -54,11 +58,10 @@ def lay_out(plan: Plan, files: Iterable[Path], component: str) -> WeightLayout:
     known: dict[str, TensorRef] = {}
     for file in files:
         known |= read_header(file).entries
-    placed: list[_Placed] = []
-    offsets: list[tuple[int, ...]] = []
-    end = 0
+    steps: list[StepWeights] = []
     for step in plan.steps:
-        places = []
+        placed: list[_Placed] = []
+        end = 0
         for weight in plan.programs[step.program].weights:
             names = [f"{step.prefix}{source}" for source in weight.sources]
             for name in names:
@@ -72,14 +75,20 @@ def lay_out(plan: Plan, files: Iterable[Path], component: str) -> WeightLayout:
             if sum(math.prod(source.shape) for source in sources) != count:
                 raise misshaped_weight(component, names[0], sources[0].shape, weight.shape)
             placed.append(_Placed(sources, weight.dtype, end))
-            places.append(end)
             end += rounded(count * NUMPY[weight.dtype].itemsize)
-        offsets.append(tuple(places))
-    return WeightLayout(placed=tuple(placed), offsets=tuple(offsets), size=end)
+        steps.append(StepWeights(placed=tuple(placed), size=end))
+    return steps
 
 
-def upload(layout: WeightLayout, address: int, cuda: Cuda) -> None:
-    """Copy the weights to the GPU's memory at ``address``.
+def copy_to_host(weights: StepWeights, address: int) -> None:
+    """Copy the weights of a step to the host's memory at ``address``."""
+    memory = host_view(address, weights.size)
+    for offset, chunk in _chunks([(weights, 0)]):
+        memory[offset : offset + len(chunk)] = chunk
+
+
+def copy_to_device(steps: Iterable[tuple[StepWeights, int]], cuda: Cuda) -> None:
+    """Copy the weights of steps to the GPU's memory, each to its address.
 
     One of two pinned buffers is filled from the files while the other is copied.
 
@@ -93,10 +102,10 @@ def upload(layout: WeightLayout, address: int, cuda: Cuda) -> None:
             pinned.append(cuda.allocate_pinned(STAGE))
             marks.append(cuda.event())
         turn = 0
-        for offset, chunk in _chunks(layout):
+        for address, chunk in _chunks(steps):
             cuda.wait_for(marks[turn])
             host_view(pinned[turn], STAGE)[: len(chunk)] = chunk
-            cuda.to_device(address + offset, pinned[turn], len(chunk))
+            cuda.to_device(address, pinned[turn], len(chunk))
             cuda.mark(marks[turn])
             turn = 1 - turn
     finally:
@@ -109,26 +118,28 @@ def upload(layout: WeightLayout, address: int, cuda: Cuda) -> None:
     cuda.wait()
 
 
-def _chunks(layout: WeightLayout) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+def _chunks(
+    steps: Iterable[tuple[StepWeights, int]],
+) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """Bytes of the weights in pieces that fit a pinned buffer, and where each goes."""
     files: dict[Path, NDArray[np.uint8]] = {}
-    for weight in layout.placed:
-        offset = weight.offset
-        for source in weight.sources:
+    for placed, base in ((placed, base) for step, base in steps for placed in step.placed):
+        address = base + placed.offset
+        for source in placed.sources:
             if source.file not in files:
                 files[source.file] = np.memmap(source.file, np.uint8, mode="r")
             stored = files[source.file][source.offset : source.offset + source.nbytes]
             found = source.dtype
             width = DTYPE_BYTES[found]
-            step = width * (STAGE // max(width, DTYPE_BYTES[weight.dtype]))
-            for start in range(0, stored.nbytes, step):
-                chunk = stored[start : start + step]
-                if found != weight.dtype:
+            portion = width * (STAGE // max(width, DTYPE_BYTES[placed.dtype]))
+            for start in range(0, stored.nbytes, portion):
+                chunk = stored[start : start + portion]
+                if found != placed.dtype:
                     # A tensor may lie at any byte of its file.
                     values = np.frombuffer(chunk.tobytes(), NUMPY[_float(found)])
-                    chunk = convert(values, found, weight.dtype).view(np.uint8)
-                yield offset, chunk
-                offset += chunk.nbytes
+                    chunk = convert(values, found, placed.dtype).view(np.uint8)
+                yield address, chunk
+                address += chunk.nbytes
 
 
 def _float(name: str) -> StoredType:

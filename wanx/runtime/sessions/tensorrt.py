@@ -1,6 +1,7 @@
 """Sessions on engines of TensorRT and TensorRT-RTX, on a GPU and without PyTorch.
 
-Weights go from the bundle's files to the GPU once, and stay there; so do constants and state.
+Weights go from the bundle's files to the GPU once, and stay there as far as they fit. Constants
+and state stay there too.
 """
 
 from __future__ import annotations
@@ -26,7 +27,14 @@ from wanx.trust import require_trusted
 class TensorRTSession(EngineSession):
     """A component as engines of TensorRT."""
 
-    def __init__(self, bundle: Bundle, component: str, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        component: str,
+        *,
+        threads: int | None = None,
+        vram_budget: int | None = None,
+    ) -> None:
         """Load ``component``; see :func:`wanx.runtime.sessions.open_session`.
 
         Raises:
@@ -42,14 +50,16 @@ class TensorRTSession(EngineSession):
         plan = read_plan(path)
         trt = _require_module(plan, bundle)
         with self._explained(), ExitStack() as stack:
-            cuda = open_cuda(self.target)
+            cuda = open_cuda(self.target, vram_budget)
             stack.callback(cuda.close)
             _require_gpu(plan, bundle, cuda.sm)
             require_trusted(bundle, component, self.target)
             files = [bundle.root / file for file in record.weights]
             weights = lay_out(plan, files, component)
             loader = Loader(trt, cuda.sm, _rebuild(bundle, cuda.sm))
-            self._engine = Engine(plan, path.parent, record.outputs, weights, loader, cuda)
+            self._engine = Engine(
+                component, plan, path.parent, record.outputs, weights, loader, cuda
+            )
             stack.pop_all()
 
     @property
@@ -95,7 +105,7 @@ def _require_module(plan: Plan, bundle: Bundle) -> Any:
             f"the engines of {bundle.root} need {name}, which is not installed; pip install "
             f"'wanx[{target}]'"
         )
-    trt = import_tensorrt(name)
+    trt = import_tensorrt(name, parses=False)
     if version != trt.__version__:
         raise EnvironmentMismatchError(
             f"the engines of {bundle.root} were built for {plan.compiler}, found {name} "

@@ -14,16 +14,17 @@ from wanx.engine_plan import Plan
 from wanx.errors import WanxError
 from wanx.runtime.sessions.base import NEXT, Array, State
 from wanx.runtime.sessions.cuda import Cuda, CudaError
-from wanx.runtime.sessions.device_memory import Arena, Block, DeviceTensor, host_view
+from wanx.runtime.sessions.device_memory import Arena, DeviceTensor
+from wanx.runtime.sessions.device_weights import GIB, DeviceWeights
 from wanx.runtime.sessions.engine_session import MOST_SHAPES, WARM_UPS, KernelTime, last_use
-from wanx.runtime.sessions.engine_weights import WeightLayout, upload
-from wanx.runtime.sessions.stored_types import NUMPY, as_float32, as_input
+from wanx.runtime.sessions.engine_weights import StepWeights
+from wanx.runtime.sessions.staging import Staging, read
+from wanx.runtime.sessions.stored_types import as_input
 from wanx.runtime.sessions.tensorrt_loader import Loader, TensorRTError
 from wanx.runtime.sessions.tensorrt_profile import layer_times
 from wanx.runtime.sessions.tensorrt_program import LoadedProgram, Shape
 from wanx.runtime.sessions.tensorrt_shapes import Place, StepShapes, walk
 
-GIB = 1 << 30
 Shapes = dict[str, Shape]
 Key = tuple[tuple[tuple[str, Shape], ...], frozenset[str]]
 _log = logging.getLogger("wanx.runtime")
@@ -32,30 +33,35 @@ _log = logging.getLogger("wanx.runtime")
 class Engine:
     """A loaded plan.
 
-    The first run of a shape takes all the memory that the shape needs, and keeps it. Its third run
-    is recorded as one CUDA graph, unless there is state; ``WANX_CUDA_GRAPHS=0`` turns that off.
+    Weights are loaded at once, as many as the memory holds. The first run of a shape takes all the
+    memory that the shape needs, and keeps it; weights make room where there is too little, and are
+    streamed from then on. The third run of a shape is recorded as one CUDA graph, unless there is
+    state or streaming; ``WANX_CUDA_GRAPHS=0`` turns that off.
     """
 
     def __init__(
         self,
+        component: str,
         plan: Plan,
         folder: Path,
         outputs: Sequence[str],
-        weights: WeightLayout,
+        weights: Sequence[StepWeights],
         loader: Loader,
         cuda: Cuda,
     ) -> None:
         """Load programs and weights.
 
         Args:
+            component: its name, for the log.
             plan: what runs.
             folder: where its programs are.
             outputs: the values to return.
-            weights: where each weight comes from and goes to.
+            weights: of each step, where they come from.
             loader: loads engines.
             cuda: the GPU; closed with the engine.
         """
         self.plan = plan
+        self._component = component
         self._outputs = outputs
         self._last_use = last_use(plan, outputs)
         self._cuda = cuda
@@ -64,18 +70,14 @@ class Engine:
         self._bound = 0  # how often they were given
         self._places: dict[Key, Place] = {}
         self._records = os.environ.get("WANX_CUDA_GRAPHS") != "0"
-        self._pinned = Arena.pinned(cuda)
+        self._staging = Staging(cuda)
         self._programs: dict[str, LoadedProgram] = {}
-        self._weights = Arena.on_device(cuda)
-        self._held: Block | None = None
+        self._weights = DeviceWeights(plan, weights, cuda)
         try:
-            self._require_memory(weights.size, "its weights take")
+            self._require_memory(self._weights.least, "its weights take")
             for name, program in plan.programs.items():
                 self._programs[name] = LoadedProgram(loader, folder / program.file, program)
-            self._held = self._weights.take(weights.size)
-            base = self._held.address
-            self._addresses = [[base + offset for offset in of] for of in weights.offsets]
-            upload(weights, base, cuda)
+            self._fit_weights(0, "its weights take")
         except BaseException:
             self.close()
             raise
@@ -134,9 +136,8 @@ class Engine:
             program.close()
         self._programs.clear()
         self._constants.clear()
-        self._held = None
         self._weights.close()
-        self._pinned.close()
+        self._staging.close()
         self._cuda.close()
 
     def _run(
@@ -146,29 +147,29 @@ class Engine:
         held: Mapping[str, DeviceTensor],
         state: State | None,
     ) -> dict[str, Array]:
-        staged = [self._send(array, place.given[name]) for name, array in sent.items()]
+        staged = [self._staging.send(array, place.given[name]) for name, array in sent.items()]
         place.runs += 1
-        records = self._records and state is None and place.runs > WARM_UPS
+        alike = state is None and not self._weights.streamed
+        records = self._records and alike and place.runs > WARM_UPS
         if records and (place.recording is not None or self._record(place)):
             self._cuda.replay(place.recording)
             made = place.outputs
         else:
             made = self._launch(place, held)
         kept = {n for n in made if state is not None and n.endswith(NEXT)}
-        back = {n: self._fetch(tensor) for n, tensor in made.items() if n not in kept}
+        back = {n: self._staging.fetch(tensor) for n, tensor in made.items() if n not in kept}
         self._cuda.wait()
         staged.clear()
         place.bound = self._bound
         if state is not None:
             state |= {name.removesuffix(NEXT): made[name] for name in kept}
-        return {name: _read(made[name], block) for name, block in back.items()}
+        return {name: read(made[name], block) for name, block in back.items()}
 
     def _launch(self, place: Place, held: Mapping[str, DeviceTensor]) -> dict[str, DeviceTensor]:
         """Put every step into the stream; memory goes on to the next step that needs as much."""
         values = {**place.given, **held}
-        for step, shapes, weights, done in zip(
-            self.plan.steps, place.walk.steps, self._addresses, self._last_use, strict=True
-        ):
+        steps = zip(self.plan.steps, place.walk.steps, self._last_use, strict=True)
+        for weights, (step, shapes, done) in zip(self._weights.in_turn(), steps, strict=True):
             given = [values[name] for name in step.inputs]
             made = self._enqueue(step.program, shapes, given, weights, place)
             values |= dict(zip(step.outputs, made, strict=True))
@@ -222,7 +223,7 @@ class Engine:
         found = walk(self.plan, self._programs, shapes, given, self._last_use, self._cuda.stream)
         if len(self._places) == MOST_SHAPES:
             self._drop(next(iter(self._places)))
-        self._require_memory(found.needed, "this size takes")
+        self._make_room(found.needed)
         place = Place(found, Arena.on_device(self._cuda))
         try:
             place.take(self.plan, {name: shapes[name] for name in given})
@@ -232,20 +233,40 @@ class Engine:
         self._places[key] = place
         return place
 
-    def _require_memory(self, needed: int, what: str) -> None:
-        """Refuse what does not fit before anything is computed; memory of other shapes goes first.
+    def _make_room(self, needed: int) -> None:
+        """Free ``needed`` bytes before anything is computed: of other shapes, then of weights.
 
         Raises:
             MemoryError: says what is needed, and what there is.
+            WanxError: the host has too little memory to stream from.
         """
-        free = self._cuda.free_memory()
-        while needed > free and self._places:
+        while needed > self._cuda.available_memory() and self._places:
             self._drop(next(iter(self._places)))
-            free = self._cuda.free_memory()
-        sizes = f"{needed / GIB:.2f} GiB of the GPU's memory, and {free / GIB:.2f} GiB are free"
-        _log.info("%s about %s", what, sizes)
-        if needed > free:
-            raise MemoryError(f"{what} about {sizes}")
+        weights = self._weights
+        if needed > self._cuda.available_memory() or not weights.loaded:
+            self._fit_weights(needed, "this size takes")
+        ours = weights.held + sum(place.walk.needed for place in self._places.values())
+        _log.info(
+            "%s: %.2f of %.2f GiB of GPU memory%s",
+            self._component,
+            (ours + needed) / GIB,
+            (ours + self._cuda.available_memory()) / GIB,
+            f", {weights.streamed} of {weights.blocks} blocks streamed" if weights.streamed else "",
+        )
+
+    def _fit_weights(self, needed: int, what: str) -> None:
+        """Load weights into all memory but ``needed`` bytes; see :meth:`_make_room`."""
+        self._require_memory(self._weights.least + needed, what)
+        self._weights.fit(self._cuda.available_memory() + self._weights.held - needed)
+
+    def _require_memory(self, needed: int, what: str) -> None:
+        """Raise MemoryError for what does not fit even if everything of ours made room."""
+        room = self._cuda.available_memory() + self._weights.held
+        if needed > room:
+            raise MemoryError(
+                f"{what} at least {needed / GIB:.2f} GiB of the GPU's memory, and {room / GIB:.2f} "
+                "GiB are free or allowed by --vram-budget"
+            )
 
     def _drop(self, key: Key) -> None:
         self._places.pop(key).close(self._cuda.free_recording)
@@ -275,22 +296,3 @@ class Engine:
             }
             for group in groups
         ]
-
-    def _send(self, array: Array, tensor: DeviceTensor) -> Block:
-        """Queue a copy to the GPU; what is returned must stay until it is done."""
-        block = self._pinned.take(array.nbytes)
-        host_view(block.address, array.nbytes)[:] = array.reshape(-1).view(np.uint8)
-        self._cuda.to_device(tensor.address, block.address, array.nbytes)
-        return block
-
-    def _fetch(self, tensor: DeviceTensor) -> Block:
-        """Queue a copy to the host."""
-        block = self._pinned.take(tensor.nbytes)
-        self._cuda.to_host(block.address, tensor.address, tensor.nbytes)
-        return block
-
-
-def _read(tensor: DeviceTensor, block: Block) -> Array:
-    """What was copied to pinned memory, as float32 in memory of its own."""
-    stored = host_view(block.address, tensor.nbytes).view(NUMPY[tensor.dtype])
-    return as_float32(stored, tensor.dtype).reshape(tensor.shape)

@@ -28,8 +28,12 @@ _FILES = (f"{_LIBRARY}.1", "libtensorrt_onnxparser_rtx.so.1")
 
 
 @cache
-def import_tensorrt(name: str) -> Any:
+def import_tensorrt(name: str, *, parses: bool = True) -> Any:
     """Import ``tensorrt`` or ``tensorrt_rtx``.
+
+    Args:
+        name: of the module.
+        parses: whether its parser is going to be used.
 
     Raises:
         EnvironmentMismatchError: it is not installed, or was imported elsewhere before, where its
@@ -39,8 +43,9 @@ def import_tensorrt(name: str) -> Any:
         raise EnvironmentMismatchError(
             f"{name} is not installed; pip install {PACKAGES[name]} installs it"
         )
-    if name == "tensorrt_rtx" and sys.platform == "linux":
-        _name_library(imported=name in sys.modules)
+    imported = name in sys.modules
+    if name == "tensorrt_rtx" and sys.platform == "linux" and (parses or not imported):
+        _name_library(imported=imported)
     return importlib.import_module(name)
 
 
