@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,17 +16,17 @@ from checkpoints import OUR_CLIP, OUR_T5, TASKS
 from eightbit import SMALL
 from onnx_runs import as_numpy
 from safetensors import safe_open
+from tensorrt_segments import KINDS, spec_of, values_of
 from torch import Tensor
 
 import wanx
 from wanx.benchmarks.metrics import cosine, psnr_db
 from wanx.builtin import builtin_bundle
 from wanx.bundle import open_bundle, verify_bundle
-from wanx.config import PRESETS, DiTConfig
+from wanx.config import PRESETS
 from wanx.engine_plan import read_plan
 from wanx.errors import UsageError, WanxError
 from wanx.export.components import (
-    ComponentSpec,
     dit_spec,
     image_encoder_spec,
     text_encoder_spec,
@@ -37,8 +36,7 @@ from wanx.export.components import (
 from wanx.export.cut import cut
 from wanx.export.functional import Functional
 from wanx.export.quantized_spec import quantized_spec
-from wanx.export.recipe import Recipe, dit_candidates, text_recipe
-from wanx.export.scheme import SCHEMES, QuantizeOptions
+from wanx.export.recipe import text_recipe
 from wanx.export.segments import Segment
 from wanx.export.targets import tensorrt
 from wanx.export.targets import tensorrt_flavour as flavours
@@ -54,26 +52,6 @@ if find_spec("tensorrt_rtx") is None:
     pytest.skip("TensorRT-RTX is not installed", allow_module_level=True)
 trt = import_tensorrt("tensorrt_rtx")
 WIDE = replace(PRESETS["t2v-1.3B"].dit, num_layers=2)
-KINDS = {"bf16": None, "int8": "int8", "fp8": "fp8", "rows": "fp8", "attention": "fp8"}
-
-
-@functools.cache
-def spec_of(config: DiTConfig, kind: str) -> ComponentSpec:
-    spec, scheme = dit_spec(config), KINDS[kind]
-    if scheme is None:
-        return spec
-    options = QuantizeOptions(
-        activation_scale="dynamic" if kind == "rows" else "static",
-        attention="fp8" if kind == "attention" else "high",
-    )
-    layers, _ = dit_candidates(config, options)
-    attends = [f"blocks.{i}.self_attn.attend" for i in range(config.num_layers)]
-    recipe = Recipe(
-        scheme=SCHEMES[scheme], options=options,
-        layers=dict.fromkeys(layers, None if kind == "rows" else 0.1),
-        attention=dict.fromkeys(attends if kind == "attention" else [], (0.1, 0.1, 0.1)),
-    )  # fmt: skip
-    return quantized_spec(spec, recipe)
 
 
 def layers_of(
@@ -83,32 +61,6 @@ def layers_of(
     graph = segment_graph(segment, axes).SerializeToString()
     engine, lines = build_engine(trt, graph, tensorrt.shapes_of(segment, sizes), sms)
     return engine, tensorrt.count_layers(lines)
-
-
-def values_of(segment: Segment, axes: dict[str, int]) -> list[Tensor]:
-    """Random inputs and weights, of a size that 8 bits are made for."""
-    generator = torch.Generator().manual_seed(0)
-    values = []
-    for item in segment.inputs:
-        shape = item.example(axes, "meta").shape
-        if item.dtype == torch.int64:
-            values.append(torch.randint(0, 50, shape, generator=generator))
-        else:
-            values.append(torch.randn(shape, generator=generator).to(item.dtype))
-    for name, parameter in segment.parameters:
-        value = torch.randn(parameter.shape, generator=generator)
-        if parameter.dtype == torch.int8:
-            value = (value * 40).clamp(-127, 127)
-        elif parameter.dtype == torch.float8_e4m3fn:
-            value = value * 100
-        elif name.endswith("weight_scale"):
-            value = 1e-3 + 1e-4 * value.abs()
-        elif name.endswith("_scale"):
-            value = torch.full_like(value, 0.03)
-        elif parameter.ndim > 1:
-            value = value * parameter[0].numel() ** -0.5
-        values.append(value.to(parameter.dtype))
-    return values
 
 
 def run_graph(segment: Segment, traced: dict[str, int], values: list[Tensor]) -> list[Tensor]:

@@ -136,7 +136,7 @@ def with_engines(
         return manifest.model_copy(update={"target": kind})
     specs = {
         spec.name: (
-            _as_stored(spec, root, manifest),
+            as_stored(spec, root, manifest),
             types(spec.weights, manifest.components[spec.name]),
         )
         for spec in component_specs(manifest.config)
@@ -177,7 +177,8 @@ def _listing(manifest: Manifest, kind: str, engines: dict[str, str], folder: Pat
     return manifest.model_copy(update={"components": components, "files": files})
 
 
-def _as_stored(spec: ComponentSpec, root: Path, manifest: Manifest) -> ComponentSpec:
+def as_stored(spec: ComponentSpec, root: Path, manifest: Manifest) -> ComponentSpec:
+    """The component with the 8-bit layers that a bundle has it with."""
     component = manifest.components[spec.name]
     if component.quantization is None:
         return spec
