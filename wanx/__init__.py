@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,24 +115,50 @@ def export(
     return run_export(options, progress)
 
 
-def build(bundle: str | Path, *, target: str = "aoti", progress: Progress = silent) -> Bundle:
+def build(
+    bundle: str | Path,
+    *,
+    target: str = "aoti",
+    progress: Progress = silent,
+    plugins: str = "auto",
+    sizes: Sequence[tuple[int, int]] = (),
+    frames: int | None = None,
+    workspace: int | None = None,
+    opt_level: int | None = None,
+) -> Bundle:
     """Build the engines of another target into a bundle, which runs on them from then on.
 
     Args:
         bundle: folder made by :func:`export`.
-        target: ``aoti``, or ``cpu``, which needs none.
+        target: ``aoti``, ``rtx:sm89`` (and other GPUs, with commas), ``tensorrt``,
+            ``tensorrt:sm80+``, or ``cpu``, which needs none.
         progress: told how far each stage is.
+        plugins: of TensorRT: ``auto``, ``none``, or kernels of ours with commas between them.
+        sizes: width and height in pixels that TensorRT's engines cover, the usual one first; none
+            covers all of Wan2.1.
+        frames: most frames that they cover; None takes the model's own.
+        workspace: most bytes that one of their kernels may work in; None leaves it to TensorRT.
+        opt_level: 0 to 5, of TensorRT's builder; None leaves it to TensorRT.
 
     Raises:
+        UsageError: an option is out of range, or there is no such target.
         WanxError: the bundle is damaged or cannot be written, or the target cannot be built here.
     """
     from wanx.export import require_packages
 
     require_packages()
     from wanx.bundle import open_bundle
+    from wanx.export.build import EngineOptions
     from wanx.export.build import build as run_build
+    from wanx.export.targets.tensorrt_tuning import Tuning
 
-    return run_build(open_bundle(Path(bundle)), target, progress)
+    options = EngineOptions(
+        plugins=plugins,
+        sizes=tuple(sizes),
+        frames=frames,
+        tuning=Tuning(workspace=workspace, opt_level=opt_level),
+    )
+    return run_build(open_bundle(Path(bundle)), target, progress, options)
 
 
 def compare(

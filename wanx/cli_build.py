@@ -12,7 +12,7 @@ from wanx.interruption import ends_at_interrupt
 
 def build(
     bundle: BundlePath,
-    target: Annotated[str, option(help="As for export: aoti, rtx:sm89, tensorrt or cpu.")] = "aoti",
+    target: Annotated[str, option(help="As for export: aoti, rtx:sm89, tensorrt, cpu.")] = "aoti",
     plugins: Annotated[
         str,
         option(

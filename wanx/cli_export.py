@@ -30,7 +30,8 @@ def export(
         str,
         option(
             help="What will run the bundle: cpu, aoti (compiled for this GPU), rtx:sm89 "
-            "(TensorRT-RTX for such GPUs, several with commas), or tensorrt (for this GPU)."
+            "(TensorRT-RTX for such GPUs, several with commas), tensorrt (for this GPU) or "
+            "tensorrt:sm80+ (and all newer ones)."
         ),
     ] = "cpu",
     task: Annotated[

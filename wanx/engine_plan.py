@@ -75,8 +75,8 @@ class Plan(_Record):
     Attributes:
         schema_version: of this format.
         compiler: what compiled it, such as ``torch 2.13.0``.
-        device: what it was compiled for: ``cpu``, an NVIDIA GPU such as ``sm90``, or several such
-            as ``sm89+sm120``.
+        device: what it was compiled for: ``cpu``, an NVIDIA GPU such as ``sm90``, several such as
+            ``sm89+sm120``, or one and all newer ones, ``sm80+``.
         types: per graph input, the type that its program takes.
         batched: graph inputs whose first axis is the batch.
         batch_limit: up to how many tokens two batch entries are faster at once than in turn.
@@ -86,7 +86,7 @@ class Plan(_Record):
 
     schema_version: Literal[1] = 1
     compiler: Text
-    device: Annotated[str, StringConstraints(pattern="^(cpu|sm[0-9]{2,3}([+]sm[0-9]{2,3})*)$")]
+    device: Annotated[str, StringConstraints(pattern="^(cpu|sm[0-9]{2,3}([+]sm[0-9]{2,3})*[+]?)$")]
     types: dict[Name, InputType]
     batched: tuple[Name, ...] = ()
     batch_limit: Size = 0

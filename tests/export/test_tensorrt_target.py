@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -42,7 +44,8 @@ from wanx.export.targets import tensorrt
 from wanx.export.targets import tensorrt_flavour as flavours
 from wanx.export.targets.tensorrt_graph import OUTPUT, WEIGHT, segment_graph
 from wanx.export.targets.tensorrt_ranges import Range, ranges
-from wanx.export.targets.tensorrt_worker import build_engine
+from wanx.export.targets.tensorrt_tuning import BY_ITSELF, Tuning
+from wanx.export.targets.tensorrt_worker import build_engine, choose_gpus
 from wanx.models.vae import WanVAE
 from wanx.runtime.options import RunOptions
 from wanx.runtime.pipeline import Pipeline
@@ -51,6 +54,7 @@ from wanx.runtime.sessions.tensorrt_library import import_tensorrt
 if find_spec("tensorrt_rtx") is None:
     pytest.skip("TensorRT-RTX is not installed", allow_module_level=True)
 trt = import_tensorrt("tensorrt_rtx")
+NEWER = flavours.Flavour(target="tensorrt", sms=(80,), newer=True)
 WIDE = replace(PRESETS["t2v-1.3B"].dit, num_layers=2)
 
 
@@ -217,17 +221,23 @@ def test_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert plan.types.keys() == set(component.inputs)
     assert {c.problem for c in verify_bundle(root)} == {None}
 
-    def build(*_: object) -> None:
-        built.append(1)
+    def build(*given: Any) -> None:
+        built.append(given)
         raise WanxError("stop")
 
-    built: list[int] = []
+    built: list[tuple[Any, ...]] = []
     monkeypatch.setattr(tensorrt, "build", build)
     assert wanx.build(root, target="rtx:sm89").hash == bundle.hash
     assert not built
     with pytest.raises(WanxError, match="stop"):
         wanx.build(root, target="rtx:sm120")
-    assert built
+    options = {"sizes": [(48, 80)], "frames": 5, "plugins": "GeluQuantize"}
+    with pytest.raises(WanxError, match="stop"):
+        wanx.build(root, target="rtx:sm89", **options, workspace=1 << 28, opt_level=1)
+    default, asked = built
+    assert default[5:7] == ((), BY_ITSELF)
+    assert asked[3]["L"] == Range(least=1, usual=2 * 3 * 5, most=2 * 3 * 5)
+    assert asked[5:7] == (("GeluQuantize",), Tuning(workspace=1 << 28, opt_level=1))
     assert open_bundle(root).hash == bundle.hash
     assert wanx.build(root, target="cpu").manifest.target == "cpu"
 
@@ -284,13 +294,50 @@ def test_products_that_are_not_8_bit_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "sms"),
-    [("rtx", ()), ("rtx:sm89", (89,)), ("rtx:sm120,sm89,sm120", (89, 120)), ("tensorrt", ())],
+    ("target", "sms", "device"),
+    [
+        ("rtx", (), ""),
+        ("rtx:sm89", (89,), "sm89"),
+        ("rtx:sm120,sm89,sm120", (89, 120), "sm89+sm120"),
+        ("tensorrt", (), ""),
+        ("tensorrt:sm80+", (80,), "sm80+"),
+    ],
 )
-def test_targets(target: str, sms: tuple[int, ...]) -> None:
+def test_targets(target: str, sms: tuple[int, ...], device: str) -> None:
     flavour = flavours.parse_target(target)
     assert flavour is not None
-    assert flavour.sms == sms
+    assert (flavour.sms, flavour.device) == (sms, device)
+
+
+def test_the_gpu_that_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full TensorRT builds with the kernels of its own GPU, which have to run on older ones too."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    built = {
+        target: flavours.for_this_machine(parsed).device
+        for target in ("rtx", "rtx:sm120", "tensorrt", "tensorrt:sm80+")
+        if (parsed := flavours.parse_target(target)) is not None
+    }
+    assert built == {
+        "rtx": "sm90", "rtx:sm120": "sm120", "tensorrt": "sm90", "tensorrt:sm80+": "sm80+"
+    }  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(UsageError, match=r"a GPU of sm80\+ has to build for it, .* is sm75"):
+        flavours.for_this_machine(NEWER)
+
+
+def test_gpus_of_the_builder() -> None:
+    """What full TensorRT, which RTX takes no level from, is told; what comes of it needs a GPU."""
+    full = SimpleNamespace(hardware_compatibility_level=None)
+    choose_gpus(trt, full, (90,), newer=False)
+    assert full.hardware_compatibility_level is None
+    choose_gpus(trt, full, (80,), newer=True)
+    assert full.hardware_compatibility_level == trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    config = builder.create_builder_config()
+    choose_gpus(trt, config, (89, 120), newer=False)
+    capabilities = [config.get_compute_capability(place) for place in range(2)]
+    assert capabilities == [trt.ComputeCapability.SM89, trt.ComputeCapability.SM120]
 
 
 @pytest.mark.parametrize("target", ["cpu", "aoti", "rt", "rtxx:sm89"])
@@ -305,7 +352,16 @@ def test_other_targets(target: str) -> None:
             lambda: flavours.parse_target("rtx:sm90"),
             "does not build for sm90; choose from sm75,",
         ),
-        (lambda: flavours.parse_target("tensorrt:sm89"), "leave out what follows"),
+        (lambda: flavours.parse_target("tensorrt:sm89"), "follows, or write tensorrt:sm80.+ for"),
+        (lambda: flavours.for_this_machine(NEWER), "for this machine's GPU, and PyTorch finds"),
+        (
+            lambda: flavours.require_precision(NEWER, "fp8"),
+            "sm80 has no FP8; choose --precision int8, or sm89 or newer",
+        ),
+        (
+            lambda: flavours.require_plugins(NEWER, ("GeluQuantize",)),
+            "plug-ins hold kernels for GPUs by name; leave --plugins out, or sm80.+",
+        ),
         (
             lambda: flavours.require_precision(flavours.Flavour(target="rtx", sms=(86,)), "fp8"),
             "sm86 has no FP8; choose --precision int8, or sm89 or newer",
@@ -339,6 +395,9 @@ def test_sizes_that_are_covered() -> None:
     assert asked["h"] == Range(least=1, usual=60, most=160)
     assert asked["w"] == Range(least=1, usual=104, most=104)
     assert asked["B"] == Range(least=1, usual=1, most=2)
+    for options in ({"frames": 0}, {"sizes": [(832, 0)]}):
+        with pytest.raises(UsageError, match="no engine covers"):
+            ranges(config, **options)
 
 
 @pytest.mark.parametrize(

@@ -504,6 +504,7 @@ def test_a_size_that_is_not_covered(bundle: Any, cuda: FakeCuda, trt: FakeTensor
     [
         ({"compiler": "tensorrt 10.0"}, "built for tensorrt 10.0, found tensorrt 99.0: run"),
         ({"device": "sm90+sm120"}, "built for sm90[+]sm120, found sm89: run"),
+        ({"device": "sm90+"}, "built for sm90[+], found sm89: run"),
     ],
 )
 def test_engines_of_another_machine(
@@ -515,6 +516,15 @@ def test_engines_of_another_machine(
     assert f"`wanx build {bundle.root} --target tensorrt`" in str(caught.value)
     assert trt.order == []
     nothing_left(cuda)
+
+
+@pytest.mark.parametrize("device", ["sm80+", "sm89+", "sm89", "sm80+sm89"])
+def test_engines_for_this_machine_among_others(
+    bundle: Any, cuda: FakeCuda, trt: FakeTensorRT, device: str
+) -> None:
+    rewrite(bundle, dit_plan(device=device))
+    with open_dit(bundle) as session:
+        assert session.run(feeds(7, 0) | rope(7))["velocity"].shape[1] == 7
 
 
 def test_rtx_is_told_for_which_gpu(bundle: Any, cuda: FakeCuda, trt: FakeTensorRT) -> None:

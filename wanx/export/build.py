@@ -125,6 +125,7 @@ def with_engines(
         )
         types = tensorrt_flavour.compute_type
         wanted = tensorrt_flavour.parse_plugins(options.plugins)
+        tensorrt_flavour.require_plugins(flavour, wanted)
         tuning = options.tuning
         words = [flavour.compiler(), *wanted, repr(sorted(covered.items())), str(tuning)]
         compiler = " ".join(filter(None, words))

@@ -77,8 +77,8 @@ def build(
             (place / f"{segment_name}.onnx").write_bytes(graph.SerializeToString())
         jobs = {n: shapes_of(segment, ranges) for n, segment in parts.segments.items()}
         request = {
-            "module": MODULES[flavour.target], "sms": flavour.sms, "plugins": bool(plugins),
-            "tuning": asdict(tuning), "jobs": jobs,
+            "module": MODULES[flavour.target], "sms": flavour.sms, "newer": flavour.newer,
+            "plugins": bool(plugins), "tuning": asdict(tuning), "jobs": jobs,
         }  # fmt: skip
         words = _work(place, request, tell)
         for segment_name, segment in parts.segments.items():

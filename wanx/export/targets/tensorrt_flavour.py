@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from wanx.manifest import Component
 from wanx.runtime.sessions.tensorrt_library import MODULES, RTX_SMS, import_tensorrt
 
 FP8_SM, BF16_SM = 89, 80
+NEWER = "sm80+"  # what full TensorRT calls its hardware compatibility level AMPERE_PLUS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +24,12 @@ class Flavour:
     Attributes:
         target: ``rtx`` or ``tensorrt``.
         sms: GPUs such as 89; none stands for that of this machine.
+        newer: whether for all newer GPUs too.
     """
 
     target: str
     sms: tuple[int, ...] = ()
+    newer: bool = False
 
     def module(self) -> Any:
         """Import it.
@@ -38,7 +42,7 @@ class Flavour:
     @property
     def device(self) -> str:
         """The GPUs as a plan names them."""
-        return "+".join(f"sm{sm}" for sm in self.sms)
+        return "+".join(f"sm{sm}" for sm in self.sms) + ("+" if self.newer else "")
 
     def compiler(self) -> str:
         """What builds, and its version.
@@ -50,7 +54,7 @@ class Flavour:
 
 
 def parse_target(target: str) -> Flavour | None:
-    """Read ``rtx``, ``rtx:sm89`` or ``rtx:sm89,sm120``, or ``tensorrt``; None for anything else.
+    """Read ``rtx``, ``rtx:sm89,sm120``, ``tensorrt`` or ``tensorrt:sm80+``; None for others.
 
     Raises:
         UsageError: a GPU that the flavour does not build for.
@@ -58,8 +62,13 @@ def parse_target(target: str) -> Flavour | None:
     name, _, asked = target.partition(":")
     if name not in MODULES:
         return None
+    if name == "tensorrt" and asked == NEWER:
+        return Flavour(target=name, sms=(BF16_SM,), newer=True)
     if name == "tensorrt" and asked:
-        raise UsageError("--target tensorrt builds for this machine's GPU; leave out what follows")
+        raise UsageError(
+            f"--target {target}: TensorRT builds for this machine's GPU; leave out what follows, "
+            f"or write tensorrt:{NEWER} for engines that all newer ones run too"
+        )
     wanted = asked.split(",") if asked else []
     for word in wanted:
         if word not in RTX_SMS:
@@ -94,9 +103,9 @@ def for_this_machine(flavour: Flavour) -> Flavour:
     """Name the GPU of this machine where none was asked for.
 
     Raises:
-        UsageError: there is none to name.
+        UsageError: there is none to name, or it is older than those to build for.
     """
-    if flavour.sms:
+    if flavour.target == "rtx" and flavour.sms:
         return flavour
     if not torch.cuda.is_available():
         hint = "; name one, as in rtx:sm89" if flavour.target == "rtx" else ""
@@ -104,7 +113,22 @@ def for_this_machine(flavour: Flavour) -> Flavour:
             f"--target {flavour.target} builds for this machine's GPU, and PyTorch finds none{hint}"
         )
     major, minor = torch.cuda.get_device_capability()
-    return replace(flavour, sms=(10 * major + minor,))
+    found = 10 * major + minor
+    if not flavour.newer:
+        return replace(flavour, sms=(found,))
+    if found < BF16_SM:
+        raise UsageError(f"a GPU of {NEWER} has to build for it, and this one is sm{found}")
+    return flavour
+
+
+def require_plugins(flavour: Flavour, plugins: Sequence[str]) -> None:
+    """Refuse kernels of ours for GPUs that are not named.
+
+    Raises:
+        UsageError: they were asked for.
+    """
+    if flavour.newer and plugins:
+        raise UsageError(f"plug-ins hold kernels for GPUs by name; leave --plugins out, or {NEWER}")
 
 
 def compute_type(group: str, component: Component) -> torch.dtype:

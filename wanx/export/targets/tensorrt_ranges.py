@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from wanx.config import ModelConfig
+from wanx.errors import UsageError
 
 # 81 frames of 1280x720, the largest videos of Wan2.1; smaller models have smaller limits.
 MOST_TOKENS = 75_600
@@ -42,7 +43,12 @@ def ranges(
 
     Returns:
         By axis: ``L`` tokens, ``B`` branches at once, ``n`` words, ``h`` and ``w`` of a latent.
+
+    Raises:
+        UsageError: there is no video of a size.
     """
+    if (frames is not None and frames < 1) or any(side < 16 for size in sizes for side in size):
+        raise UsageError(f"no engine covers {frames} frames of {sizes}; sides are 16 or more")
     defaults, stride = config.defaults, config.vae.spatial_stride
     longest = frames or defaults.frames
     cells = [(h // stride, w // stride) for w, h in sizes or [(defaults.width, defaults.height)]]

@@ -26,10 +26,21 @@ class Tuning:
     Attributes:
         workspace: most bytes that a kernel may work in.
         opt_level: 0 to 5; higher levels try more kernels and take longer.
+
+    Raises:
+        UsageError: one of them is out of range.
     """
 
     workspace: int | None = None
     opt_level: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.workspace is not None and self.workspace < 1:
+            raise UsageError(f"--workspace: {self.workspace} is not a size; give bytes, at least 1")
+        if self.opt_level is not None and self.opt_level not in _LEVELS:
+            raise UsageError(
+                f"--opt-level {self.opt_level} is not a level; choose 0 to {_LEVELS[-1]}"
+            )
 
     def __str__(self) -> str:
         """What tells builds apart; empty where nothing was asked for."""
@@ -52,8 +63,6 @@ def parse_tuning(workspace: str | None, opt_level: int | None) -> Tuning:
         if found is None or int(found[1]) == 0:
             raise UsageError(f"--workspace {workspace} is not a size; give one such as 4G or 512M")
         size = int(found[1]) << _UNITS[found[2].upper()]
-    if opt_level is not None and opt_level not in _LEVELS:
-        raise UsageError(f"--opt-level {opt_level} is not a level; choose 0 to {_LEVELS[-1]}")
     return Tuning(workspace=size, opt_level=opt_level)
 
 

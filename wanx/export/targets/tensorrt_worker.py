@@ -37,6 +37,7 @@ def build_engine(
     graph: bytes,
     shapes: Shapes,
     sms: Sequence[int],
+    newer: bool = False,
     tuning: Tuning = BY_ITSELF,
     tell: Callable[[float], None] = lambda done: None,
 ) -> tuple[bytes, list[str]]:
@@ -47,6 +48,7 @@ def build_engine(
         graph: in ONNX.
         shapes: least, usual and largest shape of each input with dynamic axes.
         sms: GPUs to build for, where this flavour can choose.
+        newer: whether for all from SM80 on, which full TensorRT can.
         tuning: options of the builder.
         tell: told how much is done, from 0 to 1, where this flavour tells.
 
@@ -68,10 +70,7 @@ def build_engine(
     _set(trt, "BuilderFlag", "REQUIRE_USER_ALLOCATION", config.set_flag)
     resize = partial(_enable, config)
     _set(trt, "PreviewFeature", "RUNTIME_ACTIVATION_RESIZE_10_10", resize)
-    if sms and hasattr(config, "num_compute_capabilities"):
-        config.num_compute_capabilities = len(sms)
-        for place, sm in enumerate(sms):
-            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), place)
+    choose_gpus(trt, config, sms, newer)
     profile = builder.create_optimization_profile()
     for name, (least, usual, most) in shapes.items():
         profile.set_shape(name, tuple(least), tuple(usual), tuple(most))
@@ -82,13 +81,31 @@ def build_engine(
         config.progress_monitor = watcher
     cache = None
     if trt.__name__ == MODULES["tensorrt"]:
-        cache = TimingCache(config, f"{trt.__version__}-{'-'.join(map(str, sms))}")
+        kinds = "-".join(map(str, sms)) + ("+" if newer else "")
+        cache = TimingCache(config, f"{trt.__version__}-{kinds}")
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise WanxError(f"TensorRT failed: {log.last_error()}")
     if cache is not None:
         cache.write()
     return bytes(plan), [line for text in log.lines for line in text.splitlines() if LAYER in line]
+
+
+def choose_gpus(trt: Any, config: Any, sms: Sequence[int], newer: bool) -> None:
+    """Tell a builder's configuration, which is for the GPU of this machine by itself.
+
+    Args:
+        trt: the module.
+        config: of the builder.
+        sms: GPUs to build for, where this flavour can choose.
+        newer: whether for all from SM80 on, which full TensorRT can.
+    """
+    if newer:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    elif sms and hasattr(config, "num_compute_capabilities"):
+        config.num_compute_capabilities = len(sms)
+        for place, sm in enumerate(sms):
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), place)
 
 
 def _set(trt: Any, kind: str, name: str, call: Callable[[Any], object]) -> None:
@@ -138,7 +155,9 @@ def main() -> None:
         try:
             graph = (folder / f"{name}.onnx").read_bytes()
             tell = partial(_tell, name)
-            engine, lines = build_engine(trt, graph, shapes, request["sms"], tuning, tell)
+            engine, lines = build_engine(
+                trt, graph, shapes, request["sms"], request["newer"], tuning, tell
+            )
             (folder / f"{name}.engine").write_bytes(engine)
             found = {"lines": lines}
         except WanxError as error:

@@ -120,7 +120,9 @@ def _require_gpu(plan: Plan, bundle: Bundle, found: str) -> None:
     Raises:
         EnvironmentMismatchError: says how to build them for this one.
     """
-    if found not in plan.device.split("+"):
+    built = plan.device.split("+")
+    newer = not built[-1] and int(found[2:]) >= int(built[-2][2:])  # sm80+
+    if found not in built and not newer:
         raise EnvironmentMismatchError(
             f"the engines of {bundle.root} were built for {plan.device}, found {found}: run "
             f"`{_rebuild(bundle, found)}`"
