@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -26,7 +27,7 @@ from wanx.benchmarks.metrics import cosine, psnr_db
 from wanx.builtin import builtin_bundle
 from wanx.bundle import open_bundle, verify_bundle
 from wanx.config import PRESETS
-from wanx.engine_plan import read_plan
+from wanx.engine_plan import Plan, read_plan
 from wanx.errors import UsageError, WanxError
 from wanx.export.components import (
     dit_spec,
@@ -252,34 +253,46 @@ def test_attention_that_is_taken_apart_is_refused() -> None:
         tensorrt.require_layers(segment, layers)
 
 
-def test_a_process_that_ends_is_told_by_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As when the parser aborts; here the worker ends at its second graph."""
-    script = tmp_path / "worker_that_ends.py"
+def build_with_worker(second: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """Build with a worker that does something else instead of its second engine."""
+    script = folder / "worker_that_ends.py"
     script.write_text(
-        "import json, os, sys\n"
+        "import errno, json, os, sys\n"
         "from pathlib import Path\n"
         "from wanx.export.targets import tensorrt_worker as worker\n"
         "whole, calls = worker.build_engine, []\n"
         "def build(*arguments):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 2:\n"
-        "        print('last words', file=sys.stderr, flush=True)\n"
-        "        os.abort()\n"
+        f"        {second}\n"
         "    return whole(*arguments)\n"
         "worker.build_engine = build\n"
         "worker.main()\n"
     )
     monkeypatch.setattr(tensorrt.tensorrt_worker, "__name__", "worker_that_ends")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    flavour = flavours.Flavour(target="rtx", sms=(89,))
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    return tensorrt.build(
+        dit_spec(PRESETS["tiny"].dit), torch.bfloat16, flavours.Flavour(target="rtx", sms=(89,)),
+        ranges(PRESETS["tiny"]), folder / "engines",
+    )  # fmt: skip
+
+
+def test_a_process_that_ends_is_told_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the parser aborts."""
     words = r"cannot build block of dit: TensorRT ended its process \(signal SIGABRT: last words\)"
+    second = "print('last words', file=sys.stderr, flush=True); os.abort()"
     with pytest.raises(WanxError, match=words):
-        tensorrt.build(
-            dit_spec(PRESETS["tiny"].dit), torch.bfloat16, flavour, ranges(PRESETS["tiny"]),
-            tmp_path / "engines",
-        )  # fmt: skip
+        build_with_worker(second, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """The process passes it on; what publishes the bundle makes a line of it."""
+    with pytest.raises(OSError, match="engines") as caught:
+        build_with_worker(f"raise OSError({code}, 'full')", tmp_path, monkeypatch)
+    assert caught.value.errno == code
 
 
 def test_what_tensorrt_does_not_read() -> None:

@@ -7,6 +7,7 @@ builds for GPUs that this machine need not have.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -32,7 +33,7 @@ from wanx.export.targets.tensorrt_flavour import Flavour
 from wanx.export.targets.tensorrt_graph import segment_graph
 from wanx.export.targets.tensorrt_ranges import Range
 from wanx.export.targets.tensorrt_tuning import BY_ITSELF, Tuning
-from wanx.export.targets.tensorrt_worker import REQUEST
+from wanx.export.targets.tensorrt_worker import DISK_FULL, REQUEST
 from wanx.interruption import undone_by_interrupt
 from wanx.models.quantized import DynamicQuantLinear, QuantAttend, QuantLinear
 from wanx.runtime.sessions.tensorrt_library import MODULES
@@ -64,13 +65,14 @@ def build(
 
     Raises:
         EnvironmentMismatchError: this TensorRT is not installed.
+        OSError: the disk is full.
         WanxError: an engine does not build, or is not what was asked for.
     """
     flavour.module()
     parts = cut(spec, dtype)
     folder.mkdir(parents=True)
     programs = {}
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=folder) as name:
         place = Path(name)
         for segment_name, segment in parts.segments.items():
             graph = segment_graph(segment, parts.axes, plugins=plugins, sms=flavour.sms)
@@ -115,7 +117,11 @@ def shapes_of(segment: Segment, ranges: Mapping[str, Range]) -> dict[str, list[l
 
 
 def _work(folder: Path, request: Mapping[str, Any], tell: Callable[[float], None]) -> str:
-    """Build all graphs in ``folder`` in a process that TensorRT may end; return its last words."""
+    """Build all graphs in ``folder`` in a process that TensorRT may end; return its last words.
+
+    Raises:
+        OSError: the disk is full.
+    """
     (folder / REQUEST).write_text(json.dumps(request), encoding="utf-8")
     jobs = list(request["jobs"])
     log = folder / "stderr"
@@ -132,6 +138,8 @@ def _work(folder: Path, request: Mapping[str, Any], tell: Callable[[float], None
         except BaseException:
             child.kill()
             raise
+    if child.returncode in DISK_FULL:
+        raise OSError(child.returncode, os.strerror(child.returncode), str(folder))
     said = (log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
     if child.returncode < 0:
         return f"signal {signal.Signals(-child.returncode).name}: {said:.200}"

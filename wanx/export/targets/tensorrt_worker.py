@@ -9,6 +9,7 @@ there is no engine.
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ from wanx.runtime.sessions.tensorrt_library import MODULES, import_tensorrt
 from wanx.runtime.sessions.tensorrt_plugin import register
 
 REQUEST = "request.json"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # exit codes then, too
 LAYER = "LayerType: "
 Shapes = Mapping[str, Sequence[Sequence[int]]]
 
@@ -143,8 +145,16 @@ def _tell(name: str, done: float) -> None:
 
 
 def main() -> None:
-    """Build what the folder asks for."""
-    folder = Path(sys.argv[1])
+    """Build what a folder asks for."""
+    try:
+        _build_all(Path(sys.argv[1]))
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            sys.exit(error.errno)
+        raise
+
+
+def _build_all(folder: Path) -> None:
     request = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
     trt = import_tensorrt(request["module"])
     if request["plugins"]:
