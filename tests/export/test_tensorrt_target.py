@@ -211,11 +211,11 @@ def test_a_block_of_full_size(kind: str, layers: dict[str, int], sms: tuple[int,
 def test_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every component of an image-to-video model; again is nothing to do, another GPU replaces."""
     root = Path(shutil.copytree(builtin_bundle("tiny-i2v"), tmp_path / "bundle"))
-    bundle = wanx.build(root, target="rtx:sm89")
+    bundle = wanx.build(root, target="rtx:sm89,sm120")
     assert bundle.manifest.target == "rtx"
     for name, component in bundle.manifest.components.items():
         plan = read_plan(root / component.engines["rtx"])
-        assert plan.device == "sm89"
+        assert plan.device == "sm89+sm120"
         assert plan.compiler == f"tensorrt_rtx {trt.__version__}"
         inputs = {n for step in plan.steps for n in step.inputs}
         assert set(component.inputs) <= inputs, name
@@ -228,7 +228,7 @@ def test_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     built: list[tuple[Any, ...]] = []
     monkeypatch.setattr(tensorrt, "build", build)
-    assert wanx.build(root, target="rtx:sm89").hash == bundle.hash
+    assert wanx.build(root, target="rtx:sm120,sm89").hash == bundle.hash
     assert not built
     with pytest.raises(WanxError, match="stop"):
         wanx.build(root, target="rtx:sm120")

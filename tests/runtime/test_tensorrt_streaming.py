@@ -80,7 +80,10 @@ def write_engines(folder: Path) -> None:
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Any:
-    """Blocks of equal size between an entry, one of whose outputs nothing reads, and an end."""
+    """Blocks of equal size between an entry, one of whose outputs nothing reads, and an end.
+
+    Some of the blocks are another program, as where a network adds hints.
+    """
     folder = tmp_path / "engines"
     folder.mkdir()
     write_engines(folder)
@@ -92,8 +95,14 @@ def bundle(tmp_path: Path) -> Any:
         )
         for name, of in shapes.items()
     }
+    programs["hinted"] = programs["block"]
     blocks = [
-        Step(program="block", prefix=f"blocks.{n}.", inputs=("x",), outputs=("x",))
+        Step(
+            program="hinted" if n % 3 else "block",
+            prefix=f"blocks.{n}.",
+            inputs=("x",),
+            outputs=("x",),
+        )
         for n in range(BLOCKS)
     ]
     first = Step(program="entry", prefix="entry.", inputs=("tokens",), outputs=("x", "unread"))

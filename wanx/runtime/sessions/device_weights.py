@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from wanx.engine_plan import Plan
 from wanx.errors import WanxError
 from wanx.runtime.sessions.cuda import Cuda, CudaError
 from wanx.runtime.sessions.engine_weights import StepWeights, copy_to_device, copy_to_host
@@ -19,8 +18,8 @@ GIB = 1 << 30
 class DeviceWeights:
     """Where the weights of each step are.
 
-    Only steps of one program are streamed, that whose weights are the most: they are equally large,
-    and what there is beside the blocks of a network is small. All that is streamed lies in pinned
+    Only steps whose weights are equally large are streamed, the blocks of a network, as what there
+    is beside them is small. All that is streamed lies in pinned
     memory of the host in the type that engines take, so that a copy is as fast as the bus.
 
     Attributes:
@@ -28,16 +27,15 @@ class DeviceWeights:
         least: bytes of the GPU's memory that they need at the least.
     """
 
-    def __init__(self, plan: Plan, steps: Sequence[StepWeights], cuda: Cuda) -> None:
-        """Plan for ``steps``, those of ``plan``; nothing is loaded."""
+    def __init__(self, steps: Sequence[StepWeights], cuda: Cuda) -> None:
+        """Plan for ``steps``; nothing is loaded."""
         self._steps = steps
         self._cuda = cuda
-        by_program: Counter[str] = Counter()
-        for step, weights in zip(plan.steps, steps, strict=True):
-            by_program[step.program] += weights.size
-        ((largest, _),) = by_program.most_common(1)
-        self._alike = [n for n, step in enumerate(plan.steps) if step.program == largest]
-        self._unit = steps[self._alike[0]].size
+        by_size: Counter[int] = Counter()
+        for weights in steps:
+            by_size[weights.size] += weights.size
+        ((self._unit, _),) = by_size.most_common(1)
+        self._alike = [n for n, weights in enumerate(steps) if weights.size == self._unit]
         self._total = sum(weights.size for weights in steps)
         self.blocks = len(self._alike)
         self.least = min(self._total, self._bytes(self.blocks))

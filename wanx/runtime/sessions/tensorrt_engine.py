@@ -72,7 +72,7 @@ class Engine:
         self._records = os.environ.get("WANX_CUDA_GRAPHS") != "0"
         self._staging = Staging(cuda)
         self._programs: dict[str, LoadedProgram] = {}
-        self._weights = DeviceWeights(plan, weights, cuda)
+        self._weights = DeviceWeights(weights, cuda)
         try:
             self._require_memory(self._weights.least, "its weights take")
             for name, program in plan.programs.items():
