@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -131,6 +132,31 @@ def test_full_size_costs_what_is_published(tmp_path: Path) -> None:
     config = PRESETS["t2v-14B"].dit
     moved = 2 * (2 * config.dim * config.ffn_dim + 4 * tokens * (config.dim + config.ffn_dim))
     assert linears.bytes == pytest.approx(config.num_layers * moved, rel=0.001)
+
+
+def test_an_epilogue_reads_what_it_adds(tmp_path: Path) -> None:
+    """Of x @ w + bias, GELU, plus a residual: both operands, the result, bias and residual."""
+    x, residual = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, "L", width])
+        for name, width in (("x", 8), ("residual", 16))
+    )
+    made = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, "L", 16])
+    weights = [
+        onnx.numpy_helper.from_array(np.zeros(shape, np.float32), f"blocks.0.ffn.0.{name}")
+        for name, shape in (("weight", (8, 16)), ("bias", (16,)))
+    ]
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", weights[0].name], ["sums"]),
+        onnx.helper.make_node("Add", ["sums", weights[1].name], ["linear"]),
+        onnx.helper.make_node("Gelu", ["linear"], ["gelu"]),
+        onnx.helper.make_node("Add", ["residual", "gelu"], ["y"]),
+    ]
+    graph = onnx.helper.make_graph(nodes, "g", [x, residual], [made], weights)
+    imports = [onnx.helper.make_opsetid("", 23)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=imports), tmp_path / "g.onnx")
+    costs = component_cost(tmp_path / "g.onnx", {"L": 5})
+    assert sum(c.bytes for c in costs) == 4 * (5 * 8 + 8 * 16 + 5 * 16 + 16 + 5 * 16)
+    assert total(costs) == 2 * 5 * 8 * 16
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])

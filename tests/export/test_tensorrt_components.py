@@ -63,7 +63,7 @@ def test_denoisers(
 
 @needs_rtx
 def test_text_encoders(layers: dict[str, dict[str, dict[str, int]]]) -> None:
-    """Attention, whose bias differs from block to block, is one kernel; all products are in bf16."""
+    """Attention is one kernel with its bias, which blocks differ in; all products are in bf16."""
     for kind in ("bf16", "int8"):
         block = layers[f"text {kind}"]["block"]
         assert block["attention BFloat16"] == 1

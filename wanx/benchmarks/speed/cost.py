@@ -3,7 +3,8 @@
 Operations are two for each multiply-add of a product, a convolution or attention; nothing else is
 counted. Bytes are those of an ideal implementation: each node, a ``wanx`` function being one node,
 reads what it takes and writes what it gives once, weights in the width in which they are stored;
-views are free, and so is arithmetic on what a product has just made, which its epilogue can do.
+views are free. Arithmetic on what a product has just made is done in its epilogue, and moves only
+what else it reads, such as a residual.
 """
 
 from __future__ import annotations
@@ -159,8 +160,9 @@ def _bytes(
             fused.update(made)
         return 0.0
     if operation in _ARITHMETIC and fused & set(taken):
+        others = {origins.weights.get(value, value) for value in set(taken) - fused}
         fused.update(made)
-        return 0.0
+        return sum(shapes.bytes(value) for value in others)
     if operation in _PRODUCTS or operation.startswith(_PRODUCTS_BY_NAME):
         fused.update(made)
     weights = {origins.weights[value] for value in taken if value in origins.weights}
