@@ -408,9 +408,10 @@ def test_sizes_that_are_covered() -> None:
     assert asked["h"] == Range(least=1, usual=60, most=160)
     assert asked["w"] == Range(least=1, usual=104, most=104)
     assert asked["B"] == Range(least=1, usual=1, most=2)
-    for options in ({"frames": 0}, {"sizes": [(832, 0)]}):
-        with pytest.raises(UsageError, match="no engine covers"):
-            ranges(config, **options)
+    with pytest.raises(UsageError, match="--frames 0: a video has 1 or more"):
+        ranges(config, frames=0)
+    with pytest.raises(UsageError, match="--sizes 832x8: sides are 16 pixels or more"):
+        ranges(config, sizes=[(1280, 720), (832, 8)])
 
 
 @pytest.mark.parametrize(

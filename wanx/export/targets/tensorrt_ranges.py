@@ -11,6 +11,7 @@ from wanx.errors import UsageError
 # 81 frames of 1280x720, the largest videos of Wan2.1; smaller models have smaller limits.
 MOST_TOKENS = 75_600
 LARGEST_SIDE = 1280
+LEAST_SIDE = 16  # a token
 # With a smaller least size TensorRT-RTX 1.7 takes FP8 attention apart: with 16, but not with 32.
 FP8_TOKENS = 32
 _SMALL_DIM = 1024
@@ -47,8 +48,11 @@ def ranges(
     Raises:
         UsageError: there is no video of a size.
     """
-    if (frames is not None and frames < 1) or any(side < 16 for size in sizes for side in size):
-        raise UsageError(f"no engine covers {frames} frames of {sizes}; sides are 16 or more")
+    if frames is not None and frames < 1:
+        raise UsageError(f"--frames {frames}: a video has 1 or more")
+    if small := [size for size in sizes if min(size) < LEAST_SIDE]:
+        width, height = small[0]
+        raise UsageError(f"--sizes {width}x{height}: sides are {LEAST_SIDE} pixels or more")
     defaults, stride = config.defaults, config.vae.spatial_stride
     longest = frames or defaults.frames
     cells = [(h // stride, w // stride) for w, h in sizes or [(defaults.width, defaults.height)]]
@@ -56,9 +60,9 @@ def ranges(
     (height, width), most = cells[0], max(tokens)
     tallest, widest = (max(sides) for sides in zip(*cells, strict=True))
     if not sizes:
-        small = config.dit.dim < _SMALL_DIM
-        most = 4 * most if small else max(most, MOST_TOKENS)
-        side = 2 * max(height, width) if small else LARGEST_SIDE // stride
+        tiny = config.dit.dim < _SMALL_DIM
+        most = 4 * most if tiny else max(most, MOST_TOKENS)
+        side = 2 * max(height, width) if tiny else LARGEST_SIDE // stride
         tallest, widest = max(tallest, side), max(widest, side)
     return {
         "L": Range(least=FP8_TOKENS if fp8_attention else 1, usual=tokens[0], most=most),
