@@ -113,7 +113,7 @@ def test_polygraphy_finds_the_layer(block: Path, tmp_path: Path) -> None:
             values[::2] *= -1
             tensor.raw_data = values.tobytes()
     onnx.save(spoiled, tmp_path / "spoiled.onnx")
-    against = compare.partition("--trt ")[2].partition(" --trt-")[0]
+    against = compare.partition("--trt ")[2].partition(" --trt-min")[0]
     done = run_polygraphy(f"polygraphy run {tmp_path}/spoiled.onnx --onnxrt {against}")
     assert done.returncode == 1
     verdicts = [

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
-from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,8 @@ from onnx import TensorProto
 from wanx.builtin import find_bundle, is_builtin
 from wanx.bundle import Bundle, open_bundle
 from wanx.engine_plan import Plan, Program
-from wanx.errors import UsageError, WanxError
+from wanx.errors import EnvironmentMismatchError, UsageError, WanxError
+from wanx.export.attach import IR_TYPES
 from wanx.export.build import as_stored
 from wanx.export.components import ComponentSpec, component_specs
 from wanx.export.cut import cut
@@ -37,13 +39,6 @@ from wanx.runtime.sessions.base import Array
 from wanx.runtime.sessions.engine_weights import StepWeights, copy_to_host, lay_out
 
 ENGINE, REFERENCE, INPUTS = "engine.onnx", "reference.onnx", "inputs.json"
-_TENSOR = {
-    "F32": TensorProto.FLOAT,
-    "F16": TensorProto.FLOAT16,
-    "BF16": TensorProto.BFLOAT16,
-    "I8": TensorProto.INT8,
-    "F8_E4M3": TensorProto.FLOAT8E4M3FN,
-}
 
 
 def write_step(bundle: Bundle, component: str, step: str, folder: Path) -> Path:
@@ -59,9 +54,14 @@ def write_step(bundle: Bundle, component: str, step: str, folder: Path) -> Path:
         The folder.
 
     Raises:
+        EnvironmentMismatchError: Polygraphy, which reads the inputs, is not installed.
         UsageError: there is no such component or step, or the folder exists.
         WanxError: the bundle is damaged.
     """
+    if find_spec("polygraphy") is None:
+        raise EnvironmentMismatchError("Polygraphy is not installed; pip install 'wanx[debug]'")
+    from polygraphy.json import save_json
+
     specs = {spec.name: spec for spec in component_specs(bundle.manifest.config)}
     if component not in specs:
         raise UsageError(f"--component {component}: there is none; choose {', '.join(specs)}")
@@ -84,7 +84,7 @@ def write_step(bundle: Bundle, component: str, step: str, folder: Path) -> Path:
         onnx.save_model(
             compared, folder / file, save_as_external_data=True, location=f"{file}.data"
         )
-    _save_inputs(inputs, folder / INPUTS)
+    save_json([inputs], str(folder / INPUTS))
     return folder
 
 
@@ -110,7 +110,7 @@ def _weights(step: StepWeights, segment: Segment) -> dict[str, TensorProto]:
     ):
         size = parameter.numel() * parameter.element_size()
         found[name] = TensorProto(
-            data_type=_TENSOR[weight.dtype],
+            data_type=int(IR_TYPES[weight.dtype]),
             dims=weight.shape,
             raw_data=memory[offset : offset + size].tobytes(),
         )
@@ -170,19 +170,6 @@ def _stored_value(tensor: TensorProto) -> onnxruntime.OrtValue:
     return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
 
-def _save_inputs(inputs: Mapping[str, Array], path: Path) -> None:
-    """As Polygraphy reads them.
-
-    Raises:
-        UsageError: it is not installed.
-    """
-    try:
-        from polygraphy.json import save_json
-    except ImportError:
-        raise UsageError("Polygraphy is not installed; pip install 'wanx[debug]'") from None
-    save_json([dict(inputs)], str(path))
-
-
 def commands(folder: Path, target: str) -> list[str]:
     """What to run next, of Polygraphy.
 
@@ -190,18 +177,22 @@ def commands(folder: Path, target: str) -> list[str]:
         folder: from :func:`write_step`.
         target: ``rtx`` or ``tensorrt``.
     """
+    reference, engine, inputs, wanted = (
+        str(folder / name) for name in (REFERENCE, ENGINE, INPUTS, "wanted.json")
+    )
     rtx = "POLYGRAPHY_USE_TENSORRT_RTX=1 " if target == "rtx" else ""
-    inputs = f"--load-inputs {folder / INPUTS}"
-    wanted = folder / "wanted.json"
-    graph = onnx.load(folder / ENGINE, load_external_data=False)
+    first = ["polygraphy", "run", reference, "--onnxrt"]
+    second = ["polygraphy", "run", engine, "--trt"]
+    threshold = ["--compare", "cosine_similarity", "--cosine-similarity-threshold", "0.999"]
+    given = ["--load-inputs", inputs]
+    profile = _profile(onnx.load(engine, load_external_data=False))
     return [
-        f"polygraphy run {folder / REFERENCE} --onnxrt {inputs} --save-outputs {wanted}",
-        f"{rtx}polygraphy run {folder / ENGINE} --trt {inputs} --load-outputs {wanted} "
-        f"--compare cosine_similarity --cosine-similarity-threshold 0.999{_profile(graph)}",
+        shlex.join([*first, *given, "--save-outputs", wanted]),
+        rtx + shlex.join([*second, *given, "--load-outputs", wanted, *threshold, *profile]),
     ]
 
 
-def _profile(graph: onnx.ModelProto) -> str:
+def _profile(graph: onnx.ModelProto) -> list[str]:
     """Options for batches of 1 and 2: TensorRT-RTX 1.7 dies of some graphs without such an axis."""
     sizes = {item.name: list(item.type.tensor_type.shape.dim) for item in graph.graph.input}
     shapes = {
@@ -209,12 +200,11 @@ def _profile(graph: onnx.ModelProto) -> str:
         for name, dims in sizes.items()
         if dims and dims[0].dim_param == BATCH
     }
-    words = ""
+    words: list[str] = []
     for option, batch in (("min", 1), ("opt", 1), ("max", 2)) if shapes else ():
-        each = (
-            f"'{n}:{json.dumps([batch, *s], separators=(',', ':'))}'" for n, s in shapes.items()
-        )
-        words += f" --trt-{option}-shapes {' '.join(each)}"
+        words.append(f"--trt-{option}-shapes")
+        for name, rest in shapes.items():
+            words.append(f"{name}:{json.dumps([batch, *rest], separators=(',', ':'))}")
     return words
 
 
@@ -231,9 +221,9 @@ def main() -> None:
         place = find_bundle(asked.bundle)
         bundle = open_bundle(place, allow_hard_links=is_builtin(place))
         folder = write_step(bundle, asked.component, asked.step, asked.output)
-    except WanxError as error:
+    except (WanxError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        sys.exit(getattr(error, "exit_code", 1))
     print("\n".join(commands(folder, asked.target)))
 
 
