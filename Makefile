@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 
 .PHONY: demo test accuracy lint clean
 
@@ -10,8 +11,9 @@ demo: $(VENV)/.installed-export
 	$(BIN)/wanx export --precision fp32 -o demo-bundle --force
 	$(BIN)/wanx run demo-bundle "a red circle moving right on a blue background" -o demo.mp4 --seed 0
 
+# A file of tests is run by one worker, since its tests share what takes long to make.
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile
 
 # Part of `test`; see tools/accuracy_envelopes.py for new envelopes.
 accuracy: $(VENV)/.installed-dev
