@@ -51,7 +51,7 @@ INTERNAL = {
     "models": {"config", "errors", "input_file", "kernels", "models", "safetensors_file"},
     "runtime": {
         *("", "bundle", "carried_kernel", "config", "engine_plan", "errors", "input_file"),
-        *("progress", "runtime", "safetensors_file", "trust"),
+        *("memory_size", "progress", "runtime", "safetensors_file", "trust"),
     },
 }
 # What runs PyTorch's compiled packages and what measures kernels; nothing else there imports them.

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,7 +73,7 @@ def run(
     vram_budget: Annotated[
         str | None,
         option(
-            help="GPU memory to take, such as 12G; weights that do not fit are streamed.",
+            help="TensorRT: GPU memory to take, such as 12G; weights beyond it are streamed.",
             show_default="what is free",
         ),
     ] = None,
@@ -103,19 +104,18 @@ def run(
     if prompts is not None and count > 1:
         raise UsageError("--count and --prompts do not go together; give each seed a line")
     budget = None if vram_budget is None else parse_vram_budget(vram_budget)
+    load = partial(wanx.load, folder, threads=threads, vram_budget=budget)
     with memory_lines(quiet):
         if prompts is not None:
             jobs = read_jobs(prompts, _batch_folder(output), options, suffix)
-            pipeline = wanx.load(folder, threads=threads, vram_budget=budget)
-            _run_jobs(pipeline, jobs, bars(quiet), as_json, resume=True)
+            _run_jobs(load(), jobs, bars(quiet), as_json, resume=True)
             return
         if count > 1:
             jobs = seeds(options, _numbered(output, Path(f"out{suffix}"), count))
-            pipeline = wanx.load(folder, threads=threads, vram_budget=budget)
-            _run_jobs(pipeline, jobs, bars(quiet), as_json, resume=False)
+            _run_jobs(load(), jobs, bars(quiet), as_json, resume=False)
             return
         with bars(quiet) as progress:
-            pipeline = wanx.load(folder, threads=threads, vram_budget=budget)
+            pipeline = load()
             path = output or _free_name(Path(f"out{suffix}"))
             result = pipeline.run(options, output=path, progress=progress)
     if as_json:

@@ -24,6 +24,7 @@ from wanx.bundle import Bundle, open_bundle
 from wanx.errors import UsageError
 from wanx.export.components import dit_spec
 from wanx.export.cut import cut
+from wanx.export.functional import Functional
 from wanx.export.targets.tensorrt import count_layers
 from wanx.export.targets.tensorrt_comparable import comparable
 from wanx.export.targets.tensorrt_debug import INPUTS, REFERENCE, commands, write_step
@@ -147,10 +148,15 @@ def test_polygraphy_compares_with_tensorrt(block: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def debug_graph(kind: str, dtype: torch.dtype) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+def debug_graph(
+    kind: str, dtype: torch.dtype
+) -> tuple[onnx.ModelProto, dict[str, np.ndarray], np.ndarray]:
+    """The graph of a block, inputs for it, and what PyTorch makes of them."""
     parts = cut(spec_of(SMALL, kind), dtype)
     segment = parts.segments["block"]
     values = values_of(segment, {"B": 1, "L": 32})
+    with torch.inference_mode():
+        (wanted,) = Functional(segment, torch.device("cpu"))(*values)
     count = len(segment.inputs)
     inputs = {
         item.name: value.float().numpy()
@@ -158,7 +164,8 @@ def debug_graph(kind: str, dtype: torch.dtype) -> tuple[onnx.ModelProto, dict[st
     }
     weights = tensors_of(segment, values[count:])
     batched = ["x", "modulation", "text"]
-    return comparable(segment_graph(segment, parts.axes), weights, inputs, batched), inputs
+    graph = comparable(segment_graph(segment, parts.axes), weights, inputs, batched)
+    return graph, inputs, wanted.numpy()
 
 
 @pytest.mark.parametrize(
@@ -167,14 +174,15 @@ def debug_graph(kind: str, dtype: torch.dtype) -> tuple[onnx.ModelProto, dict[st
 def test_8_bit_layers_are_compared_too(kind: str, products: str) -> None:
     """The same layers as in 16 bits, and all of them are 8-bit products for TensorRT still."""
     wanted = [item.name for item in debug_graph("bf16", torch.float32)[0].graph.output]
-    reference, inputs = debug_graph(kind, torch.float32)
-    engine, _ = debug_graph(kind, torch.bfloat16)
+    reference, inputs, answer = debug_graph(kind, torch.float32)
+    engine, _, _ = debug_graph(kind, torch.bfloat16)
     for graph in (reference, engine):
         assert [item.name for item in graph.graph.output] == wanted
     data = reference.SerializeToString()
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-    for array in session.run(None, inputs):
-        assert np.isfinite(array).all()
+    (found,) = session.run(["x.out"], inputs)
+    # A few numbers fall to the other side in 8 bits.
+    assert np.linalg.norm(found - answer) <= 3e-3 * np.linalg.norm(answer)
     if find_spec("tensorrt_rtx") is None:
         return
     shapes = {n: [inputs[n].shape] * 2 + [(2, *inputs[n].shape[1:])] for n in ("x", "text")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,8 +13,8 @@ from typing import Any
 import platformdirs
 
 from wanx.errors import UsageError, WanxError
+from wanx.memory_size import parse_memory
 
-_UNITS = {"": 20, "K": 10, "M": 20, "G": 30}  # powers of two; a plain number is MiB, as in trtexec
 _LEVELS = range(6)
 
 
@@ -59,10 +58,9 @@ def parse_tuning(workspace: str | None, opt_level: int | None) -> Tuning:
     """
     size = None
     if workspace is not None:
-        found = re.fullmatch(r"(\d{1,9})([KMG]?)", workspace, re.IGNORECASE)
-        if found is None or int(found[1]) == 0:
+        size = parse_memory(workspace, plain="M")  # as in trtexec
+        if not size:
             raise UsageError(f"--workspace {workspace} is not a size; give one such as 4G or 512M")
-        size = int(found[1]) << _UNITS[found[2].upper()]
     return Tuning(workspace=size, opt_level=opt_level)
 
 

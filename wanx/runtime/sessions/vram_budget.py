@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
 from wanx.errors import UsageError
+from wanx.memory_size import parse_memory
 
-_UNITS = {"M": 20, "G": 30}  # powers of two
 _LEAST = 1 << 20  # a plain number below was hardly meant in bytes
 
 
@@ -16,8 +14,7 @@ def parse_vram_budget(text: str) -> int:
     Raises:
         UsageError: it is no such size.
     """
-    found = re.fullmatch(r"(\d{1,15})([MG]?)", text.strip(), re.ASCII | re.IGNORECASE)
-    size = 0 if found is None else int(found[1]) << _UNITS.get(found[2].upper(), 0)
+    size = parse_memory(text)
     if size < _LEAST:
         raise UsageError(
             f"--vram-budget {text:.40} is not a size; give one such as 12G, 512M or 12884901888"
