@@ -7,17 +7,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import interpreter  # noqa: F401  # before any kernel is imported
 import pytest
+
+from tests.support import interpreter  # noqa: F401  # before any kernel is imported
 
 # The heavy packages are imported where they are used: most tests need none of them.
 if TYPE_CHECKING:
     import onnx_ir as ir
     from diffusers import WanPipeline
 
-    from wanx.bundle import Bundle
-    from wanx.export.components import ComponentSpec
-    from wanx.export.recipe import Recipe
+    from wanx.bundle.reader import Bundle
+    from wanx.exporter.components import ComponentSpec
+    from wanx.exporter.quantization.recipe import Recipe
     from wanx.progress import Progress
 
 Export = Callable[..., "Bundle"]
@@ -34,7 +35,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def peer_of() -> Callable[[str], Any]:
     """The oracle for a task, in fp32; tests must not change it."""
-    from peers import random_pipeline
+    from tests.support.peers import random_pipeline
 
     return functools.cache(random_pipeline)
 
@@ -67,15 +68,15 @@ def checkpoint(checkpoint_of: Callable[[str], Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def export_quickly() -> Export:
-    """Export as :func:`wanx.export.exporter.export` does, tracing each network only once.
+    """Export as :func:`wanx.exporter.export.export` does, tracing each network only once.
 
     Tracing takes nearly all the time and depends on the configuration alone;
     ``test_exporting_a_bundle_again`` shows that a second trace gives the same graph.
     """
 
-    import wanx.export.exporter as exporter
-    from wanx.export.options import ExportOptions
-    from wanx.export.source import open_source
+    import wanx.exporter.export as exporter
+    from wanx.exporter.options import ExportOptions
+    from wanx.exporter.source import open_source
     from wanx.progress import silent
 
     traced: list[tuple[object, ir.Model]] = []

@@ -21,8 +21,8 @@ import pytest
 from packaging.requirements import Requirement
 
 import wanx
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "wanx"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 FOLDERS = {"benchmarks", "export", "kernels", "models", "runtime"}
@@ -225,7 +225,7 @@ def test_the_guard_sees_what_code_swallows(tmp_path: Path) -> None:
 
 def test_the_guard_fails_what_code_needs(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="No module named 'torch'"):
-        run_without({"torch"}, "import wanx.models.dit", tmp_path)
+        run_without({"torch"}, "import wanx.models.dit.model", tmp_path)
 
 
 def import_all(paths: Iterable[Path]) -> str:
@@ -304,7 +304,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
 def test_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     files = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc"}
     expected = {path.relative_to(ROOT).as_posix() for path in files}
-    assert {"wanx/py.typed", "wanx/tiny/manifest.json"} <= expected
+    assert {"wanx/py.typed", "wanx/builtin/tiny/manifest.json"} <= expected
     metadata = f"wanx-{wanx.__version__}.dist-info/"
     held = set(wheel.namelist())
     assert {name for name in held if not name.startswith(metadata)} == expected

@@ -17,7 +17,7 @@ import pytest
 
 from wanx.builtin import builtin_bundle
 from wanx.cli import main
-from wanx.runtime.provenance import read_metadata
+from wanx.runtime.output.provenance import read_metadata
 
 SMALL = ["--steps", "2", "--frames", "5", "--size", "64x64", "--seed", "3", "--threads", "1"]
 PROMPT = "a red circle moving right on a blue background"
@@ -330,7 +330,7 @@ def test_stopped_while_encoding_leaves_no_video(tmp_path: Path) -> None:
     """A plain MP4 is unreadable when its writer dies, so it must not have the asked name yet."""
     program = (
         "import sys, time, numpy as np\n"
-        "from wanx.runtime.video import VideoWriter\n"
+        "from wanx.runtime.output.video import VideoWriter\n"
         "with VideoWriter(sys.argv[1], 64, 64, metadata={}) as writer:\n"
         "    writer.write(np.random.randint(0, 255, (9, 64, 64, 3), dtype=np.uint8))\n"
         "    print('writing', flush=True); time.sleep(60)\n"

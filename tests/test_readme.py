@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+from tests.support.paths import ROOT
+
+README = (ROOT / "README.md").read_text()
 
 # The README speaks of a 14B; here the built-in model stands in for it, at its own size.
 STAND_INS = {
@@ -61,7 +63,7 @@ def test_commands_and_code_run_in_order(tmp_path: Path) -> None:
 
 
 def test_the_two_commands_are_targets_of_the_makefile() -> None:
-    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text()
     for line in blocks("sh")[0].splitlines():
         words = shlex.split(line, comments=True)
         assert words[0] == "make"

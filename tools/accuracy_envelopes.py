@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from wanx.bundle import Bundle
+    from wanx.bundle.reader import Bundle
 
 
 def export_afresh(precision: str, output: Path) -> Bundle:
     """Export the built-in model; a calibration that is remembered could be of other code."""
     import wanx
-    from wanx.export.calibration_options import CalibrationOptions
+    from wanx.exporter.calibration.options import CalibrationOptions
 
     return wanx.export(
         "tiny", output, precision=precision, calibration=CalibrationOptions(fresh=True)

@@ -26,7 +26,7 @@ SUITES = {
 }
 # A network of one product, built for whatever GPU is there.
 RTX = """
-from wanx.runtime.sessions.tensorrt_library import import_tensorrt
+from wanx.runtime.sessions.tensorrt.library import import_tensorrt
 trt = import_tensorrt("tensorrt_rtx")
 class Log(trt.ILogger):
     def log(self, severity, message):

@@ -4,7 +4,7 @@
     python tools/performance.py record NAME -- COMMAND...  # measure anew
 
 A command prints JSON as its last line, or writes the report.json of `wanx bench` with `-o FOLDER`.
-What it measured is kept in docs/measurements/NAME.json with the command and the machine.
+What it measured is kept in benchmarks/measurements/NAME.json with the command and the machine.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 
 import jinja2
 
-from wanx.benchmarks.environment import environment
-from wanx.benchmarks.speed.markdown import case_table
+from wanx.benchmarks.report.environment import environment
+from wanx.benchmarks.speed.pages.markdown import case_table
 from wanx.benchmarks.speed.results import KIND, Results, read_results
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "performance.md"
 TEMPLATE = ROOT / "docs" / "performance.md.jinja"
-MEASUREMENTS = ROOT / "docs" / "measurements"
+MEASUREMENTS = ROOT / "benchmarks" / "measurements"
 
 
 def render() -> str:

@@ -24,11 +24,11 @@ import numpy as np
 import torch
 
 from wanx.builtin import builtin_bundle
-from wanx.config import PRESETS, ImageEncoderConfig, ModelConfig
-from wanx.export.components import expected_tensors
-from wanx.manifest import TOKENIZER
+from wanx.bundle.manifest import TOKENIZER
+from wanx.config.models import PRESETS, ImageEncoderConfig, ModelConfig
+from wanx.exporter.components import expected_tensors
+from wanx.files.safetensors import SafetensorsWriter
 from wanx.models.image_encoder import ImageEncoder
-from wanx.safetensors_file import SafetensorsWriter
 
 SHARD_BYTES = 9_900_000_000
 STEMS = {

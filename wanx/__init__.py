@@ -22,18 +22,18 @@ from wanx.errors import (
     WanxError,
 )
 from wanx.progress import Progress, silent
+from wanx.version import __version__
 
 if TYPE_CHECKING:
-    from wanx.benchmarks.comparison import Comparison
+    from wanx.benchmarks.accuracy.comparison import Comparison
     from wanx.benchmarks.speed.bench import Extras
     from wanx.benchmarks.speed.results import Results
     from wanx.benchmarks.speed.suite import BenchOptions
-    from wanx.bundle import Bundle
-    from wanx.export.calibration_options import CalibrationOptions
-    from wanx.export.scheme import QuantizeOptions
+    from wanx.bundle.reader import Bundle
+    from wanx.exporter.calibration.options import CalibrationOptions
+    from wanx.exporter.quantization.scheme import QuantizeOptions
     from wanx.runtime.pipeline import Pipeline
 
-__version__ = "0.1.0"
 __all__ = [
     "CancelledError",
     "CorruptInputError",
@@ -41,6 +41,7 @@ __all__ = [
     "GateError",
     "UsageError",
     "WanxError",
+    "__version__",
     "bench",
     "build",
     "compare",
@@ -68,7 +69,7 @@ def load(
         WanxError: the bundle is missing, damaged or unsafe.
     """
     from wanx.builtin import find_bundle, is_builtin
-    from wanx.bundle import open_bundle
+    from wanx.bundle.reader import open_bundle
     from wanx.runtime.pipeline import Pipeline
 
     folder = find_bundle(bundle or "tiny")
@@ -88,19 +89,19 @@ def export(
     calibration: CalibrationOptions | None = None,
     progress: Progress = silent,
 ) -> Bundle:
-    """Export a checkpoint to a bundle; see :class:`wanx.export.options.ExportOptions`.
+    """Export a checkpoint to a bundle; see :class:`wanx.exporter.options.ExportOptions`.
 
     Raises:
         GateError: the bundle is not accurate enough, and ``gate`` was asked for.
         WanxError: the checkpoint, the options or the disk do not allow it.
     """
-    from wanx.export import require_packages
+    from wanx.exporter.packages import require_packages
 
     require_packages()
-    from wanx.export.calibration_options import CalibrationOptions
-    from wanx.export.exporter import export as run_export
-    from wanx.export.options import ExportOptions
-    from wanx.export.scheme import QuantizeOptions
+    from wanx.exporter.calibration.options import CalibrationOptions
+    from wanx.exporter.export import export as run_export
+    from wanx.exporter.options import ExportOptions
+    from wanx.exporter.quantization.scheme import QuantizeOptions
 
     options = ExportOptions(
         source=source,
@@ -144,13 +145,13 @@ def build(
         UsageError: an option is out of range, or there is no such target.
         WanxError: the bundle is damaged or cannot be written, or the target cannot be built here.
     """
-    from wanx.export import require_packages
+    from wanx.exporter.packages import require_packages
 
     require_packages()
-    from wanx.bundle import open_bundle
-    from wanx.export.build import EngineOptions
-    from wanx.export.build import build as run_build
-    from wanx.export.targets.tensorrt_tuning import Tuning
+    from wanx.bundle.reader import open_bundle
+    from wanx.exporter.build import EngineOptions
+    from wanx.exporter.build import build as run_build
+    from wanx.exporter.targets.tensorrt.tuning import Tuning
 
     options = EngineOptions(
         plugins=plugins,
@@ -186,10 +187,10 @@ def compare(
     Raises:
         WanxError: a bundle is damaged, or the two cannot be compared.
     """
-    from wanx.benchmarks.accuracy import CompareOptions
-    from wanx.benchmarks.accuracy import compare as run_compare
+    from wanx.benchmarks.accuracy.compare import CompareOptions
+    from wanx.benchmarks.accuracy.compare import compare as run_compare
     from wanx.builtin import find_bundle, is_builtin
-    from wanx.bundle import open_bundle
+    from wanx.bundle.reader import open_bundle
     from wanx.runtime.options import RunOptions
 
     ours, theirs = (
@@ -227,12 +228,12 @@ def bench(
         CancelledError: it was interrupted; the report has what was measured so far.
         WanxError: a bundle is damaged, or the bundles cannot be compared.
     """
-    from wanx.benchmarks.report import prepare_folder
+    from wanx.benchmarks.report.files import prepare_folder
     from wanx.benchmarks.speed.bench import Extras
     from wanx.benchmarks.speed.bench import bench as run_bench
     from wanx.benchmarks.speed.suite import BenchOptions, prepare
     from wanx.builtin import find_bundle, is_builtin
-    from wanx.bundle import open_bundle
+    from wanx.bundle.reader import open_bundle
 
     prepare_folder(Path(output))
     opened = [

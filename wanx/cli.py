@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from wanx import cli_bench, cli_build, cli_compare, cli_export, cli_run
 from wanx.builtin import find_bundle, is_builtin
-from wanx.cli_options import BundlePath, Json, Quiet, Threads, bundle_facts, option, print_json
+from wanx.commands import bench, build, compare, export, run
+from wanx.commands.options import BundlePath, Json, Quiet, Threads, bundle_facts, option, print_json
 from wanx.errors import WanxError
 from wanx.interruption import EXIT_CODE, INTERRUPTED
 
 if TYPE_CHECKING:
-    from wanx.benchmarks.comparison import Agreement
+    from wanx.benchmarks.accuracy.comparison import Agreement
 
 
 class _Group(TyperGroup):
@@ -55,11 +55,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-app.command()(cli_export.export)
-app.command()(cli_build.build)
-app.command()(cli_run.run)
-app.command()(cli_compare.compare)
-app.command()(cli_bench.bench)
+app.command()(export.export)
+app.command()(build.build)
+app.command()(run.run)
+app.command()(compare.compare)
+app.command()(bench.bench)
 
 
 def main() -> None:
@@ -87,8 +87,8 @@ def _root(
 @app.command()
 def inspect(bundle: BundlePath, as_json: Json = False) -> None:
     """Show what a bundle holds."""
-    from wanx.bundle import read_bundle
-    from wanx.rendering import print_bundle
+    from wanx.bundle.reader import read_bundle
+    from wanx.commands.display.generation import print_bundle
 
     found = read_bundle(find_bundle(bundle))
     if as_json:
@@ -111,12 +111,12 @@ def verify(
 
     Exit 5 if a file is damaged, 3 if a step is not accurate enough.
     """
-    from wanx.benchmarks.comparison import Gates
-    from wanx.benchmarks.golden import check_golden, require_golden
-    from wanx.bundle import read_bundle, verify_bundle
+    from wanx.accuracy.golden_check import check_golden, require_golden
+    from wanx.benchmarks.accuracy.comparison import Gates
+    from wanx.bundle.reader import read_bundle, verify_bundle
+    from wanx.commands.display.accuracy import print_golden
+    from wanx.commands.display.generation import bars, print_checks
     from wanx.progress import byte_counter
-    from wanx.rendering import bars, print_checks
-    from wanx.rendering_accuracy import print_golden
 
     folder = find_bundle(bundle)
     total = read_bundle(folder).size_bytes
@@ -146,8 +146,8 @@ def verify(
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what this machine can run and export; exit 4 if it cannot run a bundle."""
-    from wanx.doctor import examine
-    from wanx.rendering import print_findings
+    from wanx.commands.display.generation import print_findings
+    from wanx.commands.doctor import examine
 
     findings = examine()
     if as_json:

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support.paths import TOOLS
+
 # The tools are scripts beside each other, so tests import them from there.
-TOOLS = Path(__file__).parents[2] / "tools"
 sys.path[:0] = [str(TOOLS / folder) for folder in ("", "accuracy", "tiny")]
 
 if TYPE_CHECKING:
     from figures import Measured
 
-    from wanx.bundle import Bundle
+    from wanx.bundle.reader import Bundle
 
 
 @pytest.fixture(scope="session")

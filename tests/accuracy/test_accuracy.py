@@ -15,9 +15,9 @@ import pytest
 from envelopes import STORED, enclose, judge, read_envelopes, table
 from figures import PRECISIONS, Measured, golden_figures
 
-from wanx.benchmarks.golden import check_golden
-from wanx.bundle import Bundle, open_bundle, read_bundle
-from wanx.publish import record_files, write_manifest
+from wanx.accuracy.golden_check import check_golden
+from wanx.bundle.publish import record_files, write_manifest
+from wanx.bundle.reader import Bundle, open_bundle, read_bundle
 
 pytestmark = pytest.mark.accuracy
 EIGHT_BIT = ("int8", "fp8")

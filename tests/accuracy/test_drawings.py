@@ -10,7 +10,7 @@ import pytest
 from drawings import draw
 from figures import PRECISIONS, Measured
 
-from wanx.bundle import open_bundle
+from wanx.bundle.reader import open_bundle
 
 SEEDS = (1000, 2000, 3000)
 

@@ -9,12 +9,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from interpreter import DEVICE, repair
 from onnx import TensorProto, helper
 from onnxscript import OnnxFunction
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from tests.support.interpreter import DEVICE, repair
 from wanx.kernels.launch import recorded, sm_of
 from wanx.kernels.registry import NODES
 

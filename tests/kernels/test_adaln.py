@@ -5,12 +5,12 @@ from collections.abc import Callable
 import onnx_ir as ir
 import pytest
 import torch
-from interpreter import DEVICE
-from peers import relative_error
 from torch import Tensor
 
-from wanx.export.components import ComponentSpec, GraphInput
-from wanx.export.trace import trace
+from tests.support.interpreter import DEVICE
+from tests.support.peers import relative_error
+from wanx.exporter.components import ComponentSpec, GraphInput
+from wanx.exporter.graph.trace import trace
 from wanx.kernels.adaln import AdaLN, adaln, adaln_reference, launch_adaln
 
 EPS = 0.05  # large enough to be seen

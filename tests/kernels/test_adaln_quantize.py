@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from interpreter import DEVICE
-from onnx_runs import run_function
 from torch import Tensor
 
+from tests.support.interpreter import DEVICE
+from tests.support.onnx_runs import run_function
 from wanx.kernels.adaln import launch_adaln
 from wanx.kernels.adaln_quantize import (
     AdaLNQuantize,

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from peers import relative_error
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.support.peers import relative_error
 from wanx.kernels.channel_norm import ChannelNorm, channel_norm, channel_norm_reference
 
 SHAPES = [(1, 1, 3), (2, 8, 1, 5), (1, 33, 7, 3), (1, 96, 2, 3, 5)]

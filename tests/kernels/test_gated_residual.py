@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from interpreter import DEVICE
-from peers import relative_error
 from torch import Tensor
 
+from tests.support.interpreter import DEVICE
+from tests.support.peers import relative_error
 from wanx.kernels.gated_residual import (
     GatedResidual,
     gated_residual,

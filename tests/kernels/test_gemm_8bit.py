@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from interpreter import DEVICE
 from torch import Tensor
 
+from tests.support.interpreter import DEVICE
 from wanx.kernels.gemm_8bit import TILES, UNALIGNED, Tile, launch_gemm_8bit, tile_for
 
 E4M3 = torch.float8_e4m3fn

@@ -13,7 +13,7 @@ import torch
 from wanx.errors import WanxError
 from wanx.kernels import launch
 from wanx.kernels.adaln import unsupported_reason as adaln_reason
-from wanx.kernels.ahead import record
+from wanx.kernels.aot_compile import record
 from wanx.kernels.gated_residual import unsupported_reason as gated_residual_reason
 from wanx.kernels.quantize import launch_quantize
 from wanx.kernels.quantize import unsupported_reason as quantize_reason

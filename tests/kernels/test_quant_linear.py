@@ -7,11 +7,11 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto
-from onnx_runs import Traced, run_function, traced
-from peers import relative_error
 from torch import Tensor, nn
 
-from wanx.export.components import GraphInput
+from tests.support.onnx_runs import Traced, run_function, traced
+from tests.support.peers import relative_error
+from wanx.exporter.components import GraphInput
 from wanx.kernels.quant_linear import (
     QuantLinear,
     QuantLinearRows,

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from interpreter import DEVICE
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.support.interpreter import DEVICE
 from wanx.kernels import quant_linear as module
 from wanx.kernels.gemm_8bit import unsupported_reason
+from wanx.kernels.launch_config import ordered
 from wanx.kernels.quant_linear import (
     _choose,
     _run_torch,
@@ -20,7 +21,6 @@ from wanx.kernels.quant_linear import (
     quant_linear_reference,
     runs_triton,
 )
-from wanx.kernels.tuning import ordered
 
 E4M3 = torch.float8_e4m3fn
 FLOAT, BF16 = torch.float32, torch.bfloat16

@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from interpreter import DEVICE
-from onnx_runs import run_function
 from torch import Tensor
 
+from tests.support.interpreter import DEVICE
+from tests.support.onnx_runs import run_function
 from wanx.kernels.gelu_quantize import gelu_quantize_reference
 from wanx.kernels.quant_linear import quant_linear_reference
 from wanx.kernels.quant_linear_gelu_quantize import (

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from interpreter import DEVICE
-from onnx_runs import run_function
-from peers import relative_error
 from torch import Tensor
 
+from tests.support.interpreter import DEVICE
+from tests.support.onnx_runs import run_function
+from tests.support.peers import relative_error
 from wanx.kernels.quant_linear_residual import (
     QuantLinearResidual,
     quant_linear_residual,

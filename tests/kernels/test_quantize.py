@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from interpreter import DEVICE
-from onnx_runs import run_function, traced
 from torch import Tensor, nn
 
-from wanx.export.components import GraphInput
+from tests.support.interpreter import DEVICE
+from tests.support.onnx_runs import run_function, traced
+from wanx.exporter.components import GraphInput
 from wanx.kernels.quantize import (
     QuantizeRows,
     launch_quantize,

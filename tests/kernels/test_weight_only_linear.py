@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from onnx_runs import run_function
-from peers import relative_error
 from torch import Tensor
 
+from tests.support.onnx_runs import run_function
+from tests.support.peers import relative_error
 from wanx.kernels.registry import NODES
 from wanx.kernels.weight_only_linear import (
     WeightOnlyLinear,

@@ -6,13 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from peers import IMAGE_ENCODER_SIZES, image_features, random_image_encoder, relative_error
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from wanx.config import PRESETS, ImageEncoderConfig
+from tests.support.peers import (
+    IMAGE_ENCODER_SIZES,
+    image_features,
+    random_image_encoder,
+    relative_error,
+)
+from wanx.checkpoints.key_maps import IMAGE_ENCODER
+from wanx.config.models import PRESETS, ImageEncoderConfig
 from wanx.models.image_encoder import ImageEncoder
-from wanx.models.key_maps import IMAGE_ENCODER
 
 SIZES: list[dict[str, Any]] = [
     {},

@@ -6,16 +6,16 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto
-from onnx_runs import traced
-from peers import relative_error
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from wanx.config import PRESETS
-from wanx.export.components import ComponentSpec, GraphInput
-from wanx.export.trace import trace
-from wanx.models.dit import WanDiT
+from tests.support.onnx_runs import traced
+from tests.support.peers import relative_error
+from wanx.config.models import PRESETS
+from wanx.exporter.components import ComponentSpec, GraphInput
+from wanx.exporter.graph.trace import trace
+from wanx.models.dit.model import WanDiT
 from wanx.models.quantized import (
     DynamicQuantLinear,
     QuantAttend,

@@ -6,11 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from peers import TEXT_ENCODER_SIZES, copy_weights, random_text_encoder, relative_error
 from torch import Tensor
 
-from wanx.config import TextEncoderConfig
-from wanx.models.key_maps import TEXT_ENCODER
+from tests.support.peers import (
+    TEXT_ENCODER_SIZES,
+    copy_weights,
+    random_text_encoder,
+    relative_error,
+)
+from wanx.checkpoints.key_maps import TEXT_ENCODER
+from wanx.config.models import TextEncoderConfig
 from wanx.models.text_encoder import UMT5Encoder, distance_buckets
 
 SIZES: list[dict[str, Any]] = [

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from peers import VAE_SIZES, copy_weights, random_vae, relative_error
 from torch import Tensor
 
-from wanx.config import VAEConfig
-from wanx.models.key_maps import vae_key_map
+from tests.support.peers import VAE_SIZES, copy_weights, random_vae, relative_error
+from wanx.checkpoints.key_maps import vae_key_map
+from wanx.config.models import VAEConfig
 from wanx.models.vae import History, WanVAE
 
 SIZES: list[dict[str, Any]] = [

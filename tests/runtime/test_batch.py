@@ -13,8 +13,8 @@ import wanx
 from wanx.errors import CancelledError, UsageError, WanxError
 from wanx.runtime.batch import Job, read_jobs, run_jobs, seeds
 from wanx.runtime.options import RunOptions
+from wanx.runtime.output.provenance import read_metadata
 from wanx.runtime.pipeline import Pipeline
-from wanx.runtime.provenance import read_metadata
 
 DEFAULTS = RunOptions(steps=1, frames=1, seed=0)
 

@@ -17,14 +17,14 @@ import torch
 from numpy.typing import NDArray
 
 from wanx.builtin import builtin_bundle
-from wanx.config import PRESETS, ModelConfig
+from wanx.bundle.manifest import TOKENIZER
+from wanx.config.models import PRESETS, ModelConfig
 from wanx.errors import UsageError, WanxError
-from wanx.manifest import TOKENIZER
-from wanx.runtime.conditioning import Conditioning
 from wanx.runtime.denoise import Trajectory
-from wanx.runtime.guidance import Branch
+from wanx.runtime.inputs.conditioning import Conditioning
 from wanx.runtime.options import ResolvedRun
-from wanx.runtime.sampler import make_sampler
+from wanx.runtime.sampling.guidance import Branch
+from wanx.runtime.sampling.sampler import make_sampler
 from wanx.runtime.sessions.base import Session
 from wanx.runtime.text import PromptTokenizer, encode_prompts
 

@@ -15,14 +15,14 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, WanPipeline
 from numpy.typing import NDArray
-from peers import SHIFT
-from videos import assert_same_video, levels_of, psnr
 
 import wanx
 import wanx.runtime.pipeline as pipeline_module
-from wanx.bundle import Bundle
+from tests.support.peers import SHIFT
+from tests.support.videos import assert_same_video, levels_of, psnr
+from wanx.bundle.reader import Bundle
 from wanx.runtime.pipeline import Pipeline
-from wanx.runtime.sampler import Sampler, make_sampler
+from wanx.runtime.sampling.sampler import Sampler, make_sampler
 
 PROMPT = "A red  circle moving &amp;amp; the blue square, on the left."
 NEGATIVE = "the right"

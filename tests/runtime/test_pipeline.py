@@ -15,10 +15,10 @@ from PIL import Image
 
 import wanx
 import wanx.runtime.pipeline as pipeline_module
-from wanx.bundle import Bundle
+from wanx.bundle.reader import Bundle
 from wanx.errors import CancelledError, UsageError, WanxError
+from wanx.runtime.output.provenance import read_metadata
 from wanx.runtime.pipeline import Pipeline
-from wanx.runtime.provenance import read_metadata
 from wanx.runtime.sessions.base import Session
 
 PROMPT = "a red circle moving right"

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from wanx.config import PRESETS, ModelConfig, VAEConfig
+from wanx.config.models import PRESETS, ModelConfig, VAEConfig
 from wanx.errors import UsageError
 from wanx.runtime.sizes import check_size, latent_shape, size_for_image
 

@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from peers import SHIFT, image_features
 from PIL import Image
-from videos import assert_same_video, levels_of, psnr
 
 import wanx
-from wanx.bundle import Bundle
-from wanx.runtime.image import to_signed
-from wanx.runtime.resize import clip_pixels
-from wanx.runtime.sampler import make_sampler
-from wanx.runtime.video import VideoWriter
-from wanx.runtime.video_input import open_video
+from tests.support.peers import SHIFT, image_features
+from tests.support.videos import assert_same_video, levels_of, psnr
+from wanx.bundle.reader import Bundle
+from wanx.runtime.inputs.image import to_signed
+from wanx.runtime.inputs.resize import clip_pixels
+from wanx.runtime.inputs.video_input import open_video
+from wanx.runtime.output.video import VideoWriter
+from wanx.runtime.sampling.sampler import make_sampler
 
 Pixels = NDArray[np.uint8]
 PROMPT, NEGATIVE = "a red circle moving right", "the left"

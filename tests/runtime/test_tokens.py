@@ -10,7 +10,7 @@ import torch
 from diffusers.models.transformers import transformer_wan
 from numpy.typing import NDArray
 
-from wanx.config import PRESETS, DiTConfig
+from wanx.config.models import PRESETS, DiTConfig
 from wanx.runtime.tokens import patchify, rope_tables, token_grid, unpatchify
 
 Triple = tuple[int, int, int]

@@ -1,7 +1,7 @@
 """The tools of the tiny model are scripts beside each other, so tests import them from there."""
 
 import sys
-from pathlib import Path
 
-TOOLS = Path(__file__).parents[2] / "tools"
+from tests.support.paths import TOOLS
+
 sys.path[:0] = [str(TOOLS), str(TOOLS / "tiny")]

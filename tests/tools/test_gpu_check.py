@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
 
 TESTS = """
 import pytest

@@ -9,9 +9,10 @@ from types import ModuleType
 
 import pytest
 
-from wanx.config import PRESETS, ImageEncoderConfig, ModelConfig
-from wanx.export.exporter import plan
-from wanx.export.options import ExportOptions
+from tests.support.paths import TOOLS
+from wanx.config.models import PRESETS, ImageEncoderConfig, ModelConfig
+from wanx.exporter.export import plan
+from wanx.exporter.options import ExportOptions
 
 CLIP = ImageEncoderConfig(dim=48, ffn_dim=60, num_layers=3, image_size=28)
 TINY = PRESETS["tiny"]
@@ -28,7 +29,7 @@ MODELS: dict[str, ModelConfig] = {
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    path = Path(__file__).parents[2] / "tools" / "synthesize.py"
+    path = TOOLS / "synthesize.py"
     spec = importlib.util.spec_from_file_location("synthesize", path)
     assert spec is not None
     assert spec.loader is not None

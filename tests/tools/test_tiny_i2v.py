@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 import wanx
 from wanx.builtin import builtin_bundle
-from wanx.bundle import read_bundle
+from wanx.bundle.reader import read_bundle
 
 CLIPS, SEED = 24, 2000
 Pixels = NDArray[np.uint8]

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 import wanx
 from wanx.builtin import BUILTIN, builtin_bundle
-from wanx.bundle import read_bundle
+from wanx.bundle.reader import read_bundle
 
 # Percent of the combinations that training never saw; tools/tiny/README.md says what it reaches.
 REQUIRED = {"colour": 95, "background": 95, "direction": 95, "shape": 85}

@@ -10,10 +10,10 @@ from data import Scene, split_scenes
 from detector import Sighting, detect
 from numpy.typing import NDArray
 
-from wanx.benchmarks.clips import to_pixels
-from wanx.benchmarks.side import Case, Side, denoise
-from wanx.bundle import Bundle
-from wanx.runtime.inputs import read_inputs
+from wanx.benchmarks.accuracy.clips import to_pixels
+from wanx.benchmarks.accuracy.subject import Case, Side, denoise
+from wanx.bundle.reader import Bundle
+from wanx.runtime.inputs.reading import read_inputs
 from wanx.runtime.options import RunOptions, resolve
 from wanx.runtime.sessions.base import Session, State
 

@@ -16,9 +16,9 @@ from data import split_scenes
 from drawings import Drawings, draw
 
 import wanx
-from wanx.benchmarks.comparison import Agreement, Comparison, worst
-from wanx.benchmarks.golden import check_golden
-from wanx.bundle import Bundle
+from wanx.accuracy.golden_check import check_golden
+from wanx.benchmarks.accuracy.comparison import Agreement, Comparison, worst
+from wanx.bundle.reader import Bundle
 
 PRECISIONS = ("fp32", "int8", "fp8")
 _BY_TIME = ("fp32", "fp8", "int8")  # fp8 is emulated; fp32 is what others are compared with

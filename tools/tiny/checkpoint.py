@@ -20,7 +20,7 @@ from torch import Tensor
 from train_dit import TextToVelocity, build
 from vocabulary import build_tokenizer
 
-from wanx.config import PRESETS, VAEConfig
+from wanx.config.models import PRESETS, VAEConfig
 from wanx.models.vae import WanVAE
 
 DIT = "diffusion_pytorch_model.safetensors"

@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from wanx.builtin import BUILTIN, builtin_bundle
-from wanx.bundle import open_bundle
-from wanx.config import PRESETS
-from wanx.export.exporter import check, write_bundle
-from wanx.export.options import ExportOptions, resolve
-from wanx.models.checkpoint import open_checkpoint
+from wanx.bundle.reader import open_bundle
+from wanx.checkpoints.checkpoint import open_checkpoint
+from wanx.config.models import PRESETS
+from wanx.exporter.export import check, write_bundle
+from wanx.exporter.options import ExportOptions, resolve
 
 PRECISION = {"tiny": "fp32", "tiny-i2v": "bf16"}
 

@@ -31,10 +31,10 @@ from torch.nn import functional as F
 from train_vae import save
 from vocabulary import build_tokenizer, pieces
 
-from wanx.config import CLIP_MEAN, CLIP_STD, PRESETS, ModelConfig
-from wanx.kernels.attention import attention
-from wanx.models.dit import WanDiT
-from wanx.models.dit_block import CrossAttention
+from wanx.config.models import CLIP_MEAN, CLIP_STD, PRESETS, ModelConfig
+from wanx.kernels.attention.op import attention
+from wanx.models.dit.block import CrossAttention
+from wanx.models.dit.model import WanDiT
 from wanx.models.image_encoder import ImageEncoder
 from wanx.models.text_encoder import UMT5Encoder
 from wanx.runtime.tokens import rope_tables

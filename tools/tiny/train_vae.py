@@ -21,7 +21,7 @@ from data import SIZE, as_input, render, split_scenes, trajectory
 from parallel import WORKERS, average_gradients, launch
 from torch import Tensor, nn
 
-from wanx.config import PRESETS, VAEConfig
+from wanx.config.models import PRESETS, VAEConfig
 from wanx.models.vae import History, WanVAE
 
 CROP_STEPS, CROP_BATCH, CROP_SIZE, CROP_FRAMES = 1000, 8, 32, 9

@@ -1,1 +1,4 @@
-"""The hot spots of the model, one op a file: fp32 reference, torch op, ONNX function."""
+"""Hot spots of the model as ``wanx::`` ops, one a file: reference, kernel, op, ONNX function.
+
+Imports errors only. Start with ``adaln.py``, then ``registry.py`` and ``launch.py``.
+"""

@@ -29,9 +29,9 @@ from wanx.kernels.launch import (
     tl,
     unsupported_tensors,
 )
+from wanx.kernels.launch_config import config
 from wanx.kernels.quantize import is_scale, round_to_8bit, row_scale_of
 from wanx.kernels.registry import DOMAIN, NODES, needs_gradient, register, register_node
-from wanx.kernels.tuning import config
 
 LARGEST_DIM = 16384
 

@@ -16,17 +16,9 @@ from torch import Tensor
 from torch.library import triton_op
 
 from wanx.kernels.adaln import unsupported_modulation
-from wanx.kernels.launch import (
-    FLOATS,
-    jit,
-    launch,
-    runs_reference,
-    sm_of,
-    tl,
-    unsupported_tensors,
-)
+from wanx.kernels.launch import FLOATS, jit, launch, runs_reference, sm_of, tl, unsupported_tensors
+from wanx.kernels.launch_config import config
 from wanx.kernels.registry import DOMAIN, needs_gradient, register
-from wanx.kernels.tuning import config
 
 
 def gated_residual_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:

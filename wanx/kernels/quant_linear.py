@@ -28,8 +28,8 @@ from torch.nn import functional as F
 
 from wanx.kernels import gemm_8bit
 from wanx.kernels.launch import runs_reference, sm_of, unsupported_tensors
+from wanx.kernels.launch_config import order
 from wanx.kernels.registry import DOMAIN, Outputs, needs_gradient, register
-from wanx.kernels.tuning import order
 
 Run = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 

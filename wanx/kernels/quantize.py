@@ -34,8 +34,8 @@ from wanx.kernels.launch import (
     tl,
     unsupported_tensors,
 )
+from wanx.kernels.launch_config import config
 from wanx.kernels.registry import DOMAIN, ONNX_TYPES, Outputs, register, register_node
-from wanx.kernels.tuning import config
 
 E4M3_MAX = 448.0
 # The smallest amax whose scale is a normal number, so that x / scale is finite.

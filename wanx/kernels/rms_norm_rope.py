@@ -28,10 +28,10 @@ from wanx.kernels.launch import (
     tl,
     unsupported_tensors,
 )
+from wanx.kernels.launch_config import config
 from wanx.kernels.quantize import is_scale, round_to_8bit
 from wanx.kernels.registry import DOMAIN, needs_gradient, register
 from wanx.kernels.rms_norm import rms_norm_reference
-from wanx.kernels.tuning import config
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from wanx.config import ImageEncoderConfig
-from wanx.kernels.attention import attention
+from wanx.config.models import ImageEncoderConfig
+from wanx.kernels.attention.op import attention
 
 
 class SelfAttention(nn.Module):

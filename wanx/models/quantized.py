@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wanx.kernels.quant_attention import quant_attention
+from wanx.kernels.attention.quant_attention import quant_attention
 from wanx.kernels.quant_linear import quant_linear, quant_linear_rows
 from wanx.kernels.quantize import quantize, quantize_reference, quantize_rows
 from wanx.kernels.weight_only_linear import weight_only_linear

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wanx.config import TextEncoderConfig
-from wanx.kernels.attention import attention
+from wanx.config.models import TextEncoderConfig
+from wanx.kernels.attention.op import attention
 from wanx.kernels.rms_norm import rms_norm
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wanx.config import VAEConfig
-from wanx.kernels.attention import attention
+from wanx.config.models import VAEConfig
+from wanx.kernels.attention.op import attention
 from wanx.kernels.channel_norm import channel_norm
 
 

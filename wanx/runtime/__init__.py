@@ -1,1 +1,4 @@
-"""What turns a bundle into video, with neither PyTorch nor model code."""
+"""Generation of videos from a bundle, without PyTorch and model code.
+
+Start with ``pipeline.py``.
+"""

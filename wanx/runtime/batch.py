@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wanx.errors import CancelledError, UsageError, WanxError
-from wanx.input_file import open_input, parse_json_object
+from wanx.files.input_file import open_input, parse_json_object
 from wanx.runtime.options import RunOptions
 from wanx.runtime.pipeline import Generation, Pipeline
 from wanx.runtime.sizes import parse_size

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from wanx.config import ModelConfig
+from wanx.config.models import ModelConfig
 from wanx.errors import WanxError
-from wanx.runtime.conditioning import Conditioning, noise_shape
-from wanx.runtime.guidance import Branch, branches, guide
-from wanx.runtime.noise import randn
+from wanx.runtime.inputs.conditioning import Conditioning, noise_shape
 from wanx.runtime.options import ResolvedRun
-from wanx.runtime.sampler import Sampler, make_sampler
+from wanx.runtime.sampling.guidance import Branch, branches, guide
+from wanx.runtime.sampling.noise import randn
+from wanx.runtime.sampling.sampler import Sampler, make_sampler
 from wanx.runtime.sessions.base import Array
 from wanx.runtime.tokens import patchify, rope_tables, token_grid, unpatchify
 

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from wanx.config import ModelConfig
+from wanx.config.models import ModelConfig
 from wanx.errors import UsageError
-from wanx.runtime.control import control_shape
-from wanx.runtime.sampler import SOLVERS
+from wanx.runtime.inputs.control import control_shape
+from wanx.runtime.sampling.sampler import SOLVERS
 from wanx.runtime.sizes import check_size, latent_shape, size_for_image
 from wanx.runtime.text import check_prompt
 
 if TYPE_CHECKING:
-    from wanx.runtime.inputs import Inputs
+    from wanx.runtime.inputs.reading import Inputs
 
 T = TypeVar("T")
 Picture = str | os.PathLike[str] | NDArray[np.uint8]
@@ -74,7 +74,7 @@ class ResolvedRun:
     """A run with every option decided and checked; see :class:`RunOptions`.
 
     Files are named here, and None where there are none; their pixels are in
-    :class:`wanx.runtime.inputs.Inputs`.
+    :class:`wanx.runtime.inputs.reading.Inputs`.
     """
 
     prompt: str

@@ -15,23 +15,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wanx.bundle import Bundle
+from wanx.bundle.reader import Bundle
 from wanx.errors import CancelledError
 from wanx.progress import Progress, silent
-from wanx.runtime.conditioning import Conditioning, condition
 from wanx.runtime.denoise import Trajectory
-from wanx.runtime.guidance import Branch, branches
-from wanx.runtime.health import FrameCheck
-from wanx.runtime.inputs import read_inputs
+from wanx.runtime.inputs.conditioning import Conditioning, condition
+from wanx.runtime.inputs.reading import read_inputs
 from wanx.runtime.options import ResolvedRun, RunOptions, resolve
-from wanx.runtime.output import check_output
-from wanx.runtime.sampler import make_sampler
+from wanx.runtime.output.checks import check_output
+from wanx.runtime.output.frame_checks import FrameCheck
+from wanx.runtime.output.video import VideoWriter
+from wanx.runtime.sampling.guidance import Branch, branches
+from wanx.runtime.sampling.sampler import make_sampler
 from wanx.runtime.sessions import open_session
 from wanx.runtime.sessions.base import Session, State
-from wanx.runtime.sessions.vram_budget import require_streaming
+from wanx.runtime.sessions.device.vram_budget import require_streaming
 from wanx.runtime.stages import Clock, Stage
 from wanx.runtime.text import PromptTokenizer, encode_prompts
-from wanx.runtime.video import VideoWriter
 
 Float32 = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
@@ -138,11 +138,11 @@ class Pipeline:
 
     def provenance(self, run: ResolvedRun) -> dict[str, str]:
         """Say in the video's metadata how to make it again."""
-        import wanx
+        from wanx.version import __version__
 
         manifest = self.bundle.manifest
         facts = {
-            "software": f"wanx {wanx.__version__}",
+            "software": f"wanx {__version__}",
             "model": manifest.name,
             "precision": manifest.precision,
             "bundle": self.bundle.hash,

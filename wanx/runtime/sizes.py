@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from wanx.config import ModelConfig, VAEConfig
+from wanx.config.models import ModelConfig, VAEConfig
 from wanx.errors import UsageError
 
 MAX_ASPECT = 8

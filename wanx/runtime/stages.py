@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from wanx.runtime.memory import peak_bytes, reset_peak
+from wanx.runtime.peak_rss import peak_bytes, reset_peak
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wanx.errors import CorruptInputError, UsageError
-from wanx.runtime.guidance import Branch
+from wanx.runtime.sampling.guidance import Branch
 from wanx.runtime.sessions.base import Session
 
 TEXT_LEN = 512

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wanx.benchmarks.metrics import cosine, psnr_db
+from wanx.accuracy.metrics import cosine, psnr_db
 
 Float32 = NDArray[np.float32]
 

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from wanx.benchmarks.peers.requirements import require_peer
 from wanx.benchmarks.peers.weights import plain_weights
-from wanx.bundle import Bundle
-from wanx.models.key_maps import DIT, TEXT_ENCODER, KeyMap, vae_key_map
-from wanx.runtime.noise import randn
+from wanx.bundle.reader import Bundle
+from wanx.checkpoints.key_maps import DIT, TEXT_ENCODER, KeyMap, vae_key_map
 from wanx.runtime.options import ResolvedRun
-from wanx.runtime.sampler import make_sampler
+from wanx.runtime.output.video import VideoWriter
+from wanx.runtime.sampling.noise import randn
+from wanx.runtime.sampling.sampler import make_sampler
 from wanx.runtime.sizes import latent_shape
 from wanx.runtime.stages import Clock, Stage
-from wanx.runtime.video import VideoWriter
 
 _SCHEDULERS = {"unipc": "UniPCMultistepScheduler", "dpm++": "DPMSolverMultistepScheduler"}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from wanx.bundle import Bundle
+from wanx.bundle.reader import Bundle
 from wanx.errors import EnvironmentMismatchError, UsageError
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate")

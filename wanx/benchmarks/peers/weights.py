@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from wanx.bundle import Bundle
-from wanx.export.recipe import smoothing_of
+from wanx.bundle.reader import Bundle
+from wanx.exporter.quantization.recipe import smoothing_of
 
 _EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
 

@@ -1,1 +1,5 @@
-"""How fast a bundle is, what it takes, and how close that is to what the machine can do."""
+"""Speed and memory of bundles: ``wanx bench``.
+
+Start with ``bench.py``; ``suite.py`` runs the trials, ``roofline/`` holds them against the
+machine's limits, ``pages/`` shows them.
+"""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wanx.config import ModelConfig
+from wanx.config.models import ModelConfig
 from wanx.runtime.sessions.base import Array
 from wanx.runtime.tokens import rope_tables
 

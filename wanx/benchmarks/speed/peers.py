@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wanx.benchmarks.peers.agreement import Float32, PeerAgreement, agreement_of_runs
+from wanx.benchmarks.speed.pages.stills import read_frames
 from wanx.benchmarks.speed.results import Peer, Results
-from wanx.benchmarks.speed.stills import read_frames
 from wanx.benchmarks.speed.suite import trial_name
 from wanx.errors import UsageError
-from wanx.runtime.noise import randn
+from wanx.runtime.sampling.noise import randn
 
 PEERS: tuple[Peer, ...] = ("diffusers", "diffusers-compiled")
 

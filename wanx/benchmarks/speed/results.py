@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import wanx
-from wanx.benchmarks.environment import environment
 from wanx.benchmarks.peers.agreement import PeerAgreement
-from wanx.benchmarks.speed.roofline import Roofline
+from wanx.benchmarks.report.environment import environment
+from wanx.benchmarks.speed.roofline.bounds import Roofline
 from wanx.benchmarks.speed.sweep import Sweep
-from wanx.bundle import Bundle
+from wanx.bundle.reader import Bundle
 from wanx.errors import CorruptInputError, UsageError
 from wanx.runtime.stages import Stage
+from wanx.version import __version__
 
 SCHEMA_VERSION = 1
 KIND = "wanx bench"
@@ -187,7 +187,7 @@ class Results:
 
     kind: str = KIND
     schema_version: int = SCHEMA_VERSION
-    wanx_version: str = wanx.__version__
+    wanx_version: str = __version__
     created: str
     command: str
     environment: Mapping[str, str] = field(default_factory=environment)

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from wanx.benchmarks.peers.requirements import require_peer
-from wanx.benchmarks.speed.inputs import as_json, with_pictures
 from wanx.benchmarks.speed.results import Case, Peer, Results, Settings, Subject, Trial
+from wanx.benchmarks.speed.sample_images import as_json, with_pictures
 from wanx.benchmarks.speed.trial import run_trial
-from wanx.bundle import Bundle
-from wanx.config import ModelConfig
+from wanx.bundle.reader import Bundle
+from wanx.config.models import ModelConfig
 from wanx.errors import UsageError, WanxError
 from wanx.progress import Progress, Unit, silent
-from wanx.runtime.inputs import read_inputs
+from wanx.runtime.inputs.reading import read_inputs
 from wanx.runtime.options import RunOptions, resolve
 from wanx.runtime.sizes import latent_shape
 from wanx.runtime.tokens import token_grid

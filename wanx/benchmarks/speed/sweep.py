@@ -15,7 +15,7 @@ from statistics import median
 import numpy as np
 
 from wanx.benchmarks.speed.feeds import dit_feeds
-from wanx.bundle import Bundle
+from wanx.bundle.reader import Bundle
 from wanx.errors import UsageError
 from wanx.progress import Progress, silent
 from wanx.runtime.sessions import open_session

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-from wanx.benchmarks.speed.memory_watch import MemoryWatch
 from wanx.benchmarks.speed.results import Memory, Peer
+from wanx.benchmarks.speed.telemetry import MemoryWatch
 from wanx.errors import WanxError
 from wanx.progress import Progress, silent
 from wanx.runtime.stages import Stage

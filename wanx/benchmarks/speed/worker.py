@@ -49,8 +49,8 @@ def _wanx(spec: dict[str, Any]) -> dict[str, Any]:
 def _peer(spec: dict[str, Any]) -> dict[str, Any]:
     from wanx.benchmarks.peers.diffusers import generate
     from wanx.builtin import is_builtin
-    from wanx.bundle import open_bundle
-    from wanx.runtime.inputs import read_inputs
+    from wanx.bundle.reader import open_bundle
+    from wanx.runtime.inputs.reading import read_inputs
     from wanx.runtime.options import resolve
 
     folder = Path(spec["bundle"])

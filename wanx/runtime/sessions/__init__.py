@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from wanx.bundle import Bundle
+from wanx.bundle.reader import Bundle
 from wanx.errors import EnvironmentMismatchError
 from wanx.runtime.sessions.base import Session
 
@@ -36,11 +36,11 @@ def open_session(
                     f"the engines of {bundle.root} need PyTorch, which is not installed; "
                     "pip install 'wanx[export]'"
                 )
-            from wanx.runtime.sessions.aoti import AotiSession
+            from wanx.runtime.sessions.aoti.session import AotiSession
 
             return AotiSession(bundle, component, threads=threads)
         if target in ("rtx", "tensorrt"):
-            from wanx.runtime.sessions.tensorrt import TensorRTSession
+            from wanx.runtime.sessions.tensorrt.session import TensorRTSession
 
             return TensorRTSession(bundle, component, threads=threads, vram_budget=vram_budget)
     from wanx.runtime.sessions.onnxruntime import OnnxRuntimeSession

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wanx.engine_plan import Plan
+from wanx.bundle.engine_schedule import Plan
 from wanx.errors import CorruptInputError, WanxError
 from wanx.runtime.sessions.base import Array, Session
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanx.bundle import Bundle, Component
+from wanx.bundle.reader import Bundle, Component
 from wanx.errors import CorruptInputError, WanxError
 from wanx.runtime.sessions.base import NEXT, Array, Session, State
 

@@ -1,0 +1,141 @@
+"""What every measurement is given: a device, sizes, time, and what was found out before."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.sizes import MODELS, SIZES, Model, Size
+
+
+class DeviceLost(Exception):
+    """A kernel left the GPU in a state in which this process can use it no more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """The first run of something.
+
+    Attributes:
+        numerics: what was found of its result.
+        error: why there is none, in one line.
+    """
+
+    numerics: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+
+
+@dataclass(kw_only=True)
+class Bench:
+    """The circumstances of a run.
+
+    Attributes:
+        device: where everything runs.
+        folder: for what is compiled.
+        models: the transformers.
+        sizes: the videos.
+        gemm: side of the matrices that find the ceilings.
+        copied: bytes of the copy that does.
+        compiles: whether torch.compile takes part.
+        allowance: seconds for the rounds of one comparison.
+        deadline: when all has to be over, by :func:`time.time`.
+        ceilings: operations or bytes per second, by name, as far as they were measured.
+        crashed: by ``item/subject``, what ended the process before; it is not run again.
+        note: told the name of a subject before it runs for the first time.
+        item: what is being measured.
+    """
+
+    device: torch.device
+    folder: Path
+    models: tuple[Model, ...] = MODELS
+    sizes: tuple[Size, ...] = SIZES
+    gemm: int = 8192
+    copied: int = 2 << 30
+    compiles: bool = True
+    allowance: float = 2.0
+    deadline: float = float("inf")
+    ceilings: dict[str, float] = field(default_factory=dict)
+    crashed: Mapping[str, str] = field(default_factory=dict)
+    note: Callable[[str], None] = lambda subject: None
+    item: str = ""
+
+    def left(self) -> float:
+        """Seconds until everything has to be over."""
+        return self.deadline - time.time()
+
+    def random(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Normally distributed numbers, in 8 bits as far as they go."""
+        if dtype == torch.int8:
+            return torch.randint(-127, 128, shape, device=self.device).to(dtype)
+        wide = dtype if dtype.itemsize > 1 else torch.bfloat16
+        return torch.randn(shape, device=self.device, dtype=wide).to(dtype)
+
+    def synchronise(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def release(self) -> None:
+        """Give memory back that nothing holds any more."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def attempt(
+        self, subject: str, call: Callable[[], Any], judge: Callable[[Any], dict[str, float]]
+    ) -> Trial:
+        """Run ``call`` for the first time, and let ``judge`` look at its result.
+
+        Raises:
+            DeviceLost: it failed in a way from which the device does not recover.
+        """
+        if reason := self.crashed.get(f"{self.item}/{subject}"):
+            return Trial(error=reason)
+        self.note(subject)
+        try:
+            result = call()
+            self.synchronise()
+            return Trial(numerics=judge(result))
+        except Exception as error:
+            reason = one_line(error)
+            if not usable(self.device):
+                raise DeviceLost(reason) from error
+        self.release()
+        return Trial(error=reason)
+
+    def peak_of(self, call: Callable[[], object]) -> int | None:
+        """Bytes that ``call`` takes beyond what is held already; None on a processor."""
+        if self.device.type != "cuda":
+            return None
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        call()
+        self.synchronise()
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+
+def nothing(result: object) -> dict[str, float]:
+    """What there is to say of a result that nobody looks at."""
+    return {}
+
+
+def one_line(error: BaseException) -> str:
+    """The kind of an error and the first line of its message."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]:.300}" if text else type(error).__name__
+
+
+def usable(device: torch.device) -> bool:
+    """Whether the device still computes: after an illegal access it never does again."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.ones(1, device=device).add_(1).item()
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,83 @@
+"""What is measured of a step where time is left: its whole depth, and a compiler that tries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from benchmarks.gpu.bench import Bench, nothing
+from benchmarks.gpu.dit_step import COMPILED, EAGER, OURS, Setup, shape_of, time_steps
+from benchmarks.gpu.plain_dit import BlockCall
+from benchmarks.gpu.report import Found, Row, Times
+from benchmarks.gpu.rounds import take_turns
+from benchmarks.gpu.sizes import PRECISIONS, Model, Size
+from benchmarks.gpu.subjects import plain
+
+WHAT = "step, all blocks"
+TUNED = "torch.compile, max-autotune"
+
+
+def whole_depth(
+    bench: Bench, model: Model, size: Size, *, dtype: torch.dtype = torch.bfloat16
+) -> Iterator[Found]:
+    """Run all blocks of ours, to see whether a few of them, scaled, tell the truth.
+
+    A GPU that is busy for seconds gets hot and slows down; a few blocks don't show that.
+    """
+    setup = Setup(bench, model, size, dtype)
+    layers, precision = model.config.num_layers, PRECISIONS[-1]
+    name = f"{OURS} {precision}"
+    setup.add_ours(bench, precision)
+    subject = setup.subjects[name]
+    trial = bench.attempt(name, partial(subject, setup.inputs[0], 1), nothing)
+    if trial.error is not None:
+        yield Row(what=WHAT, by=name, shape=shape_of(setup), error=trial.error)
+        return
+    scaled = time_steps(bench, setup, [name])[name]
+
+    def step() -> None:
+        for values in setup.inputs:
+            subject(values, layers)
+
+    times = take_turns(bench, {name: step})[name]
+    yield Row(
+        what=WHAT,
+        by=name,
+        shape=shape_of(setup),
+        times=times,
+        numerics={"scaled_over_measured": scaled.median / times.median},
+        details={"blocks_timed": layers, "scaled_ms": 1e3 * scaled.median},
+    )
+
+
+def tuned(bench: Bench, model: Model, size: Size) -> Iterator[Found]:
+    """The plain module under a compiler that tries many kernels, against its default."""
+    setup = Setup(bench, model, size, torch.bfloat16)
+    modes = {COMPILED: None, TUNED: "max-autotune-no-cudagraphs"}
+    setup.add(EAGER, plain(setup.plain, setup.blocks), setup.weights)
+    for name, mode in modes.items():
+        blocks: list[BlockCall] = [
+            torch.compile(block, dynamic=False, mode=mode) for block in setup.blocks
+        ]
+        setup.add(name, plain(setup.plain, blocks), setup.weights, mode=mode)
+    trials = {
+        name: bench.attempt(name, partial(subject, setup.inputs[0], 1), nothing)
+        for name, subject in setup.subjects.items()
+    }
+    good = [name for name, trial in trials.items() if trial.error is None]
+    times: dict[str, Times] = time_steps(bench, setup, good)
+    for name, trial in trials.items():
+        if name not in times:
+            yield Row(what="step", by=name, shape=shape_of(setup), error=trial.error)
+            continue
+        speedup = {EAGER: times[EAGER].median / times[name].median} if EAGER in times else {}
+        yield Row(
+            what="step",
+            by=name,
+            shape=shape_of(setup),
+            times=times[name],
+            speedup=speedup,
+            details=setup.details[name],
+        )

@@ -1,0 +1,94 @@
+"""Memory-bound kernels against a copy, and against PyTorch with and without its compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.gpu.bench import Bench, Trial
+from benchmarks.gpu.kernel_cases import Case, families
+from benchmarks.gpu.numerics import differences
+from benchmarks.gpu.report import Found, Goal, Row
+from benchmarks.gpu.rounds import Call, take_turns
+from benchmarks.gpu.sizes import Model
+from wanx.benchmarks.speed.roofline.gpu_peaks import COPY
+
+OURS, EAGER, COMPILED = "wanx", "torch", "torch.compile"
+SHARE = 0.85
+
+
+def kernels(bench: Bench, model: Model, family: str) -> Iterator[Found]:
+    """Measure the ops of one family at all sizes of a model."""
+    shares: list[float | None] = []
+    for size in bench.sizes:
+        for case in families(bench, model.config, size.tokens)[family]:
+            width = model.config.ffn_dim if family == "gelu_quantize" else model.config.dim
+            for row in _measure(bench, case, {"D": width, "L": size.tokens}):
+                if row.by == OURS:
+                    shares.append(row.of_ceiling)
+                yield row
+            bench.release()
+    measured = [share for share in shares if share is not None]
+    slowest = min(measured) if len(measured) == len(shares) else None
+    yield Goal.at_least(f"all at {SHARE:.0%} of the copy or more", slowest, SHARE)
+
+
+def _measure(bench: Bench, case: Case, shape: dict[str, int]) -> Iterator[Row]:
+    arguments = case.arguments()
+    right = _right(case, arguments)
+    moved = 0
+
+    def judge(result: Any) -> dict[str, float]:
+        nonlocal moved
+        moved = _bytes(arguments) + _bytes(result)
+        return differences(tree_leaves(result), right)
+
+    calls: dict[str, Call] = {
+        OURS: lambda: case.ours(*arguments),
+        EAGER: lambda: case.reference(*arguments),
+    }
+    if bench.compiles and case.compiled:
+        compiled = torch.compile(case.reference, dynamic=False)
+        calls[COMPILED] = lambda: compiled(*arguments)
+    trials: dict[str, Trial] = {}
+    for by, call in calls.items():
+        trials[by] = bench.attempt(f"{case.name}, {shape['L']}, {by}", call, judge)
+    good = {by: call for by, call in calls.items() if trials[by].error is None}
+    times = take_turns(bench, good, short=True)
+    for by, trial in trials.items():
+        if by not in times:
+            yield Row(what=case.name, by=by, shape=shape, error=trial.error)
+            continue
+        yield Row(
+            what=case.name,
+            by=by,
+            shape=shape,
+            times=times[by],
+            rate=moved / times[by].median,
+            unit="B/s",
+            of=COPY,
+            ceiling=bench.ceilings.get(COPY),
+            speedup=_speedup(times, by),
+            numerics=trial.numerics,
+        )
+
+
+def _right(case: Case, arguments: tuple[Tensor, ...]) -> list[Tensor]:
+    """What the reference gives when nothing but its 8-bit results is rounded to less than fp32."""
+    wide = (t.float() if t.dtype == torch.bfloat16 else t for t in arguments)
+    found: list[Tensor] = tree_leaves(case.reference(*wide))
+    return found
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(t.numel() * t.itemsize for t in tree_leaves(tensors) if isinstance(t, Tensor))
+
+
+def _speedup(times: dict[str, Any], by: str) -> dict[str, float]:
+    if by != OURS:
+        return {}
+    return {other: times[other].median / times[by].median for other in times if other != by}

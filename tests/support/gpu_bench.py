@@ -1,0 +1,61 @@
+"""The GPU benchmark on the processor: a tiny transformer, tiny videos, and what items give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.items import Item
+from benchmarks.gpu.report import Found, Report
+from benchmarks.gpu.sizes import Model, Size
+from benchmarks.gpu.worker import measure
+from wanx.config.models import DiTConfig
+
+CONFIG = DiTConfig(
+    dim=64, ffn_dim=160, num_heads=2, num_layers=3, text_len=8, text_dim=48, freq_dim=32
+)
+# A model of the name that goals are for.
+MODEL = Model(name="14B", config=CONFIG)
+SIZE = Size(name="480P", grid=(2, 3, 5), blocks=2)
+
+
+def tiny_bench(folder: Path, **changes: Any) -> Bench:
+    return Bench(
+        device=torch.device("cpu"),
+        folder=folder,
+        models=(MODEL,),
+        sizes=(SIZE,),
+        gemm=64,
+        copied=1 << 12,
+        compiles=False,
+        allowance=0.0,
+        **changes,
+    )
+
+
+def item(name: str, run: Callable[[Bench], Iterable[Found]], seconds: float = 1) -> Item:
+    def iterate(bench: Bench) -> Iterator[Found]:
+        yield from run(bench)
+
+    return Item(name=name, seconds=seconds, run=iterate)
+
+
+def run_items(bench: Bench, *items: Item) -> tuple[Report, list[str]]:
+    """Measure items; return the report as it was read back, and the lines of the table."""
+    path = bench.folder / "report.json"
+    report = Report(path, {"settings": {}, "started": 0.0})
+    lines: list[str] = []
+    measure(bench, items, report, lines.append)
+    return Report.read(path), lines
+
+
+def run_one(bench: Bench, run: Callable[[Bench], Iterable[Found]]) -> dict[str, Any]:
+    """Measure one thing; it must not fail."""
+    report, _ = run_items(bench, item("one", run))
+    (record,) = report.items
+    assert record["status"] == "measured", record
+    return record

@@ -1,0 +1,8 @@
+"""Folders of the repository, wherever a test lies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TOOLS = ROOT / "tools"

@@ -1,0 +1,66 @@
+"""Whether a bundle still answers its golden steps; see :mod:`wanx.bundle.golden_steps`."""
+
+from __future__ import annotations
+
+from wanx.benchmarks.accuracy.comparison import Agreement, Gates, agreement, worst
+from wanx.bundle.golden_steps import GOLDEN, read_golden
+from wanx.bundle.reader import Bundle
+from wanx.errors import CorruptInputError, GateError
+from wanx.progress import Progress, silent
+from wanx.runtime.sessions import open_session
+
+
+def check_golden(
+    bundle: Bundle, *, threads: int | None = None, progress: Progress = silent
+) -> tuple[Agreement, ...]:
+    """Run the golden steps of a bundle, each on its own inputs, and compare the velocities.
+
+    Returns:
+        One agreement per step and branch; none where the bundle has no golden steps.
+
+    Raises:
+        CorruptInputError: the steps are damaged, or do not fit the graph.
+    """
+    if GOLDEN not in bundle.manifest.files:
+        return ()
+    samples = list(read_golden(bundle.root / GOLDEN).samples())
+    found = []
+    with open_session(bundle, "dit", threads=threads) as session:
+        for done, (step, branch, feeds) in enumerate(samples, 1):
+            velocity = session.run(feeds)["velocity"]
+            expected = step.velocities[branch]
+            if velocity.shape != expected.shape:
+                raise CorruptInputError(
+                    f"{bundle.root / GOLDEN}: step {step.step} expects a velocity "
+                    f"{expected.shape} where the graph answers {velocity.shape}; export the "
+                    "bundle again"
+                )
+            found.append(
+                agreement(
+                    velocity,
+                    expected,
+                    component="dit",
+                    branch=branch,
+                    step=step.step,
+                    timestep=float(step.timestep[0]),
+                )
+            )
+            progress("golden steps", done, len(samples), "steps")
+    return tuple(found)
+
+
+def require_golden(agreements: tuple[Agreement, ...], gates: Gates) -> None:
+    """Refuse answers that are not close enough.
+
+    Raises:
+        GateError: names the worst step.
+    """
+    bad = [item for item in agreements if not item.cosine >= gates.dit]
+    if bad:
+        least = worst(bad)
+        raise GateError(
+            f"{len(bad)} of {len(agreements)} golden steps are below the gate: cosine "
+            f"{least.cosine:.5f} ({least.sqnr_db:.1f} dB) at step {least.step} "
+            f"({least.branch}), and {gates.dit:g} is needed; keep more layers high with "
+            "--keep-high, or export at a higher precision"
+        )

@@ -1,0 +1,102 @@
+"""Clips of both bundles: their frames, their health, and what they differ by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wanx.accuracy.metrics import ClipFigures, clip_figures, psnr_db, relative
+from wanx.errors import WanxError
+from wanx.runtime.output.frame_checks import FrameCheck
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Still:
+    """One frame of the three clips, each ``[H, W, 3]``; ``label`` says why it was chosen."""
+
+    label: str
+    index: int
+    reference: Pixels
+    candidate: Pixels
+    floor: Pixels
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ClipComparison:
+    """A clip of the candidate against the reference's, and what a single ulp does to the latter.
+
+    The two run freely from the same seed, so their trajectories part. The floor is the reference
+    again with every value of its initial noise moved by one ulp: how far apart two runs of the very
+    same model are.
+    """
+
+    candidate: ClipFigures
+    floor: ClipFigures
+    stills: tuple[Still, ...] = ()
+
+    @property
+    def ratios(self) -> dict[str, float | None]:
+        """Distances as multiples of the floor's; None where the floor is 0.
+
+        ``dissimilarity`` is 1 less the SSIM of the worst frame.
+        """
+        ours, floor = self.candidate, self.floor
+        return {
+            "rmse": relative(ours.rmse, floor.rmse),
+            "dissimilarity": relative(1 - ours.ssim_min, 1 - floor.ssim_min),
+            "temporal_difference": relative(ours.temporal_difference, floor.temporal_difference),
+        }
+
+
+def to_pixels(decoded: Iterable[NDArray[np.float32]]) -> tuple[Pixels | None, str | None]:
+    """Turn decoded frames ``[3, n, H, W]`` into pixels, and look at their health.
+
+    Returns:
+        The frames ``[F, H, W, 3]``, None where some value is not finite; and what is wrong with
+        them, None where nothing is.
+    """
+    check = FrameCheck()
+    frames = []
+    for part in decoded:
+        try:
+            frames.append(check.convert(part))
+        except WanxError as error:
+            return None, _finding(error)
+    try:
+        check.finish()
+    except WanxError as error:
+        return np.concatenate(frames), _finding(error)
+    return np.concatenate(frames), None
+
+
+def compare_clips(candidate: Pixels, reference: Pixels, floor: Pixels) -> ClipComparison:
+    """Compare three clips ``[F, H, W, 3]`` of one run, and keep the frames worth looking at."""
+    last = len(reference) - 1
+    chosen = {"first": 0, "middle": last // 2, "worst": int(psnr_db(candidate, reference).argmin())}
+    labels: dict[int, list[str]] = {}
+    for label, index in chosen.items():
+        labels.setdefault(index, []).append(label)
+    return ClipComparison(
+        candidate=clip_figures(candidate, reference),
+        floor=clip_figures(floor, reference),
+        stills=tuple(
+            Still(
+                label=", ".join(names),
+                index=index,
+                reference=reference[index].copy(),
+                candidate=candidate[index].copy(),
+                floor=floor[index].copy(),
+            )
+            for index, names in labels.items()
+        ),
+    )
+
+
+def _finding(error: WanxError) -> str:
+    """What was found, without the advice for somebody who wanted a video."""
+    return str(error).partition(";")[0]

@@ -1,1 +1,0 @@
-"""Measures kernels, layers and denoising steps on a GPU: ``python -m wanx.benchmarks.gpu``."""

@@ -1,0 +1,178 @@
+"""What the trials of a benchmark leave open: where the time goes, and how much of it must be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from wanx.benchmarks.speed.feeds import dit_feeds
+from wanx.benchmarks.speed.metrics import stage_of, steady_steps
+from wanx.benchmarks.speed.results import Results, Trial, with_problem
+from wanx.benchmarks.speed.roofline.bounds import Roofline, roofline
+from wanx.benchmarks.speed.roofline.ceilings import Ceilings, gpu_ceilings, processor_ceilings
+from wanx.benchmarks.speed.roofline.cost import component_cost
+from wanx.benchmarks.speed.roofline.profile import profile_component, profile_engines
+from wanx.benchmarks.speed.suite import Suite
+from wanx.bundle.reader import Bundle
+from wanx.errors import EnvironmentMismatchError, WanxError
+from wanx.progress import Progress, silent
+from wanx.runtime.sampling.guidance import branches
+from wanx.runtime.sessions import open_session
+from wanx.runtime.sessions.base import State
+from wanx.runtime.sessions.engine_session import EngineSession
+from wanx.runtime.sizes import latent_shape
+from wanx.runtime.text import PromptTokenizer, clean_prompt
+from wanx.runtime.tokens import token_grid
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Work:
+    """A component in a case.
+
+    Attributes:
+        component: its name.
+        unit: what was timed.
+        seconds: of that.
+        runs: of the graph in that.
+        sizes: of its dynamic axes.
+        feeds: every input that is no state.
+        state: for networks that have one.
+    """
+
+    component: str
+    unit: str
+    seconds: float
+    runs: int
+    sizes: Mapping[str, int]
+    feeds: dict[str, Any]
+    state: State | None = None
+
+
+def require_packages() -> None:
+    """Check that graphs can be read.
+
+    Raises:
+        EnvironmentMismatchError: the package onnx is missing.
+    """
+    if find_spec("onnx") is None:
+        raise EnvironmentMismatchError(
+            "counting operations needs onnx, which this environment lacks: pip install "
+            "'wanx[report]', or use --no-roofline"
+        )
+
+
+def with_rooflines(
+    results: Results, suite: Suite, *, operations: bool = False, progress: Progress = silent
+) -> Results:
+    """Measure the machine, profile each component, and compare both with what trials took.
+
+    Args:
+        results: of the trials.
+        suite: that they are of.
+        operations: whether to keep the most expensive operations.
+        progress: told how many components are done.
+    """
+    found: list[Roofline] = []
+    measured: dict[bool, Ceilings | None] = {}
+    todo = [
+        (subject, case)
+        for subject, described in enumerate(results.subjects)
+        if described.peer is None
+        for case in range(len(results.cases))
+        if results.of(subject, case)
+    ]
+    for done, (subject, case) in enumerate(todo):
+        progress("roofline", done, len(todo), "steps")
+        bundle, label = suite.bundles[subject], results.subjects[subject].label
+        on_processor = bundle.manifest.target == "cpu"
+        if on_processor not in measured:
+            threads = results.settings.threads
+            measured[on_processor] = processor_ceilings(threads) if on_processor else gpu_ceilings()
+        ceilings = measured[on_processor]
+        if ceilings is None:
+            note = f"{label}: no roofline, since the GPU's limits are measured with PyTorch"
+            results = replace(results, notes=(*results.notes, note))
+            continue
+        try:
+            for work in _works(results, bundle, subject, case):
+                found.append(_roofline(work, bundle, ceilings, results, operations, subject, case))
+        except WanxError as error:
+            results = with_problem(results, f"{label}, roofline: {error}")
+    progress("roofline", len(todo), len(todo), "steps")
+    return replace(results, rooflines=tuple(found))
+
+
+def _roofline(
+    work: _Work,
+    bundle: Bundle,
+    ceilings: Ceilings,
+    results: Results,
+    operations: bool,
+    subject: int,
+    case: int,
+) -> Roofline:
+    costs = component_cost(bundle.graph_path(work.component), work.sizes)
+    threads, profile = results.settings.threads, None
+    if bundle.manifest.target == "cpu":
+        wanted = bundle.manifest.components[work.component].inputs
+        held = {name: value for name, value in (work.state or {}).items() if name in wanted}
+        profile = profile_component(bundle, work.component, work.feeds | held, threads=threads)
+    elif operations:
+        with open_session(bundle, work.component, threads=threads) as session:
+            if isinstance(session, EngineSession):
+                profile = profile_engines(session, partial(session.run, work.feeds, work.state))
+    return roofline(
+        costs, ceilings, profile, runs=work.runs, seconds=work.seconds,
+        with_operations=operations, subject=subject, case=case, component=work.component,
+        unit=work.unit,
+    )  # fmt: skip
+
+
+def _works(results: Results, bundle: Bundle, subject: int, number: int) -> Iterator[_Work]:
+    """What every trial did; the first frame of a video is decoded once, so it is left out."""
+    case, trials = results.cases[number], results.of(subject, number)
+    config, threads = bundle.manifest.config, results.settings.threads
+    texts = _calls(trials, "text", 0)
+    if texts:
+        tokenizer = PromptTokenizer(bundle.tokenizer_path)
+        ids, mask = tokenizer.encode(clean_prompt(case.prompt), config.dit.text_len)
+        words = int(mask.sum())
+        yield _Work(
+            component="text_encoder", unit="prompt", seconds=median(texts), runs=1,
+            sizes={"n": words}, feeds={"ids": np.ascontiguousarray(ids[:, :words])},
+        )  # fmt: skip
+    warm_up = results.settings.warm_up
+    steps = [seconds for trial in trials for seconds in steady_steps(trial, warm_up)]
+    shape = latent_shape(case.width, case.height, case.frames, config.vae)
+    if steps:
+        per_frame = token_grid((shape[0], 1, *shape[2:]), config.dit.patch_size)
+        times = case.tokens // int(np.prod(per_frame))
+        count = len(branches(case.guide_scale))
+        feeds = dit_feeds(config, (times, *per_frame[1:]), count)
+        yield _Work(
+            component="dit", unit="denoising step", seconds=median(steps), runs=count,
+            sizes={"L": case.tokens}, feeds=feeds.constants | feeds.branches[0],
+        )  # fmt: skip
+    frames = _calls(trials, "decode", 1)
+    if frames:
+        latent = np.random.default_rng(0).standard_normal((1, shape[0], 1, *shape[2:]), np.float32)
+        state: State = {}
+        with open_session(bundle, "vae_decoder_first", threads=threads) as session:
+            session.run({"latent": latent}, state)
+        yield _Work(
+            component="vae_decoder_rest", unit="latent frame", seconds=median(frames), runs=1,
+            sizes={"h": shape[2], "w": shape[3]}, feeds={"latent": latent}, state=state,
+        )  # fmt: skip
+
+
+def _calls(trials: list[Trial], stage: str, start: int) -> list[float]:
+    """Seconds of a stage's calls, the prompt or all frames but the first."""
+    found = [stage_of(trial, stage) for trial in trials]
+    end = 1 if stage == "text" else None
+    return [seconds for made in found if made is not None for seconds in made.calls[start:end]]

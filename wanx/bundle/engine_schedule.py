@@ -1,0 +1,128 @@
+"""The plan of an engine: compiled programs, the weights they read, and the order they run in.
+
+A component is cut into programs that hold no weights, so that equal blocks share one. The plan is
+the JSON file beside them; like a manifest, it may come from anywhere, and everything in it is
+bounded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+
+from wanx.bundle.manifest import Count, Text
+from wanx.errors import CorruptInputError
+from wanx.files.input_file import open_input
+
+PLAN = "plan.json"
+MAX_BYTES = 8 << 20
+
+Name = Annotated[str, StringConstraints(pattern="^[A-Za-z0-9_.]{1,128}$")]
+FileName = Annotated[str, StringConstraints(pattern="^[A-Za-z0-9_-]{1,64}[.](pt2|engine)$")]
+Size = Annotated[int, Field(ge=0, le=1 << 31)]
+StoredType = Literal["F32", "BF16", "F16", "I8", "F8_E4M3"]
+InputType = StoredType | Literal["I64"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class Weight(_Record):
+    """One tensor that a program is given: its type and shape there, and where it comes from.
+
+    Several ``sources`` lie one after the other along the first axis. They are names in the weight
+    files without the prefix of a step.
+    """
+
+    sources: Annotated[tuple[Name, ...], Field(min_length=1, max_length=8)]
+    dtype: StoredType
+    shape: Annotated[tuple[Size, ...], Field(max_length=6)]
+
+
+class Program(_Record):
+    """One compiled file; it takes the inputs of a step, then these weights in this order.
+
+    ``layers`` counts what it was found to run, by kind, where its builder tells.
+    """
+
+    file: FileName
+    weights: tuple[Weight, ...]
+    layers: dict[Text, Count] = {}
+
+
+class Step(_Record):
+    """One call of a program: ``prefix`` goes before the names of its weights."""
+
+    program: Name
+    prefix: Annotated[str, StringConstraints(pattern="^([a-z0-9_]+[.])*$", max_length=128)] = ""
+    inputs: tuple[Name, ...]
+    outputs: tuple[Name, ...]
+
+
+class Plan(_Record):
+    """How a component runs.
+
+    Attributes:
+        schema_version: of this format.
+        compiler: what compiled it, such as ``torch 2.13.0``.
+        device: what it was compiled for: ``cpu``, an NVIDIA GPU such as ``sm90``, several such as
+            ``sm89+sm120``, or one and all newer ones, ``sm80+``.
+        types: per graph input, the type that its program takes.
+        batched: graph inputs whose first axis is the batch.
+        batch_limit: up to how many tokens two batch entries are faster at once than in turn.
+        programs: by name.
+        steps: in order; a value that a step makes replaces one of that name.
+    """
+
+    schema_version: Literal[1] = 1
+    compiler: Text
+    device: Annotated[str, StringConstraints(pattern="^(cpu|sm[0-9]{2,3}([+]sm[0-9]{2,3})*[+]?)$")]
+    types: dict[Name, InputType]
+    batched: tuple[Name, ...] = ()
+    batch_limit: Size = 0
+    programs: dict[Name, Program]
+    steps: Annotated[tuple[Step, ...], Field(min_length=1, max_length=1024)]
+
+    @model_validator(mode="after")
+    def _steps_can_run(self) -> Self:
+        known = set(self.types)
+        for step in self.steps:
+            if step.program not in self.programs:
+                raise ValueError(f"a step runs {step.program}, which is no program")
+            for name in step.inputs:
+                if name not in known:
+                    raise ValueError(f"{step.program} reads {name}, which nothing makes")
+            known.update(step.outputs)
+        return self
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan.
+
+    Raises:
+        CorruptInputError: it is not one that a build writes.
+        WanxError: the file cannot be read.
+    """
+    with open_input(path) as file:
+        data = file.read(MAX_BYTES + 1)
+    try:
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"it is larger than {MAX_BYTES} bytes")
+        return Plan.model_validate_json(data)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(str(part) for part in problem["loc"]) or "plan"
+        found = f"{where}: {problem['msg']}"
+    except ValueError as error:
+        found = str(error)
+    raise CorruptInputError(f"{path}: not the plan of an engine: {found:.240}; build it again")

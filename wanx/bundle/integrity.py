@@ -1,0 +1,165 @@
+"""What can be wrong with a bundle on disk: missing, linked, foreign or changed files, escapes.
+
+ONNX Runtime opens whatever file a graph names, follows links and ignores checksums, so all of it
+is decided here, before a session is made.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from wanx.bundle.manifest import Component, FileRecord, Manifest
+from wanx.errors import CorruptInputError
+from wanx.files.checksum import Stamps, sha256_file
+from wanx.files.onnx_wire import external_data
+
+Verify = Literal["auto", "full", "size"]
+AGAIN = "copy or export the bundle again"
+
+_CLOSED_FOLDERS = ("graphs", "weights", "engines")  # a file here that nobody listed is foreign
+_MAX_GRAPH_BYTES = (1 << 31) - 1  # protobuf's limit
+
+
+def problems(
+    root: Path,
+    manifest: Manifest,
+    verify: Verify,
+    on_bytes: Callable[[int], None] | None,
+    allow_hard_links: bool,
+) -> Iterator[tuple[str, str]]:
+    """Yield each problem of a bundle with the file it is about, the cheap checks first.
+
+    The arguments are those of ``wanx.bundle.reader.open_bundle``.
+    """
+    files = manifest.files
+    sound: list[str] = []
+    for name, record in files.items():
+        problem = place_problem(root, name, allow_hard_links) or _size_problem(root, name, record)
+        if problem:
+            yield name, problem
+        else:
+            sound.append(name)
+    for name in _unlisted(root, files):
+        yield name, f"{name!r} is not in the manifest, so not part of this bundle: delete it"
+
+    damaged: set[str] = set()
+    if verify != "size":
+        stamps = Stamps(root)
+        try:
+            for name in sound:
+                record = files[name]
+                problem = _hash_problem(root, name, record, stamps, verify == "auto", on_bytes)
+                if problem:
+                    damaged.add(name)
+                    yield name, problem
+        finally:
+            stamps.save()
+
+    for component in manifest.components.values():
+        for graph in (component.graph, *component.engines.values()):
+            if graph in sound and graph not in damaged and graph.endswith(".onnx"):
+                problem = _graph_problem(root, graph, component, files)
+                if problem:
+                    yield graph, problem
+
+
+def place_problem(root: Path, name: str, allow_hard_links: bool) -> str | None:
+    """Whether ``name`` is a plain file that nothing outside the bundle can change."""
+    path = root
+    for part in PurePosixPath(name).parts:
+        path /= part
+        try:
+            found = path.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return f"{name} is missing: {AGAIN}"
+        except OSError as error:
+            return _unreadable(name, error)
+        if stat.S_ISLNK(found.st_mode):
+            link = path.relative_to(root).as_posix()
+            return f"{link} is a symbolic link: make a copy with real files (cp -RL) and use that"
+    if not stat.S_ISREG(found.st_mode):
+        return f"{name} is not a file: {AGAIN}"
+    if found.st_nlink > 1 and not allow_hard_links:
+        return (
+            f"{name} has {found.st_nlink} hard links, so it can change from outside the bundle: "
+            "make a real copy (cp -R) and use that"
+        )
+    return None
+
+
+def _size_problem(root: Path, name: str, record: FileRecord) -> str | None:
+    size = (root / name).stat().st_size
+    if size == record.size:
+        return None
+    return f"{name} has {size} bytes, the manifest says {record.size}: {AGAIN}"
+
+
+def _hash_problem(
+    root: Path,
+    name: str,
+    record: FileRecord,
+    stamps: Stamps,
+    trust_stamps: bool,
+    on_bytes: Callable[[int], None] | None,
+) -> str | None:
+    path = root / name
+    try:
+        before = path.stat()
+        digest = stamps.digest(name, before) if trust_stamps else None
+        if digest is None:
+            digest = sha256_file(path, on_bytes)
+            stamps.record(name, before, path.stat(), digest)
+        elif on_bytes:
+            on_bytes(record.size)
+    except OSError as error:
+        return _unreadable(name, error)
+    if digest == record.sha256:
+        return None
+    return (
+        f"{name} is damaged: its SHA-256 is {digest[:12]}…, the manifest says "
+        f"{record.sha256[:12]}…: {AGAIN}"
+    )
+
+
+def _unlisted(root: Path, files: dict[str, FileRecord]) -> Iterator[str]:
+    for closed in _CLOSED_FOLDERS:
+        if (root / closed).is_symlink():
+            yield closed
+            continue
+        for folder, folders, names in os.walk(root / closed):
+            links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+            for name in sorted(names + links):
+                relative = (Path(folder) / name).relative_to(root).as_posix()
+                if relative not in files:
+                    yield relative
+
+
+def _graph_problem(
+    root: Path, graph: str, component: Component, files: dict[str, FileRecord]
+) -> str | None:
+    """Whether a graph reads anything but the weights that the manifest grants it."""
+    if files[graph].size > _MAX_GRAPH_BYTES:
+        return f"{graph} has {files[graph].size} bytes, more than an ONNX file can have: {AGAIN}"
+    try:
+        for location, offset, length in external_data((root / graph).read_bytes()):
+            if location not in component.weights:
+                return (
+                    f"{graph} reads {location!r:.200}, which is not among its weights in the "
+                    "manifest: do not use this bundle"
+                )
+            end, size = offset + (length or 0), files[location].size
+            if end > size:
+                return f"{graph} reads up to byte {end} of {location}, which has {size}: {AGAIN}"
+    except CorruptInputError as error:
+        return f"{graph}: {error}: {AGAIN}"
+    except OSError as error:
+        return _unreadable(graph, error)
+    return None
+
+
+def _unreadable(name: str, error: OSError) -> str:
+    return f"{name} cannot be read ({error.strerror}): check its permissions and its disk"

@@ -1,0 +1,291 @@
+"""Publishes a bundle in one step: a reader sees the old one or the new one, never a part.
+
+Everything is written into a hidden sibling of the target and renamed at the end. For a target
+``b`` the siblings are
+
+    .b.lock                 held while an export runs; the system frees it when the process dies
+    .b.wanx-<pid>.partial   the bundle being written
+    .b.wanx-old             the bundle being replaced, whole, between two renames
+    .b.wanx-old.partial     the same on its way to deletion
+
+Replacing renames ``b`` to ``.b.wanx-old``, the new bundle to ``b``, and only then deletes. A
+process killed at any point leaves either ``b`` whole, or no ``b`` and ``.b.wanx-old`` whole; the
+next export and the next opening put the latter back (``recover``).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from wanx.bundle.manifest import MANIFEST, FileRecord, Manifest, printable
+from wanx.errors import UsageError
+from wanx.files.checksum import sha256_file
+from wanx.files.disk import explained, preflight_space, sync
+from wanx.interruption import undone_by_interrupt
+
+_OLD = "wanx-old"
+_RECOVERY_SECONDS = 5.0
+
+
+@contextmanager
+def staging(target: str | Path, *, force: bool = False, needed_bytes: int = 0) -> Iterator[Path]:
+    """Yield an empty folder; when the block ends well, it becomes ``target``.
+
+    The block writes the bundle into the folder and calls ``write_manifest`` last. If it raises,
+    the folder is removed and ``target`` stays as it was.
+
+    Args:
+        target: where the bundle will be; parent folders are created.
+        force: replace a bundle (or an empty folder) that is already there; nothing else ever is.
+        needed_bytes: size of what will be written, checked against the free space beforehand.
+
+    Raises:
+        UsageError: ``target`` is taken, or another process is writing it.
+        WanxError: the disk is full or the place cannot be written.
+    """
+    target = _absolute(target)
+    folder = _sibling(target, f"wanx-{os.getpid()}.partial")
+    with explained(target, folder, needed_bytes):
+        _refuse_unsuitable(target)
+        preflight_space(target, needed_bytes)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target, timeout=0):
+            _clean(target)
+            _refuse_taken(target, force)
+            with undone_by_interrupt(lambda: _abandon(target, folder)):
+                try:
+                    with explained(target, folder, needed_bytes):  # while the disk is still full
+                        folder.mkdir()
+                        yield folder
+                        _commit(folder, target, force)
+                except BaseException:
+                    _clean(target)
+                    raise
+
+
+@contextmanager
+def extending(target: str | Path) -> Iterator[tuple[Path, Callable[[Manifest], None]]]:
+    """Yield an empty folder for engines to be added to the bundle ``target``, and what adds them.
+
+    The block writes ``engines/<key>`` into the folder and calls the function with the new manifest.
+    Engines that it lists no more are deleted. If the block raises, the bundle stays as it was.
+
+    Raises:
+        UsageError: another process is writing ``target``.
+        WanxError: the disk is full or the place cannot be written.
+    """
+    target = _absolute(target)
+    folder = _sibling(target, f"wanx-{os.getpid()}.partial")
+
+    def commit(manifest: Manifest) -> None:
+        engines = target / "engines"
+        moved: list[Path] = []
+        engines.mkdir(exist_ok=True)
+
+        def undo() -> None:
+            for path in moved:
+                shutil.rmtree(path, ignore_errors=True)
+
+        with undone_by_interrupt(undo):
+            try:
+                for new in sorted((folder / "engines").glob("*")):
+                    for path in (*new.rglob("*"), new):
+                        sync(path)
+                    # What a killed build left.
+                    shutil.rmtree(engines / new.name, ignore_errors=True)
+                    moved.append(engines / new.name)
+                    os.rename(new, engines / new.name)
+                sync(engines)
+                write_manifest(target, manifest)
+            except BaseException:
+                undo()
+                raise
+        listed = {Path(name).parts[1] for name in manifest.files if name.startswith("engines/")}
+        for old in engines.glob("*"):
+            if old.name not in listed:
+                shutil.rmtree(old, ignore_errors=True)
+
+    with (
+        explained(target, folder, 0),
+        _locked(target, timeout=0),
+        undone_by_interrupt(lambda: _abandon(target, folder)),
+    ):
+        _clean(target)
+        try:
+            folder.mkdir()
+            yield folder, commit
+        finally:
+            _clean(target)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``manifest.json`` into ``folder`` in one step, replacing one that is there."""
+    temporary = folder / f".{MANIFEST}.partial"
+    temporary.write_bytes(manifest.to_json())
+    sync(temporary)
+    os.replace(temporary, folder / MANIFEST)
+    sync(folder)
+
+
+def record_files(
+    folder: Path,
+    *,
+    known: Mapping[str, str] | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> dict[str, FileRecord]:
+    """Describe the files under ``folder``, sorted by path, for ``Manifest.files``.
+
+    Args:
+        folder: a bundle that is being written.
+        known: SHA-256 in hex by path, for files that were hashed while they were written.
+        on_bytes: told how many bytes were hashed, in portions.
+    """
+    known = known or {}
+    records = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if name != MANIFEST:
+            digest = known.get(name) or sha256_file(path, on_bytes)
+            records[name] = FileRecord(sha256=digest, size=path.stat().st_size)
+    return records
+
+
+def recover(target: Path) -> None:
+    """Put back the bundle that a killed export had moved out of the way of ``target``.
+
+    Raises:
+        UsageError: another process is writing ``target``.
+        WanxError: the place cannot be written.
+    """
+    old = _sibling(target, _OLD)
+    if os.path.lexists(target) or not old.is_dir():
+        return
+    with explained(target, old, 0), _locked(target, timeout=_RECOVERY_SECONDS):
+        _clean(target)
+
+
+def _clean(target: Path) -> None:
+    """Remove what dead exports left; the caller holds the lock, so no other is alive."""
+    for name in _partials(target):
+        shutil.rmtree(target.parent / name, ignore_errors=True)
+    old = _sibling(target, _OLD)
+    if old.is_dir():
+        if not os.path.lexists(target):
+            os.rename(old, target)
+            sync(target.parent)
+        elif _is_bundle(target):
+            _discard(old)
+
+
+def _abandon(target: Path, folder: Path) -> None:
+    """Remove ``folder`` while other threads may write into it: they know it by its old name."""
+    with suppress(OSError):
+        os.rename(folder, _sibling(target, "wanx-0.partial"))
+    _clean(target)
+
+
+def _commit(folder: Path, target: Path, force: bool) -> None:
+    assert (folder / MANIFEST).is_file(), "write_manifest was not called"
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync(Path(parent, name))
+        sync(Path(parent))
+    _refuse_taken(target, force)
+    old = _sibling(target, _OLD)
+    if _is_bundle(target):
+        os.rename(target, old)
+    elif target.is_dir():
+        target.rmdir()
+    os.rename(folder, target)
+    sync(target.parent)
+    if old.is_dir():
+        with suppress(OSError):  # the new bundle is in place; the next export tries again
+            _discard(old)
+
+
+def _discard(old: Path) -> None:
+    """Delete a replaced bundle; renamed first, since ``.wanx-old`` promises a whole bundle."""
+    doomed = old.with_name(f"{old.name}.partial")
+    os.rename(old, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _refuse_unsuitable(target: Path) -> None:
+    try:
+        mode = target.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISLNK(mode):
+        raise UsageError(f"{target} is a link: give the folder it points to, {os.readlink(target)}")
+    if not stat.S_ISDIR(mode):
+        raise UsageError(f"{target} is a file: choose another name")
+    if os.path.ismount(target):
+        raise UsageError(f"{target} is a mount point: choose a folder inside it")
+
+
+def _refuse_taken(target: Path, force: bool) -> None:
+    """Refuse a target that must not be replaced; the caller holds the lock."""
+    _refuse_unsuitable(target)
+    if not target.exists():
+        return
+    if not _is_bundle(target) and any(target.iterdir()):
+        raise UsageError(f"{target} exists and is not a wanx bundle: choose another name")
+    if not force:
+        raise UsageError(f"{target} exists: choose another name, or replace it with --force")
+
+
+def _is_bundle(folder: Path) -> bool:
+    """Whether ``folder`` is wanx's own: other programs have a manifest.json too."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return False
+    with manifest.open("rb") as file:
+        return b'"wanx_version"' in file.read(1 << 16)
+
+
+@contextmanager
+def _locked(target: Path, timeout: float) -> Iterator[None]:
+    path = _sibling(target, "lock")
+    lock = FileLock(path, timeout=timeout)
+    try:
+        lock.acquire()
+    except Timeout:
+        pids = [found[1] for name in _partials(target) if (found := re.search(r"-(\d+)\.", name))]
+        who = f" (pid {pids[0]})" if pids else ""
+        raise UsageError(
+            f"another export is writing {target}{who}: wait for it or choose another name"
+        ) from None
+    try:
+        with undone_by_interrupt(path.unlink):
+            yield
+    finally:
+        with suppress(OSError):  # safe while held: filelock never grants a lock on an unlinked file
+            path.unlink()
+        lock.release()
+
+
+def _absolute(target: str | Path) -> Path:
+    text = os.fspath(target)
+    if "\0" in text:
+        raise UsageError(f"{printable(text)} is not a possible path")
+    path = Path(os.path.abspath(text))
+    if not path.name:
+        raise UsageError(f"{path} cannot be a bundle: give a folder inside it")
+    return path
+
+
+def _sibling(target: Path, suffix: str) -> Path:
+    return target.with_name(f".{target.name}.{suffix}")
+
+
+def _partials(target: Path) -> list[str]:
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.wanx-(\d+|old)\.partial")
+    return sorted(name for name in os.listdir(target.parent) if pattern.fullmatch(name))

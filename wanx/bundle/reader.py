@@ -1,0 +1,173 @@
+"""Opens a bundle and proves that it is whole and safe; opening never writes into it.
+
+manifest.json                  see wanx.bundle.manifest
+graphs/<component>.onnx        external data relative to the bundle: "weights/dit.safetensors"
+weights/*.safetensors
+engines/<key>/...              what a target built
+tokenizer/tokenizer.json
+golden/*.safetensors
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from wanx.bundle.integrity import AGAIN, Verify, place_problem, problems
+from wanx.bundle.manifest import (
+    MANIFEST,
+    TOKENIZER,
+    Component,
+    FileRecord,
+    Manifest,
+    Provenance,
+    parse_manifest,
+    printable,
+)
+from wanx.bundle.publish import recover
+from wanx.errors import CorruptInputError, UsageError, WanxError
+
+__all__ = [
+    "Bundle",
+    "Component",
+    "FileCheck",
+    "FileRecord",
+    "Manifest",
+    "Provenance",
+    "Verify",
+    "open_bundle",
+    "read_bundle",
+    "verify_bundle",
+]
+
+_MAX_MANIFEST_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk; ``hash`` (SHA-256 of its manifest, hex) covers every byte of it."""
+
+    root: Path
+    manifest: Manifest
+    hash: str
+
+    def graph_path(self, component: str) -> Path:
+        """The ONNX file of a component.
+
+        Raises:
+            UsageError: the bundle has no such component.
+        """
+        components = self.manifest.components
+        if component not in components:
+            raise UsageError(
+                f"{self.root}: no component {component!r} in this {self.manifest.task} bundle, "
+                f"which has {', '.join(sorted(components)) or 'none'}"
+            )
+        return self.root / components[component].graph
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The ``tokenizer.json`` of the text encoder.
+
+        Raises:
+            CorruptInputError: the bundle was made without one.
+        """
+        if TOKENIZER not in self.manifest.files:
+            raise CorruptInputError(f"{self.root}: {TOKENIZER} is not in the manifest: {AGAIN}")
+        return self.root / TOKENIZER
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the files that the manifest lists."""
+        return sum(record.size for record in self.manifest.files.values())
+
+
+@dataclass(frozen=True)
+class FileCheck:
+    """What verification found about one file of a bundle; ``problem`` is None when it is good."""
+
+    path: str
+    problem: str | None
+
+
+def open_bundle(
+    path: str | Path,
+    *,
+    verify: Verify = "auto",
+    on_bytes: Callable[[int], None] | None = None,
+    allow_hard_links: bool = False,
+) -> Bundle:
+    """Open a bundle after checking it.
+
+    Args:
+        path: folder of the bundle.
+        verify: ``full`` hashes every file; ``auto`` only those not yet hashed since they last
+            changed; ``size`` compares sizes alone. Everything else is always checked.
+        on_bytes: told the bytes verified so far, in portions that add up to ``size_bytes`` (not
+            called for ``size``).
+        allow_hard_links: for the bundle inside the installed package, which installers link.
+
+    Raises:
+        UsageError: there is no bundle at ``path``.
+        CorruptInputError: the bundle is damaged, incomplete or unsafe.
+        EnvironmentMismatchError: a newer wanx wrote the bundle.
+    """
+    bundle = read_bundle(path)
+    for _, problem in problems(bundle.root, bundle.manifest, verify, on_bytes, allow_hard_links):
+        if read_bundle(path).hash != bundle.hash:  # replaced by an export while it was checked
+            return open_bundle(
+                path, verify=verify, on_bytes=on_bytes, allow_hard_links=allow_hard_links
+            )
+        raise CorruptInputError(f"{bundle.root}: {problem}")
+    return bundle
+
+
+def verify_bundle(
+    path: str | Path,
+    *,
+    on_bytes: Callable[[int], None] | None = None,
+    allow_hard_links: bool = False,
+) -> list[FileCheck]:
+    """Hash every file of a bundle and report on all of them, sorted by path.
+
+    Raises:
+        UsageError, CorruptInputError, EnvironmentMismatchError: the manifest cannot be used.
+    """
+    bundle = read_bundle(path)
+    found: dict[str, str] = {}
+    for name, problem in problems(bundle.root, bundle.manifest, "full", on_bytes, allow_hard_links):
+        found.setdefault(name, problem)
+    names = sorted({*bundle.manifest.files, *found})
+    return [FileCheck(name, found.get(name)) for name in names]
+
+
+def read_bundle(path: str | Path) -> Bundle:
+    """Read a bundle's manifest and check nothing else.
+
+    Raises:
+        UsageError, CorruptInputError, EnvironmentMismatchError: as ``open_bundle``.
+    """
+    try:
+        root = Path(os.path.realpath(path))
+        recover(root)
+        if not root.is_dir():
+            what = "is a file, not a bundle's folder" if root.exists() else "does not exist"
+            raise UsageError(f"{printable(path)} {what}: give a folder made by wanx export")
+        manifest = root / MANIFEST
+        if not os.path.lexists(manifest):
+            raise CorruptInputError(f"{root}: not a wanx bundle, it has no {MANIFEST}")
+        problem = place_problem(root, MANIFEST, allow_hard_links=True)
+        if problem:
+            raise CorruptInputError(f"{root}: {problem}")
+        with manifest.open("rb") as file:
+            data = file.read(_MAX_MANIFEST_BYTES + 1)
+    except ValueError:
+        raise UsageError(f"{printable(path)} is not a possible path") from None
+    except OSError as error:
+        raise WanxError(f"{path} cannot be read: {error.strerror}") from None
+    if len(data) > _MAX_MANIFEST_BYTES:
+        raise CorruptInputError(f"{manifest}: larger than {_MAX_MANIFEST_BYTES} bytes: {AGAIN}")
+    return Bundle(root, parse_manifest(data, manifest), hashlib.sha256(data).hexdigest())

@@ -1,0 +1,58 @@
+"""Which compiled engines were made on this machine.
+
+A compiled engine is a program: loading one runs whatever is in it, which no hash in its own bundle
+can vouch for. So building leaves a note in the user's cache folder, and engines without one are not
+loaded unless the user says that their origin is trusted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+import platformdirs
+
+from wanx.bundle.manifest import FileRecord
+from wanx.bundle.reader import Bundle
+from wanx.errors import EnvironmentMismatchError
+
+TRUST = "WANX_TRUST_ENGINES"
+
+
+def note_built(engine: str, files: Mapping[str, FileRecord]) -> None:
+    """Remember that the engine whose plan is ``engine`` was built here, with these files."""
+    note = _note(engine, files)
+    if note is not None:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.touch()
+
+
+def require_trusted(bundle: Bundle, component: str, target: str) -> None:
+    """Refuse a compiled engine that comes from elsewhere.
+
+    Raises:
+        EnvironmentMismatchError: says how to build it here, or to trust it.
+    """
+    note = _note(bundle.manifest.components[component].engines[target], bundle.manifest.files)
+    if os.environ.get(TRUST) == "1" or (note is not None and note.exists()):
+        return
+    raise EnvironmentMismatchError(
+        f"the engines of {bundle.root} were compiled elsewhere, and a compiled engine can do "
+        f"anything: run `wanx build {bundle.root} --target {target}`, or set {TRUST}=1 if you "
+        "trust where it comes from"
+    )
+
+
+def _note(engine: str, files: Mapping[str, FileRecord]) -> Path | None:
+    """Where the note of an engine is: its name stands for every byte in the engine's folder."""
+    cache = platformdirs.user_cache_path("wanx", appauthor=False)
+    if not cache.is_absolute():  # there is no home folder
+        return None
+    folder = PurePosixPath(engine).parent
+    facts = [
+        f"{p} {r.sha256}" for p, r in sorted(files.items()) if folder in PurePosixPath(p).parents
+    ]
+    digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()
+    return cache / "built" / digest

@@ -1,0 +1,209 @@
+"""The weights of one component: which files hold them, and whether they are the ones expected."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from wanx.checkpoints.floats import FLOAT_TYPES
+from wanx.checkpoints.pickle_file import read_pickle
+from wanx.checkpoints.tensor_source import SafetensorsTensor, TensorSource
+from wanx.errors import CorruptInputError, UsageError
+from wanx.files.input_file import read_json_object
+from wanx.files.safetensors import read_header
+
+_LISTED = 10  # problems spelled out in one message
+_SHARD = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
+# The patch embedding is a Linear over the bytes of a Conv3d: [D, C, 1, 2, 2] is read as [D, 4C].
+_FLATTENED = frozenset({"patch_embedding.weight", "vace_patch_embedding.weight"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentWeights:
+    """Weights of one network.
+
+    Attributes:
+        component: ``dit``, ``text_encoder``, ``image_encoder`` or ``vae``.
+        tensors: sources by original tensor name; a name that no map knows stays as it is.
+        files: the files they lie in.
+        stored_name: turns an original name into the one that the files use, for messages.
+    """
+
+    component: str
+    tensors: dict[str, TensorSource]
+    files: tuple[Path, ...]
+    stored_name: Callable[[str], str] = str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(source.nbytes for source in self.tensors.values())
+
+    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Compare with what the network needs; see :func:`check_tensors`."""
+        check_tensors(self.component, expected, self.tensors, self.stored_name)
+
+
+def check_tensors(
+    component: str,
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, TensorSource],
+    stored_name: Callable[[str], str] = str,
+) -> None:
+    """Require exactly the expected tensors, as floats of the expected shapes.
+
+    Args:
+        component: named in the message.
+        expected: shapes by original name.
+        found: sources by original name.
+        stored_name: turns an original name into the one that the files use.
+
+    Raises:
+        CorruptInputError: lists every missing, unexpected, misshaped or wrongly typed tensor.
+    """
+    problems = [f"missing {stored_name(name)}" for name in expected if name not in found]
+    problems += [
+        f"unexpected {_shown(src.name)}" for name, src in found.items() if name not in expected
+    ]
+    for name, source in found.items():
+        if name not in expected:
+            continue
+        shape, wanted = source.shape, tuple(expected[name])
+        if name in _FLATTENED and len(wanted) == 2 and len(shape) > 2:
+            shape = (shape[0], math.prod(shape[1:]))
+        if shape != wanted:
+            problems.append(f"{source.name} has shape {list(shape)} instead of {list(wanted)}")
+        if source.dtype not in FLOAT_TYPES:
+            problems.append(f"{source.name} is {source.dtype} instead of F32, F16 or BF16")
+    if problems:
+        listed = "; ".join(problems[:_LISTED])
+        more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        raise CorruptInputError(
+            f"the {component} weights do not fit their network ({len(problems)} in all): {listed}"
+            f"{more}; use a complete Wan2.1 checkpoint"
+        )
+
+
+def open_weights(folder: Path, stem: str) -> tuple[dict[str, TensorSource], tuple[Path, ...]]:
+    """Open ``stem.safetensors``, its shards, or ``stem.pth`` in ``folder``.
+
+    Returns:
+        Sources by stored name, and the files they lie in.
+
+    Raises:
+        CorruptInputError: no such weights, shards missing, or a file is damaged or unsafe.
+        UsageError: the folder holds them both in one file and as shards.
+    """
+    single = folder / f"{stem}.safetensors"
+    index = folder / f"{stem}.safetensors.index.json"
+    pickle = folder / f"{stem}.pth"
+    if single.exists() and index.exists():
+        raise UsageError(
+            f"{folder} holds both {single.name} and {index.name}; remove the one that is not meant"
+        )
+    if index.exists():
+        return _open_index(index)
+    if single.exists():
+        return _open_shards([single])
+    if pickle.exists():
+        return read_pickle(pickle), (pickle,)
+    return _open_shards(_shards_without_index(folder, stem))
+
+
+def _shards_without_index(folder: Path, stem: str) -> list[Path]:
+    shards = sorted(p for p in folder.glob(f"{stem}-*.safetensors") if _SHARD.search(p.name))
+    if not shards:
+        raise CorruptInputError(
+            f"{folder} holds neither {stem}.safetensors, its shards, nor {stem}.pth; "
+            "download it completely"
+        )
+    match = _SHARD.search(shards[0].name)
+    assert match is not None
+    count = int(match[1])
+    names = {p.name for p in shards}
+    wanted = (f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1))
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        raise CorruptInputError(
+            f"{folder} holds {count - len(missing)} of {count} shards of {stem}, "
+            f"missing {some_of(missing)}; download them"
+        )
+    if len(shards) != count:
+        raise CorruptInputError(
+            f"{folder} holds {len(shards)} shards of {stem}, of which {count} belong together; "
+            "remove the others"
+        )
+    return shards
+
+
+def _open_index(index: Path) -> tuple[dict[str, TensorSource], tuple[Path, ...]]:
+    weight_map = read_json_object(index).get("weight_map")
+    if not (isinstance(weight_map, dict) and weight_map) or not all(
+        isinstance(shard, str) for shard in weight_map.values()
+    ):
+        raise CorruptInputError(f"{index} has no weight_map of file names; download it again")
+    shards = {name: _shard_path(index, name) for name in dict.fromkeys(weight_map.values())}
+    if missing := [name for name, path in shards.items() if not path.exists()]:
+        raise CorruptInputError(
+            f"{index.parent} lacks {len(missing)} of {len(shards)} shards: {some_of(missing)}; "
+            "download them"
+        )
+    tensors, files = _open_shards(shards.values())
+    lost = [
+        f"{name} in {shard}"
+        for name, shard in weight_map.items()
+        if name not in tensors or tensors[name].file != shards[shard]
+    ]
+    if lost:
+        raise CorruptInputError(
+            f"{index}: {len(lost)} of {len(weight_map)} tensors are not where it says: "
+            f"{some_of(lost)}; download the index and its shards again"
+        )
+    return tensors, files
+
+
+def _shard_path(index: Path, name: str) -> Path:
+    """Path of a shard, which must lie in the index's folder.
+
+    A link may lead to the blobs of the Hugging Face cache that the folder is part of.
+    """
+    folder = Path(os.path.realpath(index.parent))
+    if re.fullmatch(r"[\w.+-]+(/[\w.+-]+)*\.safetensors", name) and ".." not in name.split("/"):
+        target = Path(os.path.realpath(folder / name))
+        blobs = target.parent
+        cached = blobs.name == "blobs" and blobs.with_name("snapshots") in folder.parents
+        if cached or target.is_relative_to(folder):
+            return index.parent / name
+    raise CorruptInputError(
+        f"{index} names the shard {name[:80]!r}, which is not a file of its folder; "
+        "put the shards themselves beside the index"
+    )
+
+
+def _open_shards(paths: Iterable[Path]) -> tuple[dict[str, TensorSource], tuple[Path, ...]]:
+    tensors: dict[str, TensorSource] = {}
+    files = tuple(paths)
+    for path in files:
+        for name, ref in read_header(path).entries.items():
+            if name in tensors:
+                raise CorruptInputError(
+                    f"{path} holds {name[:80]!r}, as {tensors[name].file.name} already does; "
+                    "download the shards again"
+                )
+            tensors[name] = SafetensorsTensor.from_ref(ref)
+    return tensors, files
+
+
+def some_of(names: list[str]) -> str:
+    """The first few of many names, and how many more there are."""
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(map(_shown, names[:_LISTED])) + more
+
+
+def _shown(name: str) -> str:
+    """A name out of a file, without line breaks or terminal codes."""
+    return name[:160] if name.isprintable() else ascii(name[:160])

@@ -1,0 +1,4 @@
+"""Progress bars, tables and summaries for the terminal.
+
+Start with ``generation.py``.
+"""

@@ -1,0 +1,206 @@
+"""What a person sees: progress bars on stderr, tables and summaries on stdout."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from wanx.bundle.reader import Bundle, FileCheck
+from wanx.interruption import undone_by_interrupt
+from wanx.progress import Progress as Report
+from wanx.progress import Unit, silent
+
+if TYPE_CHECKING:
+    from wanx.commands.doctor import Finding
+    from wanx.exporter.estimate import Estimate
+    from wanx.exporter.options import ResolvedExport
+    from wanx.runtime.batch import Outcome
+    from wanx.runtime.pipeline import Generation
+
+# Without markup: paths and messages may hold brackets.
+OUT = Console(highlight=False, soft_wrap=True, markup=False)
+
+
+def size(count: float) -> str:
+    """``count`` bytes in decimal units, with three digits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def duration(seconds: float) -> str:
+    """``seconds`` as a person would say it."""
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+class _Amount(ProgressColumn):
+    """Done and total in the unit of the stage, then the time that is left."""
+
+    def render(self, task: Task) -> Text:
+        total = task.total or 0
+        in_bytes = task.fields.get("unit") == "bytes"
+        amount = (
+            f"{size(task.completed)}/{size(total)}"
+            if in_bytes
+            else f"{task.completed:.0f}/{total:.0f}"
+        )
+        if task.finished:
+            return Text(f"{amount}  {duration(task.finished_time or 0)}")
+        left = task.time_remaining
+        rate = f"  {size(task.speed)}/s" if in_bytes and task.speed else ""
+        return Text(f"{amount}{rate}" + ("" if left is None else f"  {duration(left)} left"))
+
+
+@contextmanager
+def bars(quiet: bool) -> Iterator[Report]:
+    """Yield a progress function that draws one bar per stage, on a terminal only."""
+    if quiet or not sys.stderr.isatty():
+        yield silent
+        return
+    columns = (TextColumn("{task.description:<20}"), BarColumn(bar_width=30), _Amount())
+    progress = Progress(*columns, console=Console(stderr=True))
+    with undone_by_interrupt(progress.stop), progress:
+        tasks: dict[str, int] = {}
+
+        def report(stage: str, done: int, total: int, unit: Unit) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total, unit=unit)
+            progress.update(tasks[stage], completed=done)  # type: ignore[arg-type]
+
+        yield report
+
+
+class _Lines(logging.Handler):
+    """Writes each message to stderr once, above the bars where there are any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if text not in self._said:
+            self._said.add(text)
+            print(text, file=sys.stderr)
+
+
+@contextmanager
+def memory_lines(quiet: bool) -> Iterator[None]:
+    """Show what the runtime says of the GPU's memory before it computes."""
+    logger = logging.getLogger("wanx.runtime")
+    handler, level = _Lines(), logger.level
+    if quiet:
+        yield
+        return
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+
+
+def print_estimate(resolved: ResolvedExport, needs: Estimate) -> None:
+    """Say what an export would write and take."""
+    checkpoint = resolved.checkpoint
+    OUT.print(
+        f"{checkpoint.config.name} ({checkpoint.config.task}, {checkpoint.layout} layout) "
+        f"at {resolved.precision} to {resolved.output}"
+    )
+    table = Table("weights", "in the source", "in the bundle", box=None, pad_edge=False)
+    for group, count in needs.weight_bytes.items():
+        table.add_row(group, size(checkpoint.components[group].nbytes), size(count))
+    OUT.print(table)
+    OUT.print(
+        f"bundle {size(needs.bundle_bytes)}, peak memory about {size(needs.peak_memory_bytes)}, "
+        f"time about {duration(needs.seconds)}, of which calibration "
+        f"{duration(needs.calibration_seconds)}"
+    )
+
+
+def print_bundle(bundle: Bundle) -> None:
+    """Summarise a bundle."""
+    manifest = bundle.manifest
+    defaults = manifest.defaults
+    OUT.print(
+        f"{bundle.root}\n"
+        f"{manifest.name} ({manifest.task}) at {manifest.precision} for {manifest.target}, "
+        f"{size(bundle.size_bytes)}, hash {bundle.hash[:12]}"
+    )
+    table = Table("component", "nodes", "stored tensors", "weights", box=None, pad_edge=False)
+    for name, component in manifest.components.items():
+        stored = ", ".join(f"{count} {dtype}" for dtype, count in sorted(component.storage.items()))
+        table.add_row(name, str(component.nodes), stored, ", ".join(component.weights))
+    OUT.print(table)
+    OUT.print(
+        f"defaults: {defaults.width}x{defaults.height}, {defaults.frames} frames, "
+        f"{defaults.steps} steps, guide scale {defaults.guide_scale:g}, shift {defaults.shift:g}"
+    )
+    source = manifest.provenance
+    OUT.print(
+        f"made by wanx {manifest.wanx_version} from {source.source} ({source.source_layout} "
+        f"layout, {source.source_sha256[:12]}) on {source.created:%Y-%m-%d %H:%M} UTC"
+    )
+
+
+def print_generation(result: Generation, bundle: Bundle) -> None:
+    """Say what was generated and what it took."""
+    run = result.options
+    OUT.print(
+        f"wrote {result.path}: {run.width}x{run.height}, {run.frames} frames, seed {run.seed}, "
+        f"by {bundle.manifest.name} at {bundle.manifest.precision}"
+    )
+    stages = (f"{s.name} {duration(s.load_seconds + s.seconds)}" for s in result.stages)
+    peaks = [s.peak_bytes for s in result.stages if s.peak_bytes is not None]
+    OUT.print(" · ".join(stages) + (f" · peak memory {size(max(peaks))}" if peaks else ""))
+
+
+def print_outcome(outcome: Outcome, bundle: Bundle) -> None:
+    """Say what became of one job of a batch."""
+    if outcome.result is not None:
+        print_generation(outcome.result, bundle)
+    elif outcome.error is not None:
+        OUT.print(Text("failed", style="red"), f"{outcome.job.name}: {outcome.error}")
+    else:
+        OUT.print(f"{outcome.job.output} is there; skipped")
+
+
+def print_outcomes(outcomes: Sequence[Outcome]) -> None:
+    """Count what became of a batch, and repeat what failed."""
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    done = sum(outcome.result is not None for outcome in outcomes)
+    skipped = len(outcomes) - done - len(failed)
+    OUT.print(f"{done} written, {skipped} skipped, {len(failed)} failed")
+    if len(outcomes) > len(failed):  # otherwise they are still on the screen
+        for outcome in failed:
+            OUT.print(Text("failed", style="red"), f"{outcome.job.name}: {outcome.error}")
+
+
+def print_checks(checks: Sequence[FileCheck]) -> None:
+    """List the damaged files, or say that there are none."""
+    bad = [check for check in checks if check.problem]
+    for check in bad:
+        OUT.print(Text("bad", style="red"), check.problem)
+    OUT.print(f"{len(checks) - len(bad)} of {len(checks)} files are as the manifest says")
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """Print what the doctor found."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for finding in findings:
+        mark = Text("ok", "green") if finding.ok else Text("no", "red" if finding.required else "")
+        table.add_row(mark, finding.name, Text(finding.detail))
+    OUT.print(table)

@@ -1,0 +1,73 @@
+"""What a person sees of a benchmark, on stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from wanx.commands.display.generation import OUT
+
+if TYPE_CHECKING:
+    from wanx.benchmarks.speed.change import Change
+    from wanx.benchmarks.speed.results import Results
+
+
+def print_results(results: Results, folder: Path) -> None:
+    """Summarise a benchmark: medians, and how many times faster than the baseline."""
+    from wanx.benchmarks.speed.metrics import METRICS, amount, speedup, spread
+    from wanx.benchmarks.speed.results import counted
+
+    for number, case in enumerate(results.cases):
+        OUT.print(f"{case.label}, {counted(case.tokens, 'token')}, {counted(case.steps, 'step')}")
+        table = Table("", box=None, pad_edge=False)
+        for subject in results.subjects:
+            table.add_column(subject.label, justify="right")
+        for metric in METRICS:
+            cells = []
+            for index in range(len(results.subjects)):
+                found = spread(results, metric, index, number)
+                text = amount(found.median) if found else "–"
+                ratio = speedup(results, metric, index, number)
+                if ratio and index != results.settings.baseline:
+                    text += f"  {ratio.median:.2f}×"
+                cells.append(text)
+            if any(cell != "–" for cell in cells):
+                table.add_row(metric.name, *cells)
+        OUT.print(table)
+    for item in results.rooflines:
+        OUT.print(f"{results.subjects[item.subject].label}, {item.component}: {item.sentence}")
+    for note in results.notes:
+        OUT.print(note)
+    OUT.print(f"wrote {folder / 'report.html'}, report.json and report.md")
+
+
+def print_changes(changes: Sequence[Change], differences: Sequence[str]) -> None:
+    """List every figure of two reports, with what is more than noise."""
+    from wanx.benchmarks.speed.metrics import amount
+
+    for line in differences:
+        OUT.print(f"not the same: {line}")
+    table = Table("", "old", "new", "change", "noise", "", box=None, pad_edge=False)
+    for column in table.columns[1:5]:
+        column.justify = "right"
+    shown = None
+    for change in changes:
+        if (change.subject, change.case) != shown:
+            shown = (change.subject, change.case)
+            table.add_row(f"{change.subject}, {change.case}")
+        noise = "unknown" if change.noise is None else f"±{change.noise:.1%}"
+        table.add_row(
+            f"  {change.metric}", amount(change.old), amount(change.new),
+            f"{change.growth:+.1%}", noise, _verdict(change),
+        )  # fmt: skip
+    OUT.print(table)
+
+
+def _verdict(change: Change) -> Text:
+    if not change.beyond_noise:
+        return Text("")
+    return Text("slower", "red") if change.growth > 0 else Text("faster", "green")

@@ -1,0 +1,148 @@
+"""The command ``wanx export``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wanx.commands.options import Json, Quiet, bundle_facts, option, print_json
+from wanx.interruption import ends_at_interrupt
+
+
+def export(
+    source: Annotated[
+        str, typer.Argument(help="Folder of a checkpoint or bundle, or tiny, the built-in model.")
+    ] = "tiny",
+    output: Annotated[
+        Path | None, option("--output", "-o", help="Folder of the bundle to write.")
+    ] = None,
+    precision: Annotated[
+        str,
+        option(
+            help="Of DiT and text encoder. Storage: auto (as they are), fp32, bf16, fp16. "
+            "Quantised: int8, fp8."
+        ),
+    ] = "auto",
+    target: Annotated[
+        str,
+        option(
+            help="What will run the bundle: cpu, aoti (compiled for this GPU), rtx:sm89 "
+            "(TensorRT-RTX for such GPUs, several with commas), tensorrt (for this GPU) or "
+            "tensorrt:sm80+ (and all newer ones)."
+        ),
+    ] = "cpu",
+    task: Annotated[
+        str | None, option(help="Insist on this task; an error names what was found.")
+    ] = None,
+    quantize: Annotated[
+        list[str] | None,
+        option(
+            help="Component to quantise: dit, text_encoder; may be repeated.", show_default="both"
+        ),
+    ] = None,
+    keep_high: Annotated[
+        list[str] | None,
+        option(
+            metavar="<pattern>",
+            help="Layers of the DiT that stay as they are, such as 'blocks.0.*'; may be repeated.",
+        ),
+    ] = None,
+    weight_scale: Annotated[
+        str, option(help="fp8: a scale per channel or per tensor.")
+    ] = "channel",
+    activation_scale: Annotated[
+        str, option(help="fp8: static (calibrated) or dynamic (per token).")
+    ] = "static",
+    smooth: Annotated[
+        float, option(help="SmoothQuant's strength: 0 (off) to 1, such as 0.5.")
+    ] = 0.0,
+    attention: Annotated[str, option(help="Self-attention: high, or fp8 with --precision fp8.")] = (
+        "high"
+    ),
+    layer_gate: Annotated[
+        float | None,
+        option(help="Least SQNR of a layer in dB, below which it stays high.", show_default="auto"),
+    ] = None,
+    percentile: Annotated[
+        float, option(help="Of activations, above which they are clipped; 100 clips none.")
+    ] = 100.0,
+    calibration: Annotated[
+        Path | None,
+        option(help="JSON Lines of prompts to calibrate with.", show_default="a shipped set"),
+    ] = None,
+    calibration_prompts: Annotated[int, option(help="How many of them.")] = 4,
+    calibration_steps: Annotated[int, option(help="Denoising steps for each.")] = 6,
+    calibration_size: Annotated[
+        str | None, option(help="Width x height.", show_default="small")
+    ] = None,
+    calibration_frames: Annotated[int | None, option(help="Frames.", show_default="few")] = None,
+    fresh_calibration: Annotated[
+        bool, option("--fresh-calibration", help="Ignore what was calibrated before.")
+    ] = False,
+    golden_steps: Annotated[
+        int, option(help="Steps with their right answers to put into the bundle; 0 for none.")
+    ] = 3,
+    gate: Annotated[
+        bool, option("--gate", help="Run the golden steps; exit 3 if they are not close enough.")
+    ] = False,
+    force: Annotated[bool, option("--force", help="Replace a bundle that exists.")] = False,
+    dry_run: Annotated[
+        bool, option("--dry-run", help="Check the source and print what it would take.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Export a checkpoint to a bundle."""
+    from wanx.exporter.packages import require_packages
+
+    require_packages()
+    from wanx.commands.display.accuracy import print_quantization
+    from wanx.commands.display.generation import bars, print_bundle, print_estimate
+    from wanx.exporter.calibration.options import CalibrationOptions
+    from wanx.exporter.export import export as run_export
+    from wanx.exporter.export import plan
+    from wanx.exporter.options import ExportOptions
+    from wanx.exporter.quantization.scheme import QUANTIZED, QuantizeOptions
+    from wanx.runtime.sizes import parse_size
+
+    width, height = (None, None) if calibration_size is None else parse_size(calibration_size)
+    options = ExportOptions(
+        source=source, output=output, precision=precision, target=target,
+        task=task,  # type: ignore[arg-type]
+        force=force,
+        gate=gate,
+        quantize=QuantizeOptions(
+            components=tuple(quantize or QUANTIZED), keep_high=tuple(keep_high or ()),
+            weight_scale=weight_scale,  # type: ignore[arg-type]
+            activation_scale=activation_scale,  # type: ignore[arg-type]
+            smooth=smooth,
+            attention=attention,  # type: ignore[arg-type]
+            layer_gate_db=layer_gate, percentile=percentile,
+        ),
+        calibration=CalibrationOptions(
+            file=calibration, prompts=calibration_prompts, steps=calibration_steps, width=width,
+            height=height, frames=calibration_frames, golden_steps=golden_steps,
+            fresh=fresh_calibration,
+        ),
+    )  # fmt: skip
+    if dry_run:
+        resolved, needs = plan(options)
+        if as_json:
+            print_json(
+                {"name": resolved.checkpoint.config.name, "precision": resolved.precision}
+                | {"output": str(resolved.output)}
+                | asdict(needs)
+            )
+        else:
+            print_estimate(resolved, needs)
+        return
+    with ends_at_interrupt(), bars(quiet) as progress:
+        bundle = run_export(options, progress)
+    if as_json:
+        print_json(bundle_facts(bundle))
+    else:
+        print_bundle(bundle)
+        print_quantization(bundle)

@@ -1,0 +1,35 @@
+"""What several commands share: options, and JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from wanx.bundle.reader import Bundle
+
+# Options can be set in the environment too; spelling each name out would drown the help.
+option = partial(typer.Option, show_envvar=False)
+
+Json = Annotated[bool, option("--json", help="Print the result as JSON.")]
+Quiet = Annotated[bool, option("--quiet", "-q", help="No progress on stderr.")]
+Threads = Annotated[
+    int | None, option(min=1, help="Threads of the processor.", show_default="all cores")
+]
+BundlePath = Annotated[
+    str,
+    typer.Argument(metavar="BUNDLE", help="Folder of the bundle, or the name of a built-in one."),
+]
+
+
+def print_json(value: Any) -> None:
+    """Print a result for programs."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def bundle_facts(bundle: Bundle) -> dict[str, Any]:
+    """What ``--json`` says of a bundle."""
+    return {"path": str(bundle.root), "hash": bundle.hash, "size_bytes": bundle.size_bytes}

@@ -1,0 +1,221 @@
+"""The command ``wanx run``."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from wanx.commands.options import Json, Quiet, Threads, option, print_json
+from wanx.errors import UsageError
+
+if TYPE_CHECKING:
+    from wanx.progress import Progress
+    from wanx.runtime.batch import Job
+    from wanx.runtime.pipeline import Generation, Pipeline
+
+
+def run(
+    bundle: Annotated[
+        str | None, typer.Argument(help="Folder of the bundle; left out, the built-in tiny model.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Argument(help="What the video shows.")] = None,
+    output: Annotated[
+        Path | None,
+        option(
+            "--output",
+            "-o",
+            help="File to write: .mp4, .webm, .gif, .png for one frame. For --prompts: a folder.",
+            show_default="out.mp4 or out.png, numbered if taken",
+        ),
+    ] = None,
+    image: Annotated[Path | None, option(help="First frame (i2v, flf2v).")] = None,
+    last_image: Annotated[Path | None, option(help="Last frame (flf2v).")] = None,
+    video: Annotated[Path | None, option(help="Video that controls the new one (vace).")] = None,
+    mask: Annotated[
+        Path | None, option(help="Video that is white where --video is drawn anew (vace).")
+    ] = None,
+    reference: Annotated[
+        list[Path] | None,
+        option(metavar="<path>", help="Image of what to show; may be repeated (vace)."),
+    ] = None,
+    vace_scale: Annotated[
+        float | None, option(help="Weight of the control.", show_default="1")
+    ] = None,
+    size: Annotated[
+        str | None,
+        option(
+            help="Width x height, such as 832x480; only the area where an input sets the shape."
+        ),
+    ] = None,
+    frames: Annotated[int | None, option(help="Frames: a multiple of 4, plus 1.")] = None,
+    steps: Annotated[int | None, option(help="Denoising steps.")] = None,
+    guide_scale: Annotated[
+        float | None, option(help="Weight of the prompt; 1 switches guidance off.")
+    ] = None,
+    shift: Annotated[float | None, option(help="Shift of the noise schedule.")] = None,
+    solver: Annotated[str, option(help="unipc or dpm++.")] = "unipc",
+    seed: Annotated[int, option(help="Seed of the noise; -1 draws one.")] = -1,
+    negative_prompt: Annotated[str | None, option(help="What the video should not show.")] = None,
+    fps: Annotated[int | None, option(help="Frames per second of the file.")] = None,
+    count: Annotated[int, option(min=1, help="How many, with successive seeds.")] = 1,
+    prompts: Annotated[
+        Path | None,
+        option(help="JSON Lines: an object of options for each video; finished ones are skipped."),
+    ] = None,
+    vram_budget: Annotated[
+        str | None,
+        option(
+            help="TensorRT: GPU memory to take, such as 12G; weights beyond it are streamed.",
+            show_default="what is free",
+        ),
+    ] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Generate a video from a prompt, and from images or videos where the task takes them.
+
+    Options that are left out take the bundle's defaults.
+    """
+    import wanx
+    from wanx.commands.display.generation import bars, memory_lines, print_generation
+    from wanx.runtime.batch import read_jobs, seeds
+    from wanx.runtime.options import RunOptions
+    from wanx.runtime.sessions.device.vram_budget import parse_vram_budget
+    from wanx.runtime.sizes import parse_size
+
+    folder, text = _bundle_and_prompt(bundle, prompt)
+    width, height = (None, None) if size is None else parse_size(size)
+    options = RunOptions(
+        prompt=text, negative_prompt=negative_prompt, width=width, height=height, frames=frames,
+        fps=fps, steps=steps, guide_scale=guide_scale, shift=shift, solver=solver, seed=seed,
+        image=image, last_image=last_image, video=video, mask=mask,
+        references=tuple(reference or ()), vace_scale=vace_scale,
+    )  # fmt: skip
+    suffix = ".png" if frames == 1 else ".mp4"
+    if prompts is not None and count > 1:
+        raise UsageError("--count and --prompts do not go together; give each seed a line")
+    budget = None if vram_budget is None else parse_vram_budget(vram_budget)
+    load = partial(wanx.load, folder, threads=threads, vram_budget=budget)
+    with memory_lines(quiet):
+        if prompts is not None:
+            jobs = read_jobs(prompts, _batch_folder(output), options, suffix)
+            _run_jobs(load(), jobs, bars(quiet), as_json, resume=True)
+            return
+        if count > 1:
+            jobs = seeds(options, _numbered(output, Path(f"out{suffix}"), count))
+            _run_jobs(load(), jobs, bars(quiet), as_json, resume=False)
+            return
+        with bars(quiet) as progress:
+            pipeline = load()
+            path = output or _free_name(Path(f"out{suffix}"))
+            result = pipeline.run(options, output=path, progress=progress)
+    if as_json:
+        print_json(_facts(result, pipeline))
+    else:
+        print_generation(result, pipeline.bundle)
+
+
+def _run_jobs(
+    pipeline: Pipeline,
+    jobs: Sequence[Job],
+    shown: AbstractContextManager[Progress],
+    as_json: bool,
+    *,
+    resume: bool,
+) -> None:
+    """Run a batch and report it; exit 1 if any job failed."""
+    from wanx.commands.display.generation import print_outcome, print_outcomes
+    from wanx.runtime.batch import run_jobs
+
+    outcomes = []
+    with shown as progress:
+        current = ""
+
+        def on_start(number: int, job: Job) -> None:
+            nonlocal current
+            current = job.name
+            progress("videos", number, len(jobs), "steps")
+
+        def report(stage: str, done: int, total: int, unit: Any) -> None:
+            progress(f"{current}: {stage}", done, total, unit)
+
+        for outcome in run_jobs(pipeline, jobs, on_start, resume=resume, progress=report):
+            outcomes.append(outcome)
+            if not as_json:
+                print_outcome(outcome, pipeline.bundle)
+        progress("videos", len(jobs), len(jobs), "steps")
+    if as_json:
+        print_json(
+            [
+                {"name": outcome.job.name, "output": str(outcome.job.output)}
+                | ({"error": str(outcome.error)} if outcome.error else {})
+                | (_facts(outcome.result, pipeline) if outcome.result else {})
+                for outcome in outcomes
+            ]
+        )
+    else:
+        print_outcomes(outcomes)
+    if any(outcome.error for outcome in outcomes):
+        raise typer.Exit(1)
+
+
+def _facts(result: Generation, pipeline: Pipeline) -> dict[str, Any]:
+    return {"output": str(result.path), "bundle": pipeline.bundle.hash} | {
+        "options": asdict(result.options),
+        "stages": [asdict(stage) for stage in result.stages],
+    }
+
+
+def _bundle_and_prompt(first: str | None, second: str | None) -> tuple[Path | None, str | None]:
+    """Tell a bundle from a prompt when only one of the two was given."""
+    from wanx.builtin import BUILTIN, find_bundle
+
+    if first is None:
+        return None, None
+    if second is not None or first in BUILTIN or Path(first).is_dir():
+        return find_bundle(first), second
+    if " " not in first.strip() or first.startswith((".", "/", "~")):
+        raise UsageError(
+            f"{first!r} is neither a bundle nor a prompt of several words; "
+            "for the built-in model and a short prompt write: wanx run tiny PROMPT"
+        )
+    return None, first
+
+
+def _batch_folder(output: Path | None) -> Path:
+    folder = output or Path("out")
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"--prompts needs a folder, and {folder} cannot be one: {error.strerror}; "
+            "choose another with -o"
+        ) from None
+    return folder
+
+
+def _free_name(path: Path) -> Path:
+    number = 0
+    candidate = path
+    while os.path.lexists(candidate):
+        number += 1
+        candidate = path.with_stem(f"{path.stem}-{number}")
+    return candidate
+
+
+def _numbered(asked: Path | None, default: Path, count: int) -> list[Path]:
+    """As asked with -1, -2, …; or the default with the next numbers that are not taken."""
+    path = asked or default
+    numbers = (path.with_stem(f"{path.stem}-{i}") for i in itertools.count(1))
+    if asked is None:
+        numbers = (candidate for candidate in numbers if not os.path.lexists(candidate))
+    return list(itertools.islice(numbers, count))

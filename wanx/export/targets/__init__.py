@@ -1,1 +1,0 @@
-"""What makes a portable graph fast on one kind of runtime."""

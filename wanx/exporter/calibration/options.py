@@ -1,0 +1,106 @@
+"""What calibration runs: which prompts, how many steps, at which size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from wanx.config.models import ModelConfig
+from wanx.errors import UsageError
+from wanx.exporter.calibration.prompts import calibration_set
+from wanx.runtime.inputs.reading import Inputs, read_inputs
+from wanx.runtime.options import ResolvedRun, RunOptions, resolve
+from wanx.runtime.sizes import latent_shape, size_for_image
+
+_FRAMES = 17  # of a clip whose length nobody chose
+_GOLDEN_TOKENS = 96  # where nothing but golden steps is recorded
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """What calibration runs.
+
+    Attributes:
+        file: JSON Lines of prompts, with the images that the task takes; None is the shipped set.
+        prompts: how many of them, from the first.
+        steps: denoising steps of each trajectory.
+        width: pixels; None takes the model's own size where it has at most ``max_tokens``, and
+            otherwise a small one of the same shape.
+        height: pixels, likewise.
+        frames: a multiple of 4, plus 1, likewise.
+        max_tokens: see ``width``.
+        golden_steps: steps of the first trajectory that the bundle keeps, spread from the first
+            to the last; 0 keeps none.
+        fresh: start anew even if there is a saved calibration.
+    """
+
+    file: Path | None = None
+    prompts: int = 4
+    steps: int = 6
+    width: int | None = None
+    height: int | None = None
+    frames: int | None = None
+    max_tokens: int = 1280
+    golden_steps: int = 3
+    fresh: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no calibration has.
+
+        Raises:
+            UsageError: a number is out of range.
+        """
+        for flag, value, least, most in (
+            ("--calibration-prompts", self.prompts, 1, 10_000),
+            ("--calibration-steps", self.steps, 1, 1000),
+            ("--golden-steps", self.golden_steps, 0, 100),
+        ):
+            if not least <= value <= most:
+                raise UsageError(f"{flag} is {value}; choose {least} to {most}")
+
+
+def golden_only(options: CalibrationOptions) -> CalibrationOptions:
+    """One short trajectory, all of whose steps are kept."""
+    return replace(options, prompts=1, steps=options.golden_steps, max_tokens=_GOLDEN_TOKENS)
+
+
+def planned_runs(
+    options: CalibrationOptions, config: ModelConfig
+) -> list[tuple[ResolvedRun, Inputs]]:
+    """Read and check what :func:`~wanx.exporter.calibration.calibrate.calibrate` would run.
+
+    Raises:
+        WanxError: the calibration file, an input that it names or an option cannot be.
+    """
+    runs = []
+    for asked in calibration_set(options.file, config, limit=options.prompts):
+        sized = _sized(asked, options, config)
+        inputs = read_inputs(sized, config.task)
+        runs.append((resolve(sized, config, inputs), inputs))
+    return runs
+
+
+def _sized(run: RunOptions, options: CalibrationOptions, config: ModelConfig) -> RunOptions:
+    """The size that the options ask for, else the run itself, else one that costs little."""
+    defaults = config.defaults
+    width, height, frames = defaults.width, defaults.height, defaults.frames
+    _, times, rows, columns = latent_shape(width, height, frames, config.vae)
+    patch_time, patch_height, patch_width = config.dit.patch_size
+    patch = patch_height * patch_width
+    if times // patch_time * rows * columns // patch > options.max_tokens:
+        frames = min(frames, _FRAMES)
+        times = (frames - 1) // config.vae.temporal_stride + 1
+        cells = options.max_tokens / (times // patch_time) * patch
+        area = cells * config.vae.spatial_stride**2
+        width, height = size_for_image(height, width, area, config)
+    return replace(
+        run,
+        width=_first(options.width, run.width, width),
+        height=_first(options.height, run.height, height),
+        frames=_first(options.frames, run.frames, frames),
+        steps=options.steps,
+    )
+
+
+def _first(asked: int | None, of_run: int | None, default: int) -> int:
+    return next(value for value in (asked, of_run, default) if value is not None)

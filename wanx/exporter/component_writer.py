@@ -1,0 +1,68 @@
+"""The graphs of a component in the bundle, and the proof that they are what the recipe says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from wanx.bundle.manifest import Component
+from wanx.errors import WanxError
+from wanx.exporter.components import ComponentSpec
+from wanx.exporter.graph.attach import attach
+from wanx.exporter.quantization.readback import require_recipe
+from wanx.exporter.quantization.recipe import Recipe
+from wanx.exporter.targets import onnxruntime
+from wanx.exporter.weights import WrittenWeights
+
+
+def write_graphs(
+    spec: ComponentSpec, model: ir.Model, weights: WrittenWeights, folder: Path
+) -> Component:
+    """Write the portable graph of a component and the variants of it that targets run faster."""
+    storage = attach(model, weights.tensors, folder)
+    save_graph(model, folder / "graphs" / f"{spec.name}.onnx")
+    nodes = len(model.graph)
+    engines = {}
+    if onnxruntime.specialise(model):
+        path = folder / "engines" / onnxruntime.ENGINE / f"{spec.name}.onnx"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_graph(model, path)
+        engines["cpu"] = path.relative_to(folder).as_posix()
+    return Component(
+        graph=f"graphs/{spec.name}.onnx",
+        engines=engines,
+        weights=tuple(path.relative_to(folder).as_posix() for path in weights.sha256),
+        storage=storage,
+        nodes=nodes,
+        inputs=tuple(item.name for item in (*spec.inputs, *spec.caches)),
+        outputs=spec.outputs,
+    )
+
+
+def proven(spec: ComponentSpec, component: Component, recipe: Recipe, folder: Path) -> Component:
+    """Add to a component what reading its graphs back has found.
+
+    Raises:
+        WanxError: a graph is not what the recipe says, or does not run as it.
+    """
+    for graph in component.engines.values():
+        require_recipe(spec.name, folder / graph, folder, recipe)
+    found = require_recipe(spec.name, folder / component.graph, folder, recipe)
+    kernels = {}
+    if recipe.scheme.name == "int8":
+        kernels = onnxruntime.profile_products(
+            spec, folder / component.engines.get("cpu", component.graph), folder
+        )
+        ran = kernels.get(onnxruntime.INTEGER_PRODUCT, 0)
+        if ran != len(recipe.layers):
+            raise WanxError(
+                f"ONNX Runtime ran {ran} of the {len(recipe.layers)} 8-bit layers of {spec.name} "
+                "as integer products; use the versions of constraints.txt, or report this"
+            )
+    return component.model_copy(update={"quantization": recipe.record(found, kernels)})
+
+
+def save_graph(model: ir.Model, path: Path) -> None:
+    """Serialise a model whose large tensors are external; the same model gives the same bytes."""
+    path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))

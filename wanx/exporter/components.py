@@ -1,0 +1,275 @@
+"""What a model is made of: each component's module, its graph inputs and its dynamic axes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from wanx.config.models import (
+    DiTConfig,
+    ImageEncoderConfig,
+    ModelConfig,
+    TextEncoderConfig,
+    VAEConfig,
+)
+from wanx.models.dit.model import WanDiT
+from wanx.models.image_encoder import ImageEncoder
+from wanx.models.text_encoder import UMT5Encoder
+from wanx.models.vae import History, WanVAE
+
+Shape = tuple[int | str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphInput:
+    """One input of a graph; strings in ``shape`` are dynamic axes: ``h`` or ``8*h``."""
+
+    name: str
+    shape: Shape
+    dtype: torch.dtype = torch.float32
+
+    def example(self, axes: Mapping[str, int], device: torch.device | str = "cpu") -> Tensor:
+        """Zeros of this shape, given the size of each axis."""
+        sizes = []
+        for size in self.shape:
+            if isinstance(size, str):
+                factor, axis = split_axis(size)
+                size = factor * axes[axis]
+            sizes.append(size)
+        return torch.zeros(sizes, dtype=self.dtype, device=device)
+
+
+def split_axis(size: str) -> tuple[int, str]:
+    """Split ``8*h`` into 8 and ``h``, and ``h`` into 1 and ``h``."""
+    factor, _, axis = size.rpartition("*")
+    return int(factor or 1), axis
+
+
+def _scaled(factor: int, axis: str) -> str:
+    return axis if factor == 1 else f"{factor}*{axis}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentSpec:
+    """One graph of the bundle.
+
+    ``weights`` names the group of tensors that it reads, which several graphs may share.
+    ``axes`` gives each dynamic axis a size to trace with; an axis such as ``"2*h"`` is derived.
+    ``caches`` follow the inputs in the graph; the module takes them as one list.
+    ``build`` makes the module; where ``blocks`` is not 0, the module has a stack of that many equal
+    blocks, called ``stack``, and ``build`` takes how many to make.
+    """
+
+    name: str
+    weights: str
+    build: Callable[..., nn.Module]
+    inputs: tuple[GraphInput, ...]
+    outputs: tuple[str, ...]
+    axes: dict[str, int]
+    caches: tuple[GraphInput, ...] = ()
+    blocks: int = 0
+    stack: str = "blocks"
+
+    def module(self, blocks: int | None = None) -> nn.Module:
+        """Build the module, with fewer ``blocks`` where that is asked for."""
+        return self.build(blocks or self.blocks) if self.blocks else self.build()
+
+
+class VaceDiT(WanDiT):
+    """The denoiser with a control branch; its hints differ from block to block."""
+
+    def forward(  # type: ignore[override]
+        self,
+        tokens: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        rope_cos: Tensor,
+        rope_sin: Tensor,
+        vace_tokens: Tensor,
+        vace_scale: Tensor,
+    ) -> Tensor:
+        """Predict a velocity; see :class:`wanx.models.dit.model.WanDiT`."""
+        return super().forward(
+            tokens, timestep, context, rope_cos, rope_sin,
+            vace_tokens=vace_tokens, vace_scale=vace_scale,
+        )  # fmt: skip
+
+
+class EncoderFirst(WanVAE):
+    """Encode the first frame."""
+
+    def forward(self, video: Tensor) -> tuple[Tensor, ...]:
+        """Return the latent frame and the past of every temporal layer."""
+        history = History()
+        return (self.encode(video, history), *history.kept)
+
+
+class EncoderRest(WanVAE):
+    """Encode the frames of one more latent frame."""
+
+    def forward(self, video: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
+        """Return the latent frame and the new past of every temporal layer."""
+        history = History(past)
+        return (self.encode(video, history), *history.kept)
+
+
+class DecoderFirst(WanVAE):
+    """Decode the first latent frame."""
+
+    def forward(self, latent: Tensor) -> tuple[Tensor, ...]:
+        """Return the frame and the past of every temporal layer."""
+        history = History()
+        return (self.decode(latent, history), *history.kept)
+
+
+class DecoderRest(WanVAE):
+    """Decode one more latent frame."""
+
+    def forward(self, latent: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
+        """Return the frames and the new past of every temporal layer."""
+        history = History(past)
+        return (self.decode(latent, history), *history.kept)
+
+
+def component_specs(config: ModelConfig) -> list[ComponentSpec]:
+    """List the graphs of a model, in the order in which a run needs them."""
+    image = config.image_encoder
+    return [
+        text_encoder_spec(config.text_encoder),
+        *([] if image is None else [image_encoder_spec(image)]),
+        *([] if config.task == "t2v" else vae_encoder_specs(config.vae)),
+        dit_spec(config.dit),
+        *vae_decoder_specs(config.vae),
+    ]
+
+
+def text_encoder_spec(config: TextEncoderConfig) -> ComponentSpec:
+    """Describe the text encoder: unpadded ids in, features out."""
+    return ComponentSpec(
+        name="text_encoder",
+        weights="text_encoder",
+        build=lambda blocks: UMT5Encoder(replace(config, num_layers=blocks)),
+        blocks=config.num_layers,
+        inputs=(GraphInput(name="ids", shape=(1, "n"), dtype=torch.int64),),
+        outputs=("features",),
+        axes={"n": 24},
+    )
+
+
+def image_encoder_spec(config: ImageEncoderConfig) -> ComponentSpec:
+    """Describe the image encoder: one image of CLIP's size in, features out."""
+    pixels: Shape = (1, 3, config.image_size, config.image_size)
+    return ComponentSpec(
+        name="image_encoder",
+        weights="image_encoder",
+        build=lambda blocks: ImageEncoder(replace(config, num_layers=blocks + 1)),
+        blocks=config.used_layers,
+        stack="transformer",
+        inputs=(GraphInput(name="pixels", shape=pixels),),
+        outputs=("features",),
+        axes={},
+    )
+
+
+def dit_spec(config: DiTConfig) -> ComponentSpec:
+    """Describe the denoiser: its only dynamic axis is the number of tokens L."""
+    rope: Shape = ("L", config.head_dim // 2)
+    inputs = [
+        GraphInput(name="tokens", shape=(1, "L", config.token_dim)),
+        GraphInput(name="timestep", shape=(1,)),
+        GraphInput(name="context", shape=(1, config.text_len, config.text_dim)),
+        GraphInput(name="rope_cos", shape=rope),
+        GraphInput(name="rope_sin", shape=rope),
+    ]
+    if config.image_dim is not None:
+        images: Shape = (1, config.image_frames * config.image_tokens, config.image_dim)
+        inputs.append(GraphInput(name="image_context", shape=images))
+    spec = ComponentSpec(
+        name="dit",
+        weights="dit",
+        build=lambda blocks: WanDiT(replace(config, num_layers=blocks)),
+        blocks=config.num_layers,
+        inputs=tuple(inputs),
+        outputs=("velocity",),
+        axes={"L": 96},
+    )
+    if not config.vace_layers:
+        return spec
+    control: Shape = (1, "L", config.vace_in_dim * config.patch_volume)
+    hints = (
+        GraphInput(name="vace_tokens", shape=control),
+        GraphInput(name="vace_scale", shape=(len(config.vace_layers),)),
+    )
+    # Blocks with a hint are not equal to those without, so the whole of them is traced.
+    return replace(spec, build=lambda: VaceDiT(config), blocks=0, inputs=(*spec.inputs, *hints))
+
+
+def vae_encoder_specs(config: VAEConfig) -> list[ComponentSpec]:
+    """Describe the two encoder graphs; the caches of ``rest`` are what either graph left."""
+    sides = tuple(_scaled(config.spatial_stride, axis) for axis in "hw")
+    first, rest = (
+        GraphInput(name="video", shape=(1, 3, frames, *sides))
+        for frames in (1, config.temporal_stride)
+    )
+    return _streamed(
+        "vae_encoder", "latent", (first, lambda: EncoderFirst(config)),
+        (rest, lambda: EncoderRest(config)),
+    )  # fmt: skip
+
+
+def vae_decoder_specs(config: VAEConfig) -> list[ComponentSpec]:
+    """Describe the two decoder graphs; the caches of ``rest`` are what either graph left."""
+    latent = GraphInput(name="latent", shape=(1, config.z_dim, 1, "h", "w"))
+    return _streamed(
+        "vae_decoder", "video", (latent, lambda: DecoderFirst(config)),
+        (latent, lambda: DecoderRest(config)),
+    )  # fmt: skip
+
+
+Part = tuple[GraphInput, Callable[[], nn.Module]]
+
+
+def _streamed(name: str, output: str, first: Part, rest: Part) -> list[ComponentSpec]:
+    """Describe a graph for the first chunk and one for each later chunk, with caches between."""
+    axes = {"h": 6, "w": 10}
+    with FakeTensorMode():
+        kept = first[1]()(first[0].example(axes))[1:]
+    caches = tuple(
+        GraphInput(
+            name=f"cache_{i}",
+            shape=(
+                *past.shape[:3],
+                _scaled(past.shape[3] // axes["h"], "h"),
+                _scaled(past.shape[4] // axes["w"], "w"),
+            ),
+        )
+        for i, past in enumerate(kept)
+    )
+    outputs = (output, *(f"{cache.name}_next" for cache in caches))
+    return [
+        ComponentSpec(
+            name=f"{name}_{chunk}", weights="vae", build=build, inputs=(item,),
+            caches=past, outputs=outputs, axes=axes,
+        )
+        for chunk, (item, build), past in (("first", first, ()), ("rest", rest, caches))
+    ]  # fmt: skip
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Give, per group of weights, the name and shape of every tensor the checkpoint must have."""
+    with torch.device("meta"):
+        modules: dict[str, nn.Module] = {
+            "dit": WanDiT(config.dit),
+            "text_encoder": UMT5Encoder(config.text_encoder),
+            "vae": WanVAE(config.vae),
+        }
+        if config.image_encoder is not None:
+            modules["image_encoder"] = ImageEncoder(config.image_encoder)
+    return {
+        group: {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
+        for group, module in modules.items()
+    }

@@ -1,0 +1,72 @@
+"""What an export will take, before it starts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from wanx.exporter.options import ResolvedExport
+from wanx.runtime.sampling.guidance import branches
+from wanx.runtime.sizes import latent_shape
+
+# Measured on two cores of an AMD EPYC of the Zen 4 generation; see docs/performance.md.
+_SECONDS_FIXED = 22.0
+_SECONDS_VAE_ENCODER = 12.0
+_SECONDS_PER_VACE_BLOCK = 0.6  # a DiT with hints is traced whole, any other from two blocks
+_BYTES_PER_SECOND = 400e6
+_OPERATIONS_PER_SECOND = 150e9  # of the streamed denoiser in fp32
+_GRAPH_BYTES = 700_000_000
+_GRAPH_BYTES_PER_BLOCK = 6_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Sizes in bytes and time in seconds.
+
+    Attributes:
+        weight_bytes: what each group of weights takes in the bundle.
+        bundle_bytes: the whole bundle.
+        peak_memory_bytes: memory of the process; weights never count, they pass in chunks.
+        seconds: duration on a small machine, calibration included.
+        calibration_seconds: what calibrating, or recording golden steps, takes of that.
+    """
+
+    weight_bytes: dict[str, int]
+    bundle_bytes: int
+    peak_memory_bytes: int
+    seconds: float
+    calibration_seconds: float
+
+
+def estimate(resolved: ResolvedExport) -> Estimate:
+    """Estimate an export from the sizes of its weights and the depth of its networks."""
+    config = resolved.checkpoint.config
+    weights = {group: resolved.weight_bytes(group) for group in resolved.checkpoint.components}
+    blocks = config.dit.num_layers + len(config.dit.vace_layers) + config.text_encoder.num_layers
+    if config.image_encoder is not None:
+        blocks += config.image_encoder.used_layers
+    tracing = _SECONDS_FIXED + (0.0 if config.task == "t2v" else _SECONDS_VAE_ENCODER)
+    if config.dit.vace_layers:
+        tracing += blocks * _SECONDS_PER_VACE_BLOCK
+    calibration = _operations(resolved) / _OPERATIONS_PER_SECOND
+    total = sum(weights.values())
+    return Estimate(
+        weight_bytes=weights,
+        # Graphs and the tokenizer, which is 17 MB for umT5-xxl.
+        bundle_bytes=total + (32 << 20),
+        peak_memory_bytes=_GRAPH_BYTES + blocks * _GRAPH_BYTES_PER_BLOCK,
+        seconds=tracing + total / _BYTES_PER_SECOND + calibration,
+        calibration_seconds=calibration,
+    )
+
+
+def _operations(resolved: ResolvedExport) -> int:
+    """Additions and multiplications of the runs: two for each parameter and token."""
+    config = resolved.checkpoint.config
+    tokens = 0
+    for run in resolved.runs:
+        _, times, rows, columns = latent_shape(run.width, run.height, run.frames, config.vae)
+        length = times * rows * columns // config.dit.patch_volume
+        tokens += length * run.steps * len(branches(run.guide_scale))
+    tensors = resolved.checkpoint.components["dit"].tensors.values()
+    return 2 * tokens * sum(math.prod(tensor.shape) for tensor in tensors)

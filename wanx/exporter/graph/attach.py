@@ -1,0 +1,81 @@
+"""Point a traced graph's initialisers at the bytes of the bundle's weight files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+
+from wanx.checkpoints.weights import some_of
+from wanx.errors import WanxError
+from wanx.files.safetensors import TensorRef
+
+IR_TYPES = {
+    "F32": ir.DataType.FLOAT,
+    "F16": ir.DataType.FLOAT16,
+    "BF16": ir.DataType.BFLOAT16,
+    "I8": ir.DataType.INT8,
+    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
+}
+
+
+def attach(model: ir.Model, tensors: Mapping[str, TensorRef], root: Path) -> dict[str, int]:
+    """Give every initialiser without data its place in a safetensors file, in place.
+
+    A tensor stored in a narrower type than the graph computes in passes through a Cast, so the
+    same file serves graphs of any precision. Locations are relative to ``root``, the bundle:
+    ONNX tools refuse the ``..`` that a path relative to the graph would need.
+
+    Returns:
+        How many tensors of each stored type the graph reads.
+
+    Raises:
+        WanxError: the files lack a tensor.
+    """
+    counts: dict[str, int] = {}
+    open_ends = {n: v for n, v in model.graph.initializers.items() if v.const_value is None}
+    if missing := [name for name in open_ends if name not in tensors]:
+        raise WanxError(
+            f"{model.graph.name} reads tensors that were not written: {some_of(missing)}; this is "
+            "a fault of wanx, please report it"
+        )
+    for name, value in open_ends.items():
+        ref = tensors[name]
+        stored = IR_TYPES[ref.dtype]
+        wanted, shape = value.dtype, value.shape
+        assert wanted is not None
+        assert shape is not None
+        value.const_value = ir.ExternalTensor(
+            location=ref.file.relative_to(root).as_posix(),
+            offset=ref.offset,
+            length=ref.nbytes,
+            dtype=stored,
+            shape=shape,
+            name=name,
+            base_dir=root,
+        )
+        # Not ``value.dtype =``, which would change every value that shares the type object.
+        value.type = ir.TensorType(stored)
+        if stored != wanted:
+            _cast_uses(model.graph, value, wanted)
+        counts[ref.dtype] = counts.get(ref.dtype, 0) + 1
+    return counts
+
+
+def _cast_uses(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> None:
+    for number, (user, index) in enumerate(value.uses()):
+        if user.op_type == "Gather" and index == 0:
+            # Cast the gathered rows, not the table: umT5's has 256,384 of them.
+            output = user.outputs[0]
+            cast = ir.node("Cast", [output], {"to": dtype.value})
+            for reader, place in output.uses():
+                if reader is not cast:
+                    reader.replace_input_with(place, cast.outputs[0])
+            cast.outputs[0].name = f"{output.name}.cast"
+            graph.insert_after(user, cast)
+        else:
+            cast = ir.node("Cast", [value], {"to": dtype.value})
+            cast.outputs[0].name = f"{value.name}.cast{number or ''}"
+            user.replace_input_with(index, cast.outputs[0])
+            graph.insert_before(user, cast)

@@ -1,0 +1,170 @@
+"""What the user asked of an export, and what that means for a given checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from wanx.checkpoints.checkpoint import Checkpoint
+from wanx.config.models import ModelConfig, Task
+from wanx.errors import UsageError
+from wanx.exporter.build import require_target
+from wanx.exporter.calibration.options import CalibrationOptions, golden_only, planned_runs
+from wanx.exporter.quantization.recipe import dit_candidates, require_matches, text_recipe
+from wanx.exporter.quantization.scheme import SCHEMES, QuantizeOptions, Scheme
+from wanx.runtime.options import ResolvedRun
+
+Precision = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
+STORED_TYPES: dict[str, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+WIDTH = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "F8_E4M3": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Options of an export as the user gave them.
+
+    Attributes:
+        source: folder of a checkpoint or a bundle, or ``tiny`` for the built-in model.
+        output: folder of the bundle; None names it after the model and the precision.
+        precision: type that the DiT and the text encoder are stored in; ``auto`` keeps each as it
+            is. The VAE and the image encoder always keep their types: next to the others they are
+            small, and the reference runs the VAE in fp32. ``int8`` and ``fp8`` quantise the linears
+            of the DiT's blocks, and the weights of the text encoder to int8; the rest keeps its
+            bytes.
+        target: what runs the bundle.
+        task: what the checkpoint must be for; None takes what it is.
+        force: replace a bundle that is already there.
+        quantize: how int8 and fp8 quantise.
+        calibration: what they, and the golden steps of any precision, are found with.
+        gate: run the golden steps before the bundle is published, and fail below the gate.
+    """
+
+    source: str | Path = "tiny"
+    output: Path | None = None
+    precision: str = "auto"
+    target: str = "cpu"
+    task: Task | None = None
+    force: bool = False
+    quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    gate: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse values that no export has.
+
+        Raises:
+            UsageError: an unknown precision or target.
+        """
+        known = ("auto", *get_args(Precision))
+        if self.precision not in known:
+            raise UsageError(
+                f"--precision {self.precision} is not available; choose {', '.join(known)}"
+            )
+        require_target(self.target)
+        if self.gate and not self.calibration.golden_steps:
+            raise UsageError("--gate runs the golden steps, and --golden-steps 0 makes none")
+        if self.precision in SCHEMES:
+            self.quantize.check(self.precision)
+        elif self.quantize != QuantizeOptions():
+            raise UsageError(
+                f"--precision {self.precision} quantises nothing; choose int8 or fp8, or leave "
+                "out what is for them"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedExport:
+    """An export of one checkpoint, with nothing left open.
+
+    Attributes:
+        checkpoint: where the weights come from.
+        output: folder of the bundle.
+        precision: the type that the DiT is stored in.
+        storage: safetensors type per group of weights; None keeps each tensor's own.
+        scheme: number format of 8-bit layers; None where there are none.
+        options: as the user gave them.
+        eight_bit: per group, the tensors that the scheme would store in 8 bits.
+        runs: trajectories that are watched to calibrate, or that golden steps are recorded from.
+    """
+
+    checkpoint: Checkpoint
+    output: Path
+    precision: Precision
+    storage: dict[str, str | None]
+    scheme: Scheme | None
+    options: ExportOptions
+    eight_bit: dict[str, frozenset[str]]
+    runs: tuple[ResolvedRun, ...]
+
+    def stored_type(self, group: str, dtype: str) -> str:
+        """Type in which a tensor of type ``dtype`` of a group of weights is written."""
+        return self.storage[group] or dtype
+
+    def weight_bytes(self, group: str) -> int:
+        """Size of a group of weights in the bundle."""
+        eight_bit = self.eight_bit.get(group, frozenset())
+        per_tensor = group == "dit" and self.options.quantize.weight_scale == "tensor"
+        total = 0
+        for name, tensor in self.checkpoint.components[group].tensors.items():
+            count = tensor.nbytes // WIDTH[tensor.dtype]
+            if name in eight_bit:
+                total += count + 4 * (1 if per_tensor else tensor.shape[0])  # and scales
+            else:
+                total += count * WIDTH[self.stored_type(group, tensor.dtype)]
+        return total
+
+
+def resolve(options: ExportOptions, checkpoint: Checkpoint) -> ResolvedExport:
+    """Decide what ``auto`` stands for, which tensors can be 8-bit, and what calibrates.
+
+    Raises:
+        UsageError: a pattern of ``--keep-high`` matches no layer, or all of them.
+        WanxError: as :func:`~wanx.exporter.calibration.options.planned_runs`.
+    """
+    scheme = SCHEMES.get(options.precision)
+    if scheme is not None:
+        stored: str | None = None
+        precision = options.precision
+    elif options.precision != "auto":
+        stored = STORED_TYPES[options.precision]
+        precision = options.precision
+    else:
+        stored = None
+        sizes: dict[str, int] = {}
+        for tensor in checkpoint.components["dit"].tensors.values():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+        most = max(sizes, key=lambda dtype: sizes[dtype])
+        precision = next(name for name, dtype in STORED_TYPES.items() if dtype == most)
+    eight_bit = {} if scheme is None else _eight_bit(checkpoint, options.quantize)
+    return ResolvedExport(
+        checkpoint=checkpoint,
+        output=options.output or Path(f"{checkpoint.config.name}-{precision}"),
+        precision=precision,  # type: ignore[arg-type]
+        storage={"dit": stored, "text_encoder": stored, "vae": None, "image_encoder": None},
+        scheme=scheme,
+        options=options,
+        eight_bit=eight_bit,
+        runs=_runs(options.calibration, checkpoint.config, calibrates="dit" in eight_bit),
+    )
+
+
+def _runs(
+    options: CalibrationOptions, config: ModelConfig, *, calibrates: bool
+) -> tuple[ResolvedRun, ...]:
+    if not calibrates:
+        if not options.golden_steps:
+            return ()
+        options = golden_only(options)
+    return tuple(run for run, _ in planned_runs(options, config))
+
+
+def _eight_bit(checkpoint: Checkpoint, options: QuantizeOptions) -> dict[str, frozenset[str]]:
+    config = checkpoint.config
+    wanted, kept = dit_candidates(config.dit, options)
+    require_matches(options.keep_high, (*wanted, *kept))
+    tensors = {
+        "dit": frozenset(f"{layer}.weight" for layer in wanted),
+        "text_encoder": text_recipe(config.text_encoder).weights,
+    }
+    return {group: names for group, names in tensors.items() if group in options.components}

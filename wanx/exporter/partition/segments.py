@@ -1,0 +1,138 @@
+"""A component cut into segments: programs that are compiled once and run with other weights.
+
+All blocks of a network are alike but for their weights. So a segment takes its weights as inputs,
+and a network of 40 blocks is one program for its entry, one for each kind of block, and one for its
+end. What is compiled stays small, holds no weights, and takes seconds instead of minutes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wanx.bundle.engine_schedule import InputType, Step, StoredType, Weight
+from wanx.exporter.components import GraphInput
+
+Parameters = list[tuple[str, nn.Parameter]]
+STORED: dict[torch.dtype, StoredType] = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int8: "I8",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
+_INPUTS: dict[torch.dtype, InputType] = {**STORED, torch.int64: "I64"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """One program.
+
+    Attributes:
+        name: of the program.
+        module: holds the parameters, without storage, under their names in the weight files.
+        call: of ``module`` and the inputs in their order; gives one tensor for each output.
+        inputs: what a program takes before its weights; batch and other sizes may be axes.
+        outputs: names of what it gives.
+        sources: for a parameter that holds several tensors of the files, their names.
+    """
+
+    name: str
+    module: nn.Module
+    call: Callable[..., tuple[Tensor, ...]]
+    inputs: tuple[GraphInput, ...]
+    outputs: tuple[str, ...]
+    sources: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> Parameters:
+        """What the weights are, in the order in which a program takes them."""
+        return list(self.module.named_parameters())
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """The same as a plan says it."""
+        return tuple(
+            Weight(
+                sources=self.sources.get(name, (name,)),
+                dtype=STORED[parameter.dtype],
+                shape=tuple(parameter.shape),
+            )
+            for name, parameter in self.parameters
+        )
+
+    @property
+    def structure(self) -> tuple[Any, ...]:
+        """Equal for segments that one program serves."""
+        facts = ((n, tuple(p.shape), p.dtype) for n, p in self.parameters)
+        return (self.name, tuple(item.name for item in self.inputs), *facts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """A component as segments by name, the steps that run them, and the sizes to trace with."""
+
+    segments: dict[str, Segment]
+    steps: tuple[Step, ...]
+    axes: dict[str, int]
+
+    @property
+    def types(self) -> dict[str, InputType]:
+        """The type of each input that no step makes."""
+        return {name: _INPUTS[item.dtype] for name, item in self._given().items()}
+
+    @property
+    def batched(self) -> tuple[str, ...]:
+        """Those of them whose first axis is the batch."""
+        return tuple(n for n, item in self._given().items() if item.shape[:1] == ("B",))
+
+    def _given(self) -> dict[str, GraphInput]:
+        made: set[str] = set()
+        given: dict[str, GraphInput] = {}
+        for step in self.steps:
+            for name, item in zip(step.inputs, self.segments[step.program].inputs, strict=True):
+                if name not in made:
+                    given.setdefault(name, item)
+            made.update(step.outputs)
+        return given
+
+
+class Cutter:
+    """Collects steps, and one segment for each structure among them."""
+
+    def __init__(self, axes: dict[str, int]) -> None:
+        self._segments: dict[str, Segment] = {}
+        self._known: dict[tuple[Any, ...], str] = {}
+        self._steps: list[Step] = []
+        self._axes = axes
+
+    def add(
+        self,
+        segment: Segment,
+        prefix: str = "",
+        *,
+        inputs: tuple[str, ...] | None = None,
+        outputs: tuple[str, ...] | None = None,
+    ) -> None:
+        """Run ``segment`` next; what it is given and gives may have other names in the plan."""
+        name = self._known.get(segment.structure)
+        if name is None:
+            same = sum(other.startswith(segment.name) for other in self._segments)
+            name = f"{segment.name}_{same + 1}" if same else segment.name
+            self._known[segment.structure] = name
+            self._segments[name] = segment
+        step = Step(
+            program=name,
+            prefix=prefix,
+            inputs=inputs or tuple(item.name for item in segment.inputs),
+            outputs=outputs or segment.outputs,
+        )
+        self._steps.append(step)
+
+    def finish(self) -> Cut:
+        """All that was added."""
+        return Cut(segments=self._segments, steps=tuple(self._steps), axes=self._axes)

@@ -1,0 +1,74 @@
+"""From a checkpoint to the recipe of its denoiser: calibrate, measure, decide."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, replace
+
+from wanx.bundle.golden_steps import Golden
+from wanx.bundle.reader import Bundle
+from wanx.checkpoints.checkpoint import Checkpoint
+from wanx.exporter.calibration.blockwise_dit import StreamedDiT
+from wanx.exporter.calibration.calibrate import calibrate
+from wanx.exporter.calibration.options import CalibrationOptions
+from wanx.exporter.calibration.state import load_recipe, save_recipe
+from wanx.exporter.quantization.recipe import Recipe, dit_candidates, shared_input
+from wanx.exporter.quantization.scheme import QuantizeOptions, Scheme
+from wanx.exporter.quantization.sensitivity import decide
+from wanx.progress import Progress
+
+
+def choose_recipe(
+    checkpoint: Checkpoint,
+    bundle: Bundle,
+    scheme: Scheme,
+    options: QuantizeOptions,
+    calibration: CalibrationOptions,
+    progress: Progress,
+) -> tuple[Recipe, Golden]:
+    """Decide which layers of a denoiser become 8-bit, and with which scales.
+
+    What was calibrated and measured before, on the same weights and with the same options, is not
+    done again.
+
+    Returns:
+        The recipe, and the recorded steps that it was measured on.
+
+    Raises:
+        WanxError: as :func:`~wanx.exporter.calibration.calibrate.calibrate` and
+            :func:`~wanx.exporter.quantization.sensitivity.decide`.
+    """
+    config = checkpoint.config.dit
+    candidates = dit_candidates(config, options)
+    attentions = frozenset(
+        f"blocks.{block}.self_attn.attend"
+        for block in range(config.num_layers)
+        if options.attention == "fp8"
+    )
+    # All schemes watch the same points, so that one calibration serves them all.
+    everything, kept = dit_candidates(config, QuantizeOptions())
+    points = {shared_input(name) for name in (*everything, *kept)}
+    points |= {f"blocks.{block}.self_attn.attend" for block in range(config.num_layers)}
+    # Measuring needs a recorded step, even if the bundle is to keep none.
+    wanted = replace(calibration, golden_steps=max(1, calibration.golden_steps))
+    state = calibrate(checkpoint, bundle, wanted, points, progress)
+    assert state.golden is not None
+    path = None
+    if state.path is not None:
+        facts = json.dumps([scheme.name, asdict(options)], sort_keys=True)
+        key = hashlib.sha256(facts.encode()).hexdigest()[:16]
+        path = state.path.with_suffix(f".{key}.safetensors")
+        if not calibration.fresh and (known := load_recipe(path, scheme, options)) is not None:
+            return known, state.golden
+
+    def on_block(done: int, total: int) -> None:
+        progress("measure layers", done, total, "steps")
+
+    dit = StreamedDiT(config, checkpoint.components["dit"].tensors)
+    recipe = decide(
+        dit, state.golden, state.observers, scheme, options, candidates, attentions, on_block
+    )
+    if path is not None:
+        save_recipe(recipe, path)
+    return recipe, state.golden

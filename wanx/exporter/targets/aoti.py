@@ -1,0 +1,185 @@
+"""The ``aoti`` target: AOTInductor packages for the GPU of this machine, or its processor.
+
+On a GPU the ``wanx::`` ops are Triton kernels inside the packages; on the processor, where this
+target is for tests, their references. The weights stay in the bundle's own files.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wanx.bundle.engine_schedule import PLAN, Plan, Program
+from wanx.bundle.manifest import Component
+from wanx.errors import EnvironmentMismatchError, WanxError
+from wanx.exporter.components import ComponentSpec
+from wanx.exporter.partition.partition import cut
+from wanx.exporter.partition.segments import STORED, Cut, Segment
+from wanx.exporter.partition.stateless import export_segment
+from wanx.kernels.timing import interleaved, medians
+
+TARGET = "aoti"
+_TRIAL_TOKENS = (512, 2048, 8192, 32768)
+_WORTH_IT = 0.97  # of the time in turn
+
+
+def device_name() -> str:
+    """What this machine's packages run on: ``cpu``, or a GPU such as ``sm90``.
+
+    Raises:
+        EnvironmentMismatchError: a C++ compiler is missing, which AOTInductor calls.
+    """
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        raise EnvironmentMismatchError(
+            "--target aoti needs a C++ compiler and found neither g++ nor clang++; install one "
+            "(apt install g++), or choose --target cpu"
+        )
+    if not torch.cuda.is_available():
+        return "cpu"
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm{major}{minor}"
+
+
+def compiler() -> str:
+    """What compiles, and its version."""
+    return f"torch {torch.__version__}"
+
+
+def compute_type(group: str, component: Component) -> torch.dtype:
+    """The type in which a component computes.
+
+    It is the type that most of its weights are stored in. The processor and the VAE compute in
+    fp32, as the reference runs the VAE; around 8-bit layers a GPU computes in bf16.
+
+    Args:
+        group: of weights.
+        component: says how many tensors there are of each stored type.
+    """
+    if group == "vae" or not torch.cuda.is_available():
+        return torch.float32
+    if component.quantization is not None:
+        return torch.bfloat16
+    wide = (torch.float32, torch.bfloat16, torch.float16)
+    return max(wide, key=lambda dtype: component.storage.get(STORED[dtype], 0))
+
+
+def build(spec: ComponentSpec, dtype: torch.dtype, folder: Path) -> Plan:
+    """Compile a component for this machine's GPU, or its processor.
+
+    Args:
+        spec: as it is, or with 8-bit layers.
+        dtype: that it computes in.
+        folder: a new one for the packages and the plan.
+
+    Raises:
+        EnvironmentMismatchError: as :func:`device_name`.
+        WanxError: a program does not compile.
+    """
+    device = device_name()
+    parts = cut(spec, dtype)
+    folder.mkdir(parents=True)
+    programs = {}
+    for name, segment in parts.segments.items():
+        _compile(segment, parts.axes, device, folder / f"{name}.pt2", spec.name)
+        programs[name] = Program(file=f"{name}.pt2", weights=segment.weights)
+    plan = Plan(
+        compiler=compiler(),
+        device=device,
+        types=parts.types,
+        batched=parts.batched,
+        batch_limit=_batch_limit(parts, device, folder),
+        programs=programs,
+        steps=parts.steps,
+    )
+    (folder / PLAN).write_text(plan.model_dump_json(indent=1), encoding="utf-8")
+    return plan
+
+
+def _batch_limit(parts: Cut, device: str, folder: Path) -> int:
+    """Up to how many tokens a block is faster on two batch entries at once than in turn."""
+    segment = parts.segments.get("block")
+    if segment is None or "B" not in (item.shape[0] for item in segment.inputs if item.shape):
+        return 0
+    place = _torch_device(device)
+    program = torch._inductor.aoti_load_package(str(folder / "block.pt2"))
+    weights = [
+        _random(parameter.shape, parameter.dtype, place) for _, parameter in segment.parameters
+    ]
+    limit = 0
+    for tokens in _TRIAL_TOKENS if device != "cpu" else _TRIAL_TOKENS[:1]:
+        one, two = (
+            [
+                _random(item.example({"B": batch, "L": tokens}, "meta").shape, item.dtype, place)
+                for item in segment.inputs
+            ]
+            for batch in (1, 2)
+        )
+        calls = _calls(program, one, two, weights)
+        in_turn, at_once = medians(interleaved(calls, place, rounds=5))
+        if at_once > in_turn * _WORTH_IT:
+            break
+        limit = tokens
+    return limit
+
+
+def _random(shape: Sequence[int], dtype: torch.dtype, place: torch.device) -> Tensor:
+    """Numbers as they might be: a GPU runs faster on zeros."""
+    normal = torch.randn(shape, device=place)
+    return (normal * 40).clamp(-127, 127).to(dtype) if dtype == torch.int8 else normal.to(dtype)
+
+
+def _calls(
+    program: Callable[..., object], one: list[Tensor], two: list[Tensor], weights: list[Tensor]
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    def in_turn() -> None:
+        program(*one, *weights)
+        program(*one, *weights)
+
+    def at_once() -> None:
+        program(*two, *weights)
+
+    return in_turn, at_once
+
+
+def _compile(
+    segment: Segment, axes: dict[str, int], device: str, path: Path, component: str
+) -> None:
+    try:
+        with _quiet(), torch.no_grad():
+            program = export_segment(segment, axes, _torch_device(device))
+            # On the processor the calls between kernels are no hot spot, but most of the compiling.
+            options = {"aot_inductor.compile_wrapper_opt_level": "O0"} if device == "cpu" else {}
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(path), inductor_configs=options
+            )
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise WanxError(
+            f"cannot compile {segment.name} of {component} ({type(error).__name__}: {text:.200}); "
+            "WANX_DEBUG=1 shows all of it, and --target cpu needs no compiler"
+        ) from error
+
+
+def _torch_device(name: str) -> torch.device:
+    return torch.device("cpu" if name == "cpu" else "cuda")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # Nothing that the compiler remarks on the way is something a user can act on.
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

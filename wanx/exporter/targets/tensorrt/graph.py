@@ -1,0 +1,99 @@
+"""A segment as the ONNX graph that TensorRT is given: weights are inputs, scales are factors."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+import onnx
+import onnx.inliner
+import onnx_ir as ir
+import torch
+
+from wanx.exporter.graph.trace import OPSET, quiet
+from wanx.exporter.partition.segments import Segment
+from wanx.exporter.partition.stateless import arguments, export_segment
+from wanx.exporter.targets.tensorrt.forms import FORMS, UNFUSED
+from wanx.exporter.targets.tensorrt.nodes import use_plugins
+from wanx.kernels.registry import ONNX_FUNCTIONS, OpsAsNodes
+from wanx.models.vae import WanVAE
+
+WEIGHT = "weight."  # goes before the names of inputs that are weights
+OUTPUT = "out."  # before those of outputs, since a program may give what it takes
+
+
+def segment_graph(
+    segment: Segment,
+    axes: Mapping[str, int],
+    *,
+    plugins: Collection[str] = (),
+    sms: Sequence[int] = (),
+) -> onnx.ModelProto:
+    """Trace a segment into standard ONNX operators.
+
+    Its inputs are those of the segment and then ``weight.<name>`` for each parameter, its outputs
+    ``out.<name>``, all of the types that the segment has them in.
+
+    Args:
+        segment: from :func:`wanx.exporter.partition.partition.cut`.
+        axes: sizes to trace with.
+        plugins: functions whose nodes become plug-ins with our kernels instead.
+        sms: the GPUs that those are compiled for.
+    """
+    place = torch.device("cpu")
+    with quiet(), OpsAsNodes():
+        program = export_segment(segment, axes, place)
+    with quiet(), torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        exported = torch.onnx.export(
+            program,
+            arguments(segment, axes, place),
+            dynamo=True,
+            optimize=False,
+            opset_version=OPSET,
+            input_names=[
+                *(item.name for item in segment.inputs),
+                *(f"{WEIGHT}{name}" for name, _ in segment.parameters),
+            ],
+            output_names=[f"{OUTPUT}{name}" for name in segment.outputs],
+            verbose=False,
+        )
+    assert exported is not None
+    model = exported.model
+    _scales_as_factors(model)
+    types = {parameter.dtype for _, parameter in segment.parameters}
+    unfused = types == {torch.float32} or isinstance(segment.module, WanVAE)
+    forms = ONNX_FUNCTIONS | FORMS | (UNFUSED if unfused else {})
+    used = {node.op_type for node in model.graph if node.domain == "wanx"}
+    for name in sorted(used):
+        function = forms[name]
+        body = ir.serde.deserialize_function(function.to_function_proto())
+        model.functions[body.identifier()] = body
+    if plugins:
+        use_plugins(model, plugins, sms, forms)
+    proto = onnx.inliner.inline_local_functions(_unnamed(ir.to_proto(model)))
+    return _unnamed(proto)
+
+
+def _scales_as_factors(model: ir.Model) -> None:
+    """Divide by the scale of each QuantizeLinear before it, and leave it 1."""
+    one = ir.Value(name="unit_scale", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.FLOAT))
+    one.const_value = ir.tensor(np.float32(1), name=one.name)
+    quantizers = [node for node in model.graph if node.op_type == "QuantizeLinear"]
+    if quantizers:
+        model.graph.initializers["unit_scale"] = one
+    for number, node in enumerate(quantizers):
+        divide = ir.node("Div", [node.inputs[0], node.inputs[1]])
+        divide.outputs[0].name = f"in_steps_{number}"
+        model.graph.insert_before(node, divide)
+        node.replace_input_with(0, divide.outputs[0])
+        node.replace_input_with(1, one)
+
+
+def _unnamed(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Without names of nodes, which the parser wants to be different in all functions."""
+    for function in model.functions:
+        for node in function.node:
+            node.ClearField("name")
+    for node in model.graph.node:
+        node.ClearField("name")
+    return model

@@ -1,0 +1,184 @@
+"""Write a group of weights into the bundle, one chunk at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from wanx.checkpoints.tensor_source import SafetensorsTensor, TensorSource
+from wanx.exporter.options import WIDTH, ResolvedExport
+from wanx.exporter.quantization.quantize import quantize_weights, scale_tensors
+from wanx.exporter.quantization.readback_weights import require_nearest
+from wanx.exporter.quantization.recipe import Recipe
+from wanx.files.checksum import sha256_file
+from wanx.files.hashing import CopiedFile
+from wanx.files.input_file import open_input
+from wanx.files.safetensors import SafetensorsHeader, SafetensorsWriter, TensorRef, read_header
+
+_PIECE = 32 << 20
+
+OnBytes = Callable[[int], None]
+Row = tuple[str, str, TensorSource]  # original name, stored type, where it comes from
+
+
+@dataclass
+class WrittenWeights:
+    """The weight files of one group.
+
+    Attributes:
+        tensors: place of every tensor, by its original name.
+        sha256: digest of every file, hex.
+        source_sha256: digests of the files that the weights came from, by file name.
+    """
+
+    tensors: dict[str, TensorRef] = field(default_factory=dict)
+    sha256: dict[Path, str] = field(default_factory=dict)
+    source_sha256: dict[str, str] = field(default_factory=dict)
+
+
+def write_weights(
+    resolved: ResolvedExport,
+    group: str,
+    folder: Path,
+    on_bytes: OnBytes,
+    recipe: Recipe | None = None,
+) -> WrittenWeights:
+    """Stream the weights of ``group`` into ``folder``.
+
+    A safetensors file that already has the right names and types is copied as it is, so its
+    SHA-256 is still the published one. Everything else goes into one new file, each tensor with
+    its own bytes unless the export converts it.
+
+    Args:
+        resolved: the export.
+        group: ``dit``, ``text_encoder``, ``image_encoder`` or ``vae``.
+        folder: where the files ``<group>.safetensors`` or ``<group>-00001-of-0000N.safetensors``
+            are created.
+        on_bytes: told how many bytes of tensors were written, in portions.
+        recipe: what of it becomes 8-bit; the scales go into a file of their own,
+            ``<group>-scales.safetensors``, because they are known last.
+
+    Raises:
+        CorruptInputError: a source file is cut, or holds NaN or infinity.
+        UsageError: a number is too large for the type to store.
+        WanxError: the disk is full, or a file cannot be read or written.
+    """
+    weights = resolved.checkpoint.components[group]
+    sources = weights.tensors if recipe is None else quantize_weights(weights, recipe)
+    by_file: dict[Path, list[Row]] = {}
+    for name, source in sources.items():
+        row = (name, resolved.stored_type(group, source.dtype), source)
+        by_file.setdefault(source.file, []).append(row)
+    kept = [file for file, rows in by_file.items() if _is_wanted_as_it_is(file, rows)]
+    changed = [row for file, rows in by_file.items() if file not in kept for row in rows]
+    count = len(kept) + bool(changed)
+    names = iter(
+        f"{group}.safetensors" if count == 1 else f"{group}-{i:05d}-of-{count:05d}.safetensors"
+        for i in range(1, count + 1)
+    )
+    written = WrittenWeights()
+    for file in kept:
+        _copy(file, folder / next(names), written, on_bytes)
+    if changed:
+        _rewrite(changed, folder / next(names), written, on_bytes)
+    if recipe is not None:
+        _write_scales(
+            scale_tensors(sources, recipe), folder / f"{group}-scales.safetensors", written
+        )
+        require_nearest(weights.tensors, written.tensors, recipe)
+    return written
+
+
+def _write_scales(scales: Mapping[str, Tensor], path: Path, written: WrittenWeights) -> None:
+    header = [(name, "F32", tuple(scale.shape)) for name, scale in scales.items()]
+    with SafetensorsWriter(path, header) as writer:
+        for scale in scales.values():
+            writer.write(scale.float().contiguous().numpy().tobytes())
+    written.tensors |= writer.header.entries
+    written.sha256[path] = writer.sha256
+
+
+def _is_wanted_as_it_is(file: Path, rows: list[Row]) -> bool:
+    return all(
+        isinstance(source, SafetensorsTensor) and source.name == name and source.dtype == stored
+        for name, stored, source in rows
+    ) and len(rows) == len(read_header(file).entries)
+
+
+def _copy(file: Path, path: Path, written: WrittenWeights, on_bytes: OnBytes) -> None:
+    """Let the kernel copy a file, one piece behind a thread that hashes it and looks for NaN.
+
+    In step, because a file that outgrows the page cache would otherwise be read twice.
+    """
+    header = read_header(file)
+    digest = hashlib.sha256()
+    pieces = _check_pieces(header, digest)
+    with CopiedFile(file, path, header.size) as copy, ThreadPoolExecutor(max_workers=1) as checker:
+        checking = checker.submit(next, pieces, 0)
+        while count := checking.result():
+            checking = checker.submit(next, pieces, 0)
+            copy.copy(count)
+            on_bytes(count)
+    written.tensors |= {n: replace(ref, file=path) for n, ref in header.entries.items()}
+    written.sha256[path] = written.source_sha256[file.name] = digest.hexdigest()
+
+
+def _check_pieces(header: SafetensorsHeader, digest: hashlib._Hash) -> Iterator[int]:
+    """Hash a file from start to end, refusing NaN; yield the size of each piece."""
+    refs = sorted(header.entries.values(), key=lambda ref: ref.offset)
+    # Mapped, so that the pages which the kernel copies are hashed where they are.
+    with (
+        open_input(header.path) as file,
+        mmap.mmap(file.fileno(), header.size, access=mmap.ACCESS_READ) as mapped,
+        memoryview(mapped) as data,
+    ):
+        start = refs[0].offset if refs else header.size
+        digest.update(data[:start])
+        yield start
+        for ref in refs:
+            source, end = SafetensorsTensor.from_ref(ref), ref.offset + ref.nbytes
+            # Large pieces: each step asks for the interpreter lock, which tracing holds meanwhile.
+            for start in range(ref.offset, end, _PIECE):
+                with data[start : min(start + _PIECE, end)] as piece:
+                    source.require_finite(piece)
+                    digest.update(piece)
+                    size = len(piece)
+                yield size
+
+
+def _rewrite(rows: list[Row], path: Path, written: WrittenWeights, on_bytes: OnBytes) -> None:
+    # A tensor must start at a multiple of its width, so wider types go first; then disk order.
+    rows.sort(key=lambda row: (-WIDTH[row[1]], str(row[2].file), getattr(row[2], "offset", 0)))
+    narrowest = {file: WIDTH[stored] for _, stored, source in rows for file in source.files}
+    hashes: dict[Path, Future[str]] = {}
+    with ThreadPoolExecutor(max_workers=1) as hasher:
+        header = [(name, stored, source.shape) for name, stored, source in rows]
+        try:
+            with SafetensorsWriter(path, header) as writer:
+                for _, stored, source in rows:
+                    for file in source.files:
+                        # Beside the conversion, while the file's pages are still in memory: so not
+                        # before its last tensors, which are most of it where it is quantised.
+                        if file not in hashes and WIDTH[stored] == narrowest[file]:
+                            hashes[file] = hasher.submit(sha256_file, file)
+                    for chunk in source.iter_converted(stored):
+                        writer.write(chunk)
+                        on_bytes(len(chunk))
+            digests = {file.name: future.result() for file, future in hashes.items()}
+        finally:
+            hasher.shutdown(wait=True, cancel_futures=True)
+    written.tensors |= writer.header.entries
+    written.sha256[path] = writer.sha256
+    written.source_sha256 |= digests
+
+
+def combined_sha256(digests: dict[str, str]) -> str:
+    """One digest for several files: the hash of their sorted ``sha256sum`` lines."""
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,0 +1,4 @@
+"""Attention: the op, the backends that implement it on GPUs, and their ranking.
+
+Start with ``op.py``, then ``backends.py``.
+"""

@@ -1,0 +1,4 @@
+"""Diffusion transformer: model, block, fused block and embeddings.
+
+Start with ``model.py``.
+"""

@@ -1,0 +1,4 @@
+"""Images and videos that a run starts from: reading, resizing, control videos, conditioning.
+
+Start with ``reading.py``.
+"""

@@ -1,0 +1,268 @@
+"""Read frames from a video that somebody else made, with caps and without trusting its name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from io import BufferedReader
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wanx.errors import CorruptInputError, UsageError
+from wanx.runtime.inputs.image import MAX_PIXELS
+from wanx.runtime.inputs.resize import cover
+
+if TYPE_CHECKING:
+    from av import VideoFrame, VideoStream
+    from av.container import InputContainer
+
+MAX_FRAMES = 10_000
+_DEFAULT_RATE = Fraction(25)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VideoInput:
+    """A video that has been decoded once from beginning to end, so its frames are known to exist.
+
+    Attributes:
+        path: The absolute path.
+        width: Pixels of the first frame, after the rotation that the file asks for.
+        height: Likewise.
+        times: float64 [frames, 2], the seconds from the start of the video at which each frame
+            begins and ends. A frame ends where the next begins, the last one after 1 / average
+            rate.
+    """
+
+    path: Path
+    width: int
+    height: int
+    times: NDArray[np.float64]
+
+    def read(self, ids: Sequence[int], height: int, width: int) -> NDArray[np.uint8]:
+        """Decode some frames, each scaled to cover ``height`` x ``width`` and cropped around it.
+
+        Args:
+            ids: Numbers of frames, from 0, in any order; one may come several times.
+            height: Pixels.
+            width: Pixels.
+
+        Returns:
+            uint8 [len(ids), height, width, 3] in RGB.
+
+        Raises:
+            UsageError: There is no such frame, or the file is gone.
+            CorruptInputError: The file has changed since it was opened.
+        """
+        places: dict[int, list[int]] = {}
+        for place, number in enumerate(ids):
+            if not 0 <= number < len(self.times):
+                raise UsageError(f"{self.path} has {len(self.times)} frames, so none is {number}")
+            places.setdefault(number, []).append(place)
+        pixels = np.empty((len(ids), height, width, 3), dtype=np.uint8)
+        with _open(self.path) as (container, stream):
+            for number, frame in enumerate(_decode(self.path, container, stream)):
+                if number in places:
+                    pixels[places.pop(number)] = cover(_upright(frame), height, width)
+                if not places:
+                    return pixels
+        raise CorruptInputError(f"{self.path} has changed while it was read; run again")
+
+
+def open_video(path: str | os.PathLike[str]) -> VideoInput:
+    """Look at every frame of a video file.
+
+    mp4, mov, webm, mkv, avi and gif are told apart by their first bytes, never by their name, so
+    that ``concat:…`` or ``http:…`` are plain files and playlists are refused. Rotation by multiples
+    of 90° is applied; mirroring and non-square pixels are not. Audio is ignored.
+
+    Raises:
+        UsageError: There is no such regular file, a frame has more than ``MAX_PIXELS`` pixels, or
+            there are more than ``MAX_FRAMES`` frames.
+        CorruptInputError: The file is something else, is damaged or truncated, or has no frames.
+    """
+    try:
+        target = Path(path).absolute()
+        if not stat.S_ISREG(target.stat().st_mode):  # opening a pipe would hang
+            raise UsageError(f"{path} is not a regular file; give a video file")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(f"the video {path} does not exist; check its name") from None
+    except (OSError, ValueError) as error:  # no permission; too long, a NUL or half a surrogate
+        raise UsageError(f"the video {str(path)!r} cannot be opened ({error}); check it") from None
+    starts: list[float | None] = []
+    sides = (0, 0)
+    with _open(target) as (container, stream):
+        _check_count(target, stream.frames)
+        for frame in _decode(target, container, stream):
+            if not starts:
+                quarter = frame.rotation % 180 == 90
+                sides = (frame.height, frame.width) if quarter else (frame.width, frame.height)
+            starts.append(frame.time)
+            _check_count(target, len(starts))
+        rate = stream.average_rate or stream.guessed_rate or _DEFAULT_RATE
+    if not starts:
+        raise _damaged(target, "it has no frames")
+    times = _times(np.array(starts, dtype=np.float64), float(rate))
+    return VideoInput(path=target, width=sides[0], height=sides[1], times=times)
+
+
+def _times(starts: NDArray[np.float64], rate: float) -> NDArray[np.float64]:
+    """Begin and end of each frame; evenly spaced if the file gives times out of order or none."""
+    if np.isfinite(starts).all() and (np.diff(starts) >= 0).all():
+        starts = starts - starts[0]
+    else:
+        starts = np.arange(len(starts)) / rate
+    return np.stack([starts, np.append(starts[1:], starts[-1] + 1 / rate)], axis=1)
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Open the file by what it holds; FFmpeg errors in the body become ``CorruptInputError``."""
+    import av
+    from av.stream import Disposition
+
+    try:
+        file = open(path, "rb")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}; check its permissions") from None
+    # FFmpeg gets the open file and a named demuxer: it never sees a path that it could interpret.
+    try:
+        with (
+            file,
+            av.open(file, "r", format=_demuxer(path, file), metadata_errors="replace") as container,
+        ):
+            streams = container.streams.video
+            films = [s for s in streams if not s.disposition & Disposition.attached_pic]
+            if not films:
+                raise CorruptInputError(f"{path} has no video stream; give a file that has one")
+            stream = films[0]
+            if stream.codec_context is None:
+                raise CorruptInputError(f"{path} has an unknown codec; convert it to H.264 in mp4")
+            _check_size(path, stream.width, stream.height)
+            # Frames may grow in mid-stream: decoders pad, hence twice the cap that frames pass.
+            stream.codec_context.options = {"max_pixels": str(2 * MAX_PIXELS)}
+            stream.thread_type = "AUTO"
+            yield container, stream
+    except (av.FFmpegError, OSError) as error:
+        raise _damaged(path, error.strerror or str(error)) from None
+
+
+def _decode(path: Path, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    """Frames in the order in which they are shown."""
+    for packet in container.demux(stream):
+        for frame in packet.decode():
+            if frame.is_corrupt:
+                raise _damaged(path, "a frame is damaged")
+            _check_size(path, frame.width, frame.height)
+            yield frame
+        if packet.is_corrupt:
+            raise _damaged(path, "it ends inside a frame")
+
+
+def _upright(frame: VideoFrame) -> NDArray[np.uint8]:
+    """RGB pixels, uint8 [height, width, 3], turned as the file asks."""
+    pixels = np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)
+    return np.rot90(pixels, frame.rotation // 90) if frame.rotation % 90 == 0 else pixels
+
+
+def _damaged(path: Path, reason: str) -> CorruptInputError:
+    return CorruptInputError(
+        f"{path} cannot be read as a video: {reason}; download or convert it again"
+    )
+
+
+def _check_size(path: Path, width: int, height: int) -> None:
+    if width * height == 0:
+        raise _damaged(path, f"its frames are {width}x{height}")
+    if width * height > MAX_PIXELS:
+        raise UsageError(
+            f"{path} has frames of {width}x{height}, more than {MAX_PIXELS} pixels; scale it down"
+        )
+
+
+def _check_count(path: Path, frames: int) -> None:
+    if frames > MAX_FRAMES:
+        raise UsageError(
+            f"{path} has at least {frames} frames, more than {MAX_FRAMES}; cut it shorter"
+        )
+
+
+def _demuxer(path: Path, file: BufferedReader) -> str:
+    """Name of FFmpeg's demuxer for this file, which is checked to reach to the end that it claims.
+
+    FFmpeg itself plays webm, mkv and gif without complaint as far as they go.
+    """
+    size = os.fstat(file.fileno()).st_size
+    head = file.read(4096)
+    if head[:6] in (b"GIF87a", b"GIF89a") and len(head) > 10:
+        # A larger GIF than FFmpeg can handle would come out as 0x0.
+        _check_size(path, *(int.from_bytes(head[at : at + 2], "little") for at in (6, 8)))
+        name, end = "gif", _gif_end(file, head)
+    elif head.startswith(b"\x1a\x45\xdf\xa3"):
+        name, end = "matroska", _matroska_end(head)
+    elif head[:4] == b"RIFF" and head[8:11] == b"AVI":
+        name, end = "avi", 8 + int.from_bytes(head[4:8], "little")
+    elif head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide"):
+        name, end = "mov", _mov_end(file, size)
+    else:
+        reason = "it is neither mp4, mov, webm, mkv, avi nor gif" if size else "it is empty"
+        raise _damaged(path, reason)
+    if end > size:
+        raise _damaged(path, f"{size} bytes are there of at least {end}")
+    file.seek(0)
+    return name
+
+
+def _mov_end(file: BufferedReader, size: int) -> int:
+    """End of the last box with frames or their index; boxes are length, kind, contents."""
+    at = end = 0
+    while at + 8 <= size:
+        file.seek(at)
+        head = file.read(16)
+        length = int.from_bytes(head[:4], "big")
+        if length == 1:
+            length = int.from_bytes(head[8:16], "big")
+        if length < 8:  # 0 is a box that reaches to the end of the file
+            break
+        at += length
+        if head[4:8] in (b"moov", b"mdat", b"moof"):
+            end = at
+    return end
+
+
+def _matroska_end(head: bytes) -> int:
+    """End of the one segment behind the EBML header; 0 if it was streamed with unknown length."""
+
+    def skip_number(at: int) -> tuple[int, int]:
+        first = head[at] if at < len(head) else 0
+        width = 9 - first.bit_length()  # leading zeros count the bytes that follow
+        ones = (1 << 7 * width) - 1
+        number = int.from_bytes(head[at : at + width], "big") & ones
+        return at + width, 0 if number == ones else number
+
+    at, length = skip_number(4)
+    at, length = skip_number(at + length + 4)
+    return at + length if length else 0
+
+
+def _gif_end(file: BufferedReader, head: bytes) -> int:
+    """End of the trailer, or one byte more than there are if the file ends without one."""
+
+    def skip_table(flags: int) -> None:
+        file.seek(3 << (flags & 7) + 1 if flags & 0x80 else 0, os.SEEK_CUR)
+
+    file.seek(13)
+    skip_table(head[10])
+    while (block := file.read(1)) in (b"!", b","):
+        if block == b",":
+            skip_table((file.read(9) or b"\0")[-1])
+        file.seek(1, os.SEEK_CUR)  # label of an extension, code size of an image
+        while any(length := file.read(1)):
+            file.seek(length[0], os.SEEK_CUR)
+    return file.tell() if block else os.fstat(file.fileno()).st_size + 1

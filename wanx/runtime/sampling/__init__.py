@@ -1,0 +1,4 @@
+"""Mathematics of sampling: solvers, classifier-free guidance, seeded noise.
+
+Start with ``sampler.py``.
+"""

@@ -1,0 +1,147 @@
+"""The weights that a plan reads: found in a bundle's files, and copied from there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wanx.bundle.engine_schedule import Plan, StoredType
+from wanx.files.safetensors import DTYPE_BYTES, TensorRef, read_header
+from wanx.runtime.sessions.device.cuda import Cuda, CudaError
+from wanx.runtime.sessions.device.memory import host_view, rounded
+from wanx.runtime.sessions.device.stored_types import FLOATS, NUMPY, convert
+from wanx.runtime.sessions.engine_session import misshaped_weight, missing_weight
+
+STAGE = 16 << 20  # bytes of each of the two pinned buffers
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A weight in the memory of its step: its sources lie there one after the other."""
+
+    sources: tuple[TensorRef, ...]
+    dtype: StoredType
+    offset: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepWeights:
+    """The weights of a step, in one piece of memory.
+
+    Attributes:
+        placed: they, in the order of their program.
+        size: bytes of all together.
+    """
+
+    placed: tuple[_Placed, ...]
+    size: int
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each of them is in that memory."""
+        return tuple(weight.offset for weight in self.placed)
+
+
+def lay_out(plan: Plan, files: Iterable[Path], component: str) -> list[StepWeights]:
+    """Find every weight of each step in the files; only their headers are read.
+
+    Raises:
+        CorruptInputError: a weight is missing, or is not what the plan says.
+    """
+    known: dict[str, TensorRef] = {}
+    for file in files:
+        known |= read_header(file).entries
+    steps: list[StepWeights] = []
+    for step in plan.steps:
+        placed: list[_Placed] = []
+        end = 0
+        for weight in plan.programs[step.program].weights:
+            names = [f"{step.prefix}{source}" for source in weight.sources]
+            for name in names:
+                if name not in known:
+                    raise missing_weight(component, name)
+            sources = tuple(known[name] for name in names)
+            for source in sources:
+                if source.dtype != weight.dtype and not {source.dtype, weight.dtype} <= FLOATS:
+                    raise misshaped_weight(component, source.name, [source.dtype], [weight.dtype])
+            count = math.prod(weight.shape)
+            if sum(math.prod(source.shape) for source in sources) != count:
+                raise misshaped_weight(component, names[0], sources[0].shape, weight.shape)
+            placed.append(_Placed(sources, weight.dtype, end))
+            end += rounded(count * NUMPY[weight.dtype].itemsize)
+        steps.append(StepWeights(placed=tuple(placed), size=end))
+    return steps
+
+
+def copy_to_host(weights: StepWeights, address: int) -> None:
+    """Copy the weights of a step to the host's memory at ``address``."""
+    memory = host_view(address, weights.size)
+    for offset, chunk in _chunks([(weights, 0)]):
+        memory[offset : offset + len(chunk)] = chunk
+
+
+def copy_to_device(steps: Iterable[tuple[StepWeights, int]], cuda: Cuda) -> None:
+    """Copy the weights of steps to the GPU's memory, each to its address.
+
+    One of two pinned buffers is filled from the files while the other is copied.
+
+    Raises:
+        CudaError: CUDA refuses.
+    """
+    pinned: list[int] = []
+    marks: list[Any] = []
+    try:
+        for _ in range(2):
+            pinned.append(cuda.allocate_pinned(STAGE))
+            marks.append(cuda.event())
+        turn = 0
+        for address, chunk in _chunks(steps):
+            cuda.wait_for(marks[turn])
+            host_view(pinned[turn], STAGE)[: len(chunk)] = chunk
+            cuda.to_device(address, pinned[turn], len(chunk))
+            cuda.mark(marks[turn])
+            turn = 1 - turn
+    finally:
+        with suppress(CudaError):
+            cuda.wait()
+        for mark in marks:
+            cuda.close_event(mark)
+        for buffer in pinned:
+            cuda.free_pinned(buffer)
+    cuda.wait()
+
+
+def _chunks(
+    steps: Iterable[tuple[StepWeights, int]],
+) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """Bytes of the weights in pieces that fit a pinned buffer, and where each goes."""
+    files: dict[Path, NDArray[np.uint8]] = {}
+    for placed, base in ((placed, base) for step, base in steps for placed in step.placed):
+        address = base + placed.offset
+        for source in placed.sources:
+            if source.file not in files:
+                files[source.file] = np.memmap(source.file, np.uint8, mode="r")
+            stored = files[source.file][source.offset : source.offset + source.nbytes]
+            found = source.dtype
+            width = DTYPE_BYTES[found]
+            portion = width * (STAGE // max(width, DTYPE_BYTES[placed.dtype]))
+            for start in range(0, stored.nbytes, portion):
+                chunk = stored[start : start + portion]
+                if found != placed.dtype:
+                    # A tensor may lie at any byte of its file.
+                    values = np.frombuffer(chunk.tobytes(), NUMPY[_float(found)])
+                    chunk = convert(values, found, placed.dtype).view(np.uint8)
+                yield address, chunk
+                address += chunk.nbytes
+
+
+def _float(name: str) -> StoredType:
+    floats: dict[str, StoredType] = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
+    return floats[name]

@@ -1,0 +1,196 @@
+"""One engine of TensorRT: loaded, given shapes and addresses, and put into a stream.
+
+The names of an engine's inputs and outputs are those that building gave its graph: what a step
+takes, then ``weight.<parameter>`` for each weight; and ``out.<name>``. An engine lists them in the
+order of the graph, which is also the plan's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from wanx.bundle.engine_schedule import InputType, Program
+from wanx.errors import CorruptInputError, UsageError
+from wanx.runtime.sessions.tensorrt.cache import RuntimeCache
+from wanx.runtime.sessions.tensorrt.loader import Loader, TensorRTError
+
+WEIGHT = "weight."
+_TYPES: dict[str, InputType] = {
+    "FLOAT": "F32",
+    "BF16": "BF16",
+    "HALF": "F16",
+    "INT8": "I8",
+    "FP8": "F8_E4M3",
+    "INT64": "I64",
+}
+Shape = tuple[int, ...]
+
+
+class LoadedProgram:
+    """An engine and its context; memory is the caller's.
+
+    Attributes:
+        inputs: names of what a step takes.
+        weights: names of the weights.
+        outputs: names of what it gives.
+        types: of all of them.
+        scratch: bytes that it works in at the shapes that are set.
+    """
+
+    def __init__(self, loader: Loader, path: Path, program: Program) -> None:
+        """Load the engine of ``program`` from ``path``.
+
+        Raises:
+            EnvironmentMismatchError: it was made for something else than this machine.
+            CorruptInputError: it is damaged, or not what the plan says.
+            TensorRTError: it cannot be made ready.
+        """
+        self._loader = loader
+        self._log = loader.log
+        trt = loader.trt
+        self._path = path
+        self._engine = engine = loader.load(path)
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        given = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
+        self.inputs = tuple(name for name in given if not name.startswith(WEIGHT))
+        self.weights = tuple(name for name in given if name.startswith(WEIGHT))
+        self.outputs = tuple(name for name in names if name not in given)
+        self.types = {name: self._type(name) for name in names}
+        found = [(self.types[n], tuple(engine.get_tensor_shape(n))) for n in self.weights]
+        if found != [(weight.dtype, weight.shape) for weight in program.weights]:
+            raise CorruptInputError(
+                f"{path}: its weights are not those of its plan; run `{loader.rebuild}`"
+            )
+        self._config: Any = None
+        self._cache: RuntimeCache | None = None
+        self._context: Any = self._new_context()
+        self._profile = 0
+        self._shapes: list[Shape] | None = None
+        self._memory = 0
+        self.scratch = 0
+
+    def set_shapes(self, shapes: Sequence[Shape], stream: Any) -> None:
+        """Give the inputs these shapes; cheap where they have them.
+
+        Raises:
+            UsageError: the engine does not cover them; says which it covers.
+            TensorRTError: TensorRT refuses.
+        """
+        if self._shapes == list(shapes):
+            return
+        self._shapes = None
+        profile = self._profile_for(shapes)
+        self._log.clear()
+        if profile != self._profile:
+            self._require(
+                self._context.set_optimization_profile_async(profile, int(stream)),
+                "changing the profile",
+            )
+            self._profile = profile
+        for name, shape in zip(self.inputs, shapes, strict=True):
+            self._require(self._context.set_input_shape(name, shape), f"the shape of {name}")
+        self.scratch = int(self._context.update_device_memory_size_for_shapes())
+        self._shapes = list(shapes)
+        self._memory = 0
+
+    def output_shapes(self) -> list[Shape]:
+        """Shapes of the outputs, given those of the inputs."""
+        return [tuple(self._context.get_tensor_shape(name)) for name in self.outputs]
+
+    def enqueue(self, addresses: Sequence[int], memory: int, stream: Any) -> None:
+        """Put the engine into the stream.
+
+        Args:
+            addresses: of the inputs, the weights and the outputs.
+            memory: at least :attr:`scratch` bytes.
+            stream: of CUDA.
+
+        Raises:
+            TensorRTError: TensorRT refuses.
+        """
+        self._log.clear()
+        if self.scratch and memory != self._memory:
+            self._context.set_device_memory(memory, self.scratch)
+            self._memory = memory
+        names = (*self.inputs, *self.weights, *self.outputs)
+        for name, address in zip(names, addresses, strict=True):
+            self._require(self._context.set_tensor_address(name, address), name)
+        self._require(self._context.execute_async_v3(int(stream)), "running it")
+
+    def can_be_recorded(self, stream: Any) -> bool:
+        """Whether a CUDA graph may hold this engine, as far as TensorRT can tell."""
+        if not hasattr(self._context, "is_stream_capturable"):
+            return True
+        return bool(self._context.is_stream_capturable(int(stream)))
+
+    def set_profiler(self, profiler: Any) -> None:
+        """Have every run tell a ``trt.IProfiler`` what each layer took; None ends that."""
+        self._context.profiler = profiler
+
+    def close(self) -> None:
+        """Free the engine, and keep what was compiled for it."""
+        if self._cache is not None:
+            self._cache.write()
+        # A context must go before what it was made from.
+        self._context = None
+        self._config = self._cache = None
+        self._engine = None
+
+    def _type(self, name: str) -> InputType:
+        found = self._engine.get_tensor_dtype(name).name
+        if found not in _TYPES:
+            raise CorruptInputError(f"{self._path}: {name} is {found}, which wanx does not use")
+        return _TYPES[found]
+
+    def _profile_for(self, shapes: Sequence[Shape]) -> int:
+        for profile in range(self._engine.num_optimization_profiles):
+            if all(
+                self._covers(name, shape, profile)
+                for name, shape in zip(self.inputs, shapes, strict=True)
+            ):
+                return profile
+        name, shape = next(
+            (n, s) for n, s in zip(self.inputs, shapes, strict=True) if not self._covers(n, s, 0)
+        )
+        least, _, most = self._engine.get_tensor_profile_shape(name, 0)
+        raise UsageError(
+            f"the engine {self._path.name} takes {name} from {list(least)} to {list(most)}, not "
+            f"{list(shape)}: choose another size, or run `{self._loader.rebuild}` with --sizes and "
+            "--frames that cover it"
+        )
+
+    def _covers(self, name: str, shape: Shape, profile: int) -> bool:
+        least, _, most = self._engine.get_tensor_profile_shape(name, profile)
+        least, most = tuple(least), tuple(most)
+        return len(shape) == len(least) and all(
+            low <= size <= high for low, size, high in zip(least, shape, most, strict=True)
+        )
+
+    def _new_context(self) -> Any:
+        trt, engine = self._loader.trt, self._engine
+        # Programs run one after the other, so that one memory serves all of them, and it need not
+        # be as large as for the largest shapes.
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        self._log.clear()
+        if hasattr(engine, "create_runtime_config"):
+            self._config = config = engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(strategy)
+            if hasattr(config, "dynamic_shapes_kernel_specialization_strategy"):
+                # Otherwise other kernels run until the right ones are compiled in the background:
+                # a CUDA graph would keep those, and the same seed give another video.
+                config.dynamic_shapes_kernel_specialization_strategy = (
+                    trt.DynamicShapesKernelSpecializationStrategy.EAGER
+                )
+            if hasattr(config, "create_runtime_cache"):
+                self._cache = RuntimeCache(config, self._path, trt.__version__, self._loader.sm)
+            context = engine.create_execution_context(config)
+        else:
+            context = engine.create_execution_context(strategy)
+        self._require(context is not None, "making it ready")
+        return context
+
+    def _require(self, done: Any, what: str) -> None:
+        if not done:
+            raise TensorRTError(f"{self._path.stem}, {what}: {self._log.first_error()}")
