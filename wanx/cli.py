@@ -20,7 +20,7 @@ from wanx.errors import WanxError
 from wanx.interruption import EXIT_CODE, INTERRUPTED
 
 if TYPE_CHECKING:
-    from wanx.benchmarks.accuracy.comparison import Agreement
+    from wanx.accuracy.gates import Agreement
 
 
 class _Group(TyperGroup):
@@ -111,8 +111,8 @@ def verify(
 
     Exit 5 if a file is damaged, 3 if a step is not accurate enough.
     """
+    from wanx.accuracy.gates import Gates
     from wanx.accuracy.golden_check import check_golden, require_golden
-    from wanx.benchmarks.accuracy.comparison import Gates
     from wanx.bundle.reader import read_bundle, verify_bundle
     from wanx.commands.display.accuracy import print_golden
     from wanx.commands.display.generation import bars, print_checks

@@ -19,8 +19,8 @@ from safetensors.numpy import load_file
 from tests.support.altered import altered_bundle, noise
 from tests.support.golden_bundles import TASKS, Case, give, golden_case
 from tests.support.peers import relative_error
+from wanx.accuracy.gates import Agreement, Gates
 from wanx.accuracy.golden_check import check_golden, require_golden
-from wanx.benchmarks.accuracy.comparison import Agreement, Gates
 from wanx.bundle.golden_steps import GOLDEN, Golden
 from wanx.bundle.reader import Bundle, open_bundle
 from wanx.checkpoints.checkpoint import Checkpoint

@@ -16,8 +16,9 @@ from data import split_scenes
 from drawings import Drawings, draw
 
 import wanx
+from wanx.accuracy.gates import Agreement, worst
 from wanx.accuracy.golden_check import check_golden
-from wanx.benchmarks.accuracy.comparison import Agreement, Comparison, worst
+from wanx.benchmarks.accuracy.comparison import Comparison
 from wanx.bundle.reader import Bundle
 
 PRECISIONS = ("fp32", "int8", "fp8")

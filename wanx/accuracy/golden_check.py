@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from wanx.benchmarks.accuracy.comparison import Agreement, Gates, agreement, worst
+from wanx.accuracy.gates import Agreement, Gates, agreement, worst
 from wanx.bundle.golden_steps import GOLDEN, read_golden
 from wanx.bundle.reader import Bundle
 from wanx.errors import CorruptInputError, GateError

@@ -17,8 +17,8 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
+from wanx.accuracy.gates import Gates
 from wanx.accuracy.golden_check import check_golden, require_golden
-from wanx.benchmarks.accuracy.comparison import Gates
 from wanx.bundle.golden_steps import GOLDEN, write_golden
 from wanx.bundle.manifest import TOKENIZER, Component, Manifest, Provenance
 from wanx.bundle.publish import record_files, staging, write_manifest

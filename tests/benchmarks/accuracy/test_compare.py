@@ -22,9 +22,10 @@ import wanx
 import wanx.benchmarks.accuracy.subject as side_module
 import wanx.runtime.denoise as denoise_module
 from tests.support.altered import altered_bundle, noise
+from wanx.accuracy.gates import Agreement, Gates
 from wanx.accuracy.metrics import MAX_DB, clip_figures
 from wanx.benchmarks.accuracy.compare import CompareOptions, _encoded, compare
-from wanx.benchmarks.accuracy.comparison import Agreement, Comparison, Gates, dumps
+from wanx.benchmarks.accuracy.comparison import Comparison, dumps
 from wanx.benchmarks.accuracy.step_recording import Tape
 from wanx.benchmarks.accuracy.subject import Start
 from wanx.builtin import builtin_bundle

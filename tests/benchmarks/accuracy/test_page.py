@@ -19,8 +19,9 @@ from PIL import Image
 
 import wanx.benchmarks.report.files as report_module
 import wanx.benchmarks.report.html as html_module
+from wanx.accuracy.gates import Agreement, Gates
 from wanx.benchmarks.accuracy.clips import compare_clips
-from wanx.benchmarks.accuracy.comparison import Agreement, Comparison, Gates, RunComparison, Subject
+from wanx.benchmarks.accuracy.comparison import Comparison, RunComparison, Subject
 from wanx.benchmarks.accuracy.page import render
 from wanx.benchmarks.report.files import prepare_folder, write_accuracy
 from wanx.errors import EnvironmentMismatchError, UsageError

@@ -9,8 +9,8 @@ import pytest
 
 from tests.support import faults, graph_faults
 from tests.support.faults import Export, Fault, every
+from wanx.accuracy.gates import Gates
 from wanx.accuracy.golden_check import check_golden, require_golden
-from wanx.benchmarks.accuracy.comparison import Gates
 from wanx.builtin import builtin_bundle
 from wanx.errors import GateError
 from wanx.exporter.quantization.readback import eight_bit_layers

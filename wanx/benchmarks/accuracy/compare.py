@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from wanx.accuracy.gates import Agreement, Gates
+from wanx.accuracy.gates import agreement as agree
 from wanx.benchmarks.accuracy.clips import compare_clips, to_pixels
-from wanx.benchmarks.accuracy.comparison import Agreement, Comparison, Gates, RunComparison, Subject
-from wanx.benchmarks.accuracy.comparison import agreement as agree
+from wanx.benchmarks.accuracy.comparison import Comparison, RunComparison, Subject
 from wanx.benchmarks.accuracy.subject import Case, Side, Start
 from wanx.benchmarks.accuracy.teacher_forcing import Answer, Lesson, answer, record
 from wanx.benchmarks.report.environment import environment

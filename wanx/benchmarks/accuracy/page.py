@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from wanx.accuracy.gates import worst
 from wanx.accuracy.metrics import psnr_db
 from wanx.benchmarks.accuracy.clips import Still
-from wanx.benchmarks.accuracy.comparison import Comparison, RunComparison, worst
+from wanx.benchmarks.accuracy.comparison import Comparison, RunComparison
 from wanx.benchmarks.report.html import fill, image_uri, require_packages
 
 _AMPLIFICATIONS = (64, 32, 16, 8, 4, 2, 1)

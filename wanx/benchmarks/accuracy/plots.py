@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from wanx.benchmarks.accuracy.comparison import Agreement, RunComparison
+from wanx.accuracy.gates import Agreement
+from wanx.benchmarks.accuracy.comparison import RunComparison
 from wanx.benchmarks.report.svg import BAD, COLORS, legend, plain, svg
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from wanx.benchmarks.accuracy.comparison import Agreement, agreement
+from wanx.accuracy.gates import Agreement, agreement
 from wanx.benchmarks.accuracy.step_recording import Feeds, Tape, Velocities
 from wanx.benchmarks.accuracy.subject import Side, Start, denoise
 from wanx.errors import WanxError

@@ -14,7 +14,8 @@ from rich.text import Text
 from wanx.commands.display.generation import OUT
 
 if TYPE_CHECKING:
-    from wanx.benchmarks.accuracy.comparison import Agreement, Comparison
+    from wanx.accuracy.gates import Agreement
+    from wanx.benchmarks.accuracy.comparison import Comparison
     from wanx.bundle.reader import Bundle
 
 _WORST = 10
