@@ -26,8 +26,9 @@ from wanx.errors import CorruptInputError, UsageError, WanxError
 from wanx.exporter.calibration.blockwise_dit import StreamedDiT
 from wanx.exporter.calibration.calibrate import calibrate, golden_numbers, record_golden
 from wanx.exporter.calibration.options import CalibrationOptions, planned_runs
-from wanx.exporter.calibration.state import Calibration, load_recipe, save_recipe, state_path
+from wanx.exporter.calibration.state import Calibration, state_path
 from wanx.exporter.quantization.recipe import Recipe, dit_candidates, shared_input
+from wanx.exporter.quantization.recipe_cache import load_recipe, save_recipe
 from wanx.exporter.quantization.scheme import SCHEMES, QuantizeOptions
 from wanx.runtime.inputs.conditioning import condition
 from wanx.runtime.sampling.noise import randn

@@ -12,8 +12,8 @@ from wanx.checkpoints.checkpoint import Checkpoint
 from wanx.exporter.calibration.blockwise_dit import StreamedDiT
 from wanx.exporter.calibration.calibrate import calibrate
 from wanx.exporter.calibration.options import CalibrationOptions
-from wanx.exporter.calibration.state import load_recipe, save_recipe
 from wanx.exporter.quantization.recipe import Recipe, dit_candidates, shared_input
+from wanx.exporter.quantization.recipe_cache import load_recipe, save_recipe
 from wanx.exporter.quantization.scheme import QuantizeOptions, Scheme
 from wanx.exporter.quantization.sensitivity import decide
 from wanx.progress import Progress
