@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import email
+import graphlib
 import json
 import re
 import resource
@@ -25,66 +26,25 @@ from tests.support.paths import ROOT
 
 PACKAGE = ROOT / "wanx"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-FOLDERS = {"benchmarks", "export", "kernels", "models", "runtime"}
-EXPORTER = {"export", "kernels", "models"}
 
-# The packages beyond the standard library that a folder may import, and the parts of wanx.
-EXTERNAL = {
-    "benchmarks": {"PIL", "jinja2", "markupsafe", "matplotlib", "numpy", "pydantic", "pynvml"},
-    "kernels": {"cudnn", "fa3_fwd_interface", "onnxscript", "torch", "triton"},
-    "runtime": {"PIL", "av", "ftfy", "numpy", "onnxruntime", "platformdirs", "tokenizers"},
-}
-INTERNAL = {
-    "benchmarks": {
-        "",
-        "benchmarks",
-        "builtin",
-        "bundle",
-        "config",
-        "errors",
-        "golden",
-        "manifest",
-        "progress",
-        "runtime",
-    },
-    "kernels": {"errors", "kernels"},
-    "models": {"config", "errors", "input_file", "kernels", "models", "safetensors_file"},
-    "runtime": {
-        *("", "bundle", "carried_kernel", "config", "engine_plan", "errors", "input_file"),
-        *("memory_size", "progress", "runtime", "safetensors_file", "trust"),
-    },
-}
-# What runs PyTorch's compiled packages and what measures kernels; nothing else there imports them.
+# From the top to the bottom: a part imports what stands below it, and nothing above. "" is wanx
+# itself, the API.
+LAYERS = (
+    *("__main__", "cli", "commands", "", "benchmarks", "exporter", "models", "kernels"),
+    *("checkpoints", "accuracy", "runtime", "builtin", "bundle", "files", "config"),
+    *("interruption", "memory_size", "progress", "version", "errors"),
+)
+# Parts that PyTorch belongs to; the installation without extras cannot import them.
+EXPORTER = {"exporter", "kernels", "models", "checkpoints"}
 WITH_TORCH = {
-    *(PACKAGE / "runtime" / "sessions" / name for name in ("aoti.py", "aoti_engine.py")),
-    *(PACKAGE / "benchmarks" / "gpu").glob("*.py"),
+    *(PACKAGE / "runtime" / "sessions" / "aoti").glob("*.py"),
     *(PACKAGE / "benchmarks" / "peers").glob("*.py"),
-}
-# What counts operations in graphs and finds the machine's limits, where the package onnx is there.
-WITH_ONNX = {
-    PACKAGE / "benchmarks" / "speed" / name
-    for name in ("ceilings.py", "cost.py", "parts.py", "profile.py", "shapes.py")
-}
-# What talks to CUDA, imported when a session on a GPU is opened.
-WITH_CUDA = {PACKAGE / "runtime" / "sessions" / name for name in ("cuda.py", "tensorrt_launch.py")}
-# The modules beside the folders that may import them: the API, the command line and what it shows.
-FRONT = {
-    *(
-        "__init__",
-        "__main__",
-        "cli",
-        "cli_bench",
-        "cli_build",
-        "cli_compare",
-        "cli_export",
-        "cli_options",
-    ),
-    *("cli_run", "doctor", "rendering", "rendering_accuracy", "rendering_speed"),
+    PACKAGE / "benchmarks" / "speed" / "roofline" / "gpu_peaks.py",
 }
 
 NEVER_AT_RUNTIME = {
     *("torch", "onnx", "onnxscript", "onnx_ir", "ml_dtypes"),
-    *("wanx.export", "wanx.kernels", "wanx.models"),
+    *("wanx.exporter", "wanx.kernels", "wanx.models"),
 }
 HEAVY = NEVER_AT_RUNTIME | {
     *("PIL", "av", "ftfy", "numpy", "onnxruntime", "pydantic", "safetensors", "tokenizers"),
@@ -126,48 +86,59 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def own_part(path: Path) -> str:
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+    return part(dotted(path))
 
 
-def part(name: str) -> str | None:
-    """The folder or module of wanx that an import refers to; "" is wanx itself, None another."""
-    first, *rest = name.split(".")
-    if first != "wanx":
-        return None
-    is_module = rest and ((PACKAGE / rest[0]).is_dir() or (PACKAGE / f"{rest[0]}.py").exists())
-    return rest[0] if is_module else ""
+def part(module: str) -> str:
+    """Folder or module of wanx below which a dotted name lies; "" is wanx itself."""
+    _, *rest = module.split(".")
+    return rest[0] if rest and rest[0] in LAYERS else ""
+
+
+def own_imports(path: Path) -> set[str]:
+    """Modules of wanx that a file imports, as dotted names."""
+    known = {dotted(module) for module in MODULES}
+    names = {name for name in imports(path) if name.partition(".")[0] == "wanx"}
+    return {name if name in known else name.rpartition(".")[0] for name in names} & known
+
+
+def test_every_part_has_a_layer() -> None:
+    assert {part(dotted(path)) for path in MODULES} == set(LAYERS)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_follow_the_layers(path: Path) -> None:
-    names = set(imports(path))
-    parts = {found for name in names if (found := part(name)) is not None}
-    packages = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"wanx"}
+def test_imports_point_down(path: Path) -> None:
     own = own_part(path)
-    if path in WITH_TORCH:
-        packages -= {"accelerate", "diffusers", "safetensors", "torch", "transformers"}
-        if own == "benchmarks":
-            parts -= {"engine_plan", "export", "kernels", "models"}
-    if path in WITH_CUDA:
-        packages -= {"cuda"}
-    if path in WITH_ONNX:
-        packages -= {"onnx", "onnxruntime"}
-    if own in INTERNAL:
-        assert parts <= INTERNAL[own]
-    elif own == "export":
-        assert not parts & {"cli", "rendering"}
-    elif own not in FRONT:
-        assert not parts & (FOLDERS | FRONT)
-    if own in EXTERNAL:
-        assert packages <= EXTERNAL[own]
-    elif own not in FOLDERS:
-        assert not packages & NEVER_AT_RUNTIME
+    others = {name for name in own_imports(path) if part(name) != own}
+    upward = {name for name in others if LAYERS.index(part(name)) < LAYERS.index(own)}
+    assert not upward
+
+
+def sibling_imports(folder: str) -> dict[str, set[str]]:
+    """Of each file and folder directly in a folder, the others that it imports."""
+    graph: dict[str, set[str]] = {}
+    for path in MODULES:
+        name = dotted(path)
+        if name.startswith(f"{folder}."):
+            own = name.removeprefix(f"{folder}.").partition(".")[0]
+            inside = [n for n in own_imports(path) if n.startswith(f"{folder}.")]
+            others = {n.removeprefix(f"{folder}.").partition(".")[0] for n in inside}
+            graph.setdefault(own, set()).update(others - {own})
+    return graph
+
+
+FOLDERS = sorted({".".join(path.parent.relative_to(ROOT).parts) for path in MODULES})
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_no_circles(folder: str) -> None:
+    tuple(graphlib.TopologicalSorter(sibling_imports(folder)).static_order())
 
 
 def project() -> dict[str, Any]:
     table: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    found: dict[str, Any] = table["project"]
-    return found
+    section: dict[str, Any] = table["project"]
+    return section
 
 
 def normalised(distribution_name: str) -> str:

@@ -25,12 +25,15 @@ from wanx.progress import Progress, silent
 from wanx.version import __version__
 
 if TYPE_CHECKING:
+    from wanx.accuracy.verification import Verification
     from wanx.benchmarks.accuracy.comparison import Comparison
     from wanx.benchmarks.speed.bench import Extras
     from wanx.benchmarks.speed.results import Results
     from wanx.benchmarks.speed.suite import BenchOptions
     from wanx.bundle.reader import Bundle
+    from wanx.config.models import Task
     from wanx.exporter.calibration.options import CalibrationOptions
+    from wanx.exporter.export import ExportPlan
     from wanx.exporter.quantization.scheme import QuantizeOptions
     from wanx.runtime.pipeline import Pipeline
 
@@ -46,7 +49,10 @@ __all__ = [
     "build",
     "compare",
     "export",
+    "inspect",
     "load",
+    "plan_export",
+    "verify",
 ]
 
 
@@ -68,13 +74,10 @@ def load(
         UsageError: a budget was given for a bundle that cannot keep to one.
         WanxError: the bundle is missing, damaged or unsafe.
     """
-    from wanx.builtin import find_bundle, is_builtin
-    from wanx.bundle.reader import open_bundle
+    from wanx.builtin import open_named
     from wanx.runtime.pipeline import Pipeline
 
-    folder = find_bundle(bundle or "tiny")
-    opened = open_bundle(folder, allow_hard_links=is_builtin(folder))
-    return Pipeline(opened, threads=threads, vram_budget=vram_budget)
+    return Pipeline(open_named(bundle or "tiny"), threads=threads, vram_budget=vram_budget)
 
 
 def export(
@@ -83,6 +86,7 @@ def export(
     *,
     precision: str = "auto",
     target: str = "cpu",
+    task: Task | None = None,
     force: bool = False,
     gate: bool = False,
     quantize: QuantizeOptions | None = None,
@@ -108,12 +112,70 @@ def export(
         output=None if output is None else Path(output),
         precision=precision,
         target=target,
+        task=task,
         force=force,
         gate=gate,
         quantize=quantize or QuantizeOptions(),
         calibration=calibration or CalibrationOptions(),
     )
     return run_export(options, progress)
+
+
+def plan_export(
+    source: str | Path = "tiny", output: str | Path | None = None, **options: Any
+) -> ExportPlan:
+    """Check a checkpoint and estimate its export, without writing anything.
+
+    Args:
+        source: as for :func:`export`.
+        output: likewise.
+        options: likewise.
+
+    Raises:
+        WanxError: the checkpoint or the options do not allow it.
+    """
+    from wanx.exporter.packages import require_packages
+
+    require_packages()
+    from wanx.exporter.export import plan
+    from wanx.exporter.options import ExportOptions
+
+    output = None if output is None else Path(output)
+    return plan(ExportOptions(source=source, output=output, **options))
+
+
+def inspect(bundle: str | Path) -> Bundle:
+    """Read the manifest of a bundle, and check no other file.
+
+    Args:
+        bundle: folder made by :func:`export`, or the name of a built-in bundle.
+
+    Raises:
+        WanxError: there is no such bundle, or its manifest is damaged.
+    """
+    from wanx.builtin import find_bundle
+    from wanx.bundle.reader import read_bundle
+
+    return read_bundle(find_bundle(bundle))
+
+
+def verify(
+    bundle: str | Path,
+    *,
+    golden: bool = True,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> Verification:
+    """Hash every file of a bundle and run its golden steps.
+
+    See :func:`wanx.accuracy.verification.verify`.
+
+    Raises:
+        WanxError: the manifest cannot be used.
+    """
+    from wanx.accuracy.verification import verify as run_verify
+
+    return run_verify(bundle, golden=golden, threads=threads, progress=progress)
 
 
 def build(
@@ -189,21 +251,16 @@ def compare(
     """
     from wanx.benchmarks.accuracy.compare import CompareOptions
     from wanx.benchmarks.accuracy.compare import compare as run_compare
-    from wanx.builtin import find_bundle, is_builtin
-    from wanx.bundle.reader import open_bundle
+    from wanx.builtin import open_named
     from wanx.runtime.options import RunOptions
 
-    ours, theirs = (
-        open_bundle(folder, allow_hard_links=is_builtin(folder))
-        for folder in map(find_bundle, (candidate, reference))
-    )
     settings = CompareOptions(
         run=RunOptions(**{"seed": 0} | options),
         prompts=None if prompts is None else Path(prompts),
         clips=clips,
         threads=threads,
     )
-    return run_compare(ours, theirs, settings, progress)
+    return run_compare(open_named(candidate), open_named(reference), settings, progress)
 
 
 def bench(
@@ -232,13 +289,9 @@ def bench(
     from wanx.benchmarks.speed.bench import Extras
     from wanx.benchmarks.speed.bench import bench as run_bench
     from wanx.benchmarks.speed.suite import BenchOptions, prepare
-    from wanx.builtin import find_bundle, is_builtin
-    from wanx.bundle.reader import open_bundle
+    from wanx.builtin import open_named
 
     prepare_folder(Path(output))
-    opened = [
-        open_bundle(folder, allow_hard_links=is_builtin(folder))
-        for folder in map(find_bundle, bundles or ("tiny",))
-    ]
+    opened = [open_named(bundle) for bundle in bundles or ("tiny",)]
     suite = prepare(opened, options or BenchOptions(), command)
     return run_bench(suite, Path(output), extras or Extras(), progress=progress)

@@ -1,4 +1,4 @@
-"""The command line: parse, call the library, render.
+"""Command line: assembles the commands, and turns errors into one line and an exit code.
 
 Results go to stdout, progress and errors to stderr.
 """
@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from wanx.builtin import find_bundle, is_builtin
-from wanx.commands import bench, build, compare, export, run
-from wanx.commands.options import BundlePath, Json, Quiet, Threads, bundle_facts, option, print_json
+from wanx.commands.bench import bench
+from wanx.commands.build import build
+from wanx.commands.compare import compare
+from wanx.commands.doctor import doctor
+from wanx.commands.export import export
+from wanx.commands.inspect import inspect
+from wanx.commands.options import option
+from wanx.commands.run import run
+from wanx.commands.verify import verify
 from wanx.errors import WanxError
 from wanx.interruption import EXIT_CODE, INTERRUPTED
-
-if TYPE_CHECKING:
-    from wanx.accuracy.gates import Agreement
+from wanx.version import __version__
 
 
 class _Group(TyperGroup):
@@ -55,11 +58,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-app.command()(export.export)
-app.command()(build.build)
-app.command()(run.run)
-app.command()(compare.compare)
-app.command()(bench.bench)
+for command in (export, build, run, compare, bench, inspect, verify, doctor):
+    app.command()(command)
 
 
 def main() -> None:
@@ -69,9 +69,7 @@ def main() -> None:
 
 def _version(show: bool) -> None:
     if show:
-        import wanx
-
-        typer.echo(f"wanx {wanx.__version__}")
+        typer.echo(f"wanx {__version__}")
         raise typer.Exit
 
 
@@ -82,80 +80,6 @@ def _root(
     ] = False,
 ) -> None:
     pass
-
-
-@app.command()
-def inspect(bundle: BundlePath, as_json: Json = False) -> None:
-    """Show what a bundle holds."""
-    from wanx.bundle.reader import read_bundle
-    from wanx.commands.display.generation import print_bundle
-
-    found = read_bundle(find_bundle(bundle))
-    if as_json:
-        print_json(bundle_facts(found) | found.manifest.model_dump(mode="json"))
-    else:
-        print_bundle(found)
-
-
-@app.command()
-def verify(
-    bundle: BundlePath,
-    golden: Annotated[
-        bool, option(help="Run the golden steps too, which loads the denoiser.")
-    ] = True,
-    threads: Threads = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Hash every file of a bundle and run its golden steps.
-
-    Exit 5 if a file is damaged, 3 if a step is not accurate enough.
-    """
-    from wanx.accuracy.gates import Gates
-    from wanx.accuracy.golden_check import check_golden, require_golden
-    from wanx.bundle.reader import read_bundle, verify_bundle
-    from wanx.commands.display.accuracy import print_golden
-    from wanx.commands.display.generation import bars, print_checks
-    from wanx.progress import byte_counter
-
-    folder = find_bundle(bundle)
-    total = read_bundle(folder).size_bytes
-    with bars(quiet) as progress:
-        checks = verify_bundle(
-            folder,
-            on_bytes=byte_counter(progress, "verify", total),
-            allow_hard_links=is_builtin(folder),
-        )
-        sound = not any(check.problem for check in checks)
-        steps: tuple[Agreement, ...] = ()
-        if golden and sound:
-            steps = check_golden(read_bundle(folder), threads=threads, progress=progress)
-    if as_json:
-        print_json(
-            {"files": [asdict(check) for check in checks]}
-            | {"golden_steps": [asdict(step) for step in steps]}
-        )
-    else:
-        print_checks(checks)
-        print_golden(steps)
-    if not sound:
-        raise typer.Exit(5)
-    require_golden(steps, Gates())
-
-
-@app.command()
-def doctor(as_json: Json = False) -> None:
-    """Say what this machine can run and export; exit 4 if it cannot run a bundle."""
-    from wanx.commands.display.generation import print_findings
-    from wanx.commands.doctor import examine
-
-    findings = examine()
-    if as_json:
-        print_json([asdict(finding) for finding in findings])
-    else:
-        print_findings(findings)
-    if any(finding.required and not finding.ok for finding in findings):
-        raise typer.Exit(4)
 
 
 def _say(text: str) -> None:

@@ -131,7 +131,7 @@ def test_another_transformer_alone_makes_no_other_task(
     shutil.rmtree(broken / "transformer")
     random_dit(**TASKS[task]).save_pretrained(broken / "transformer")
     if task == "vace":  # which needs nothing besides
-        assert exporter.plan(ExportOptions(source=broken))[0].checkpoint.config.task == "vace"
+        assert exporter.plan(ExportOptions(source=broken)).resolved.checkpoint.config.task == "vace"
     else:
         message = refused(CorruptInputError, broken, tmp_path / "bundle")
         assert "lacks image_encoder/config.json" in message

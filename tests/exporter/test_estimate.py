@@ -41,7 +41,7 @@ def test_sizes_of_a_real_export(
     precision: str, checkpoint: Path, bundles: Callable[[str], Bundle], tmp_path: Path
 ) -> None:
     options = ExportOptions(source=checkpoint, output=tmp_path / "bundle", precision=precision)
-    _, needs = plan(options)
+    needs = plan(options).estimate
     assert list(tmp_path.iterdir()) == []
     bundle = bundles(precision)
     for group, size in needs.weight_bytes.items():
@@ -139,7 +139,7 @@ def test_sizes_of_real_exports(
     bundle_of: Callable[[str, str], Bundle],
     tmp_path: Path,
 ) -> None:
-    _, needs = plan(ExportOptions(source=checkpoint_of(task), output=tmp_path / "bundle"))
+    needs = plan(ExportOptions(source=checkpoint_of(task), output=tmp_path / "bundle")).estimate
     bundle = bundle_of(task, "fp32")
     for group, size in needs.weight_bytes.items():
         tensors = load_file(bundle.root / "weights" / f"{group}.safetensors")
@@ -161,7 +161,8 @@ def test_sizes_of_real_exports(
 def test_sizes_of_8_bit_weights(precision: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Where no layer falls back, which nobody knows before it is measured."""
     quantize = QuantizeOptions(**options)
-    resolved, needs = plan(ExportOptions(source="tiny", precision=precision, quantize=quantize))
+    planned = plan(ExportOptions(source="tiny", precision=precision, quantize=quantize))
+    resolved, needs = planned.resolved, planned.estimate
     config = resolved.checkpoint.config
     wanted, _ = dit_candidates(config.dit, quantize)
     scale = None if quantize.activation_scale == "dynamic" else 0.1

@@ -44,7 +44,7 @@ def test_checkpoint(
 ) -> None:
     monkeypatch.setattr(tool, "SHARD_BYTES", 1_500_000)
     tool.synthesize(MODELS[task], tmp_path / "made")
-    resolved, _ = plan(ExportOptions(source=tmp_path / "made"))
+    resolved = plan(ExportOptions(source=tmp_path / "made")).resolved
     checkpoint = resolved.checkpoint
     assert checkpoint.layout == "original"
     assert len(checkpoint.components["dit"].files) > 1

@@ -13,8 +13,8 @@ from wanx.builtin import BUILTIN, builtin_bundle
 from wanx.bundle.reader import open_bundle
 from wanx.checkpoints.checkpoint import open_checkpoint
 from wanx.config.models import PRESETS
-from wanx.exporter.export import check, write_bundle
-from wanx.exporter.options import ExportOptions, resolve
+from wanx.exporter.export import plan, write_bundle
+from wanx.exporter.options import ExportOptions
 
 PRECISION = {"tiny": "fp32", "tiny-i2v": "bf16"}
 
@@ -25,10 +25,9 @@ def package(checkpoint: Path, preset: str, output: Path) -> None:
     That layout has no room for the latent statistics and the defaults of a run, so the whole
     configuration is the preset's.
     """
-    found = replace(open_checkpoint(checkpoint), config=PRESETS[preset])
-    resolved = resolve(ExportOptions(output=output, precision=PRECISION[preset]), found)
-    check(resolved)
-    write_bundle(resolved, "cpu", force=True)
+    opened = replace(open_checkpoint(checkpoint), config=PRESETS[preset])
+    options = ExportOptions(output=output, precision=PRECISION[preset], force=True)
+    write_bundle(plan(options, opened))
     print(f"{output}: {open_bundle(output).size_bytes / 1e6:.1f} MB")
 
 

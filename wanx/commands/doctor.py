@@ -1,4 +1,4 @@
-"""What this machine can do with wanx, found out by looking."""
+"""Command ``wanx doctor``: what this machine can run and export."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from wanx.builtin import builtin_bundle
-from wanx.bundle.reader import open_bundle
-from wanx.errors import WanxError
+import typer
+
+from wanx.builtin import open_named
+from wanx.commands.options import Json, print_json
+from wanx.errors import EnvironmentMismatchError, WanxError
 from wanx.exporter.packages import PACKAGES
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at; a ``required`` one must be ``ok`` for a bundle to run."""
+    """Result of one check; a ``required`` one must be ``ok`` for a bundle to run."""
 
     name: str
     ok: bool
@@ -29,8 +31,19 @@ class Finding:
     required: bool = True
 
 
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine can run and export; exit 4 if it cannot run a bundle."""
+    findings = examine()
+    if as_json:
+        print_json([asdict(finding) for finding in findings])
+    else:
+        _print(findings)
+    if any(finding.required and not finding.ok for finding in findings):
+        raise typer.Exit(EnvironmentMismatchError.exit_code)
+
+
 def examine() -> list[Finding]:
-    """Look at the interpreter, the machine, the packages and the built-in bundle."""
+    """Check the interpreter, the machine, the packages and the built-in bundle."""
     return [
         Finding("python", True, f"{platform.python_version()} on {platform.platform()}"),
         Finding("processor", True, f"{os.cpu_count()} cores, {_memory()}"),
@@ -77,7 +90,7 @@ def _video() -> str:
 
 
 def _builtin() -> str:
-    bundle = open_bundle(builtin_bundle(), verify="full", allow_hard_links=True)
+    bundle = open_named("tiny", verify="full")
     return f"{bundle.manifest.name} at {bundle.manifest.precision}, intact"
 
 
@@ -117,3 +130,16 @@ def _compiler() -> Finding:
             return Finding("c++", True, f"{name}, which --target aoti calls", required=False)
     detail = "no g++ or clang++; --target aoti needs one (apt install g++)"
     return Finding("c++", False, detail, required=False)
+
+
+def _print(findings: Sequence[Finding]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from wanx.commands.display.generation import OUT
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for finding in findings:
+        mark = Text("ok", "green") if finding.ok else Text("no", "red" if finding.required else "")
+        table.add_row(mark, finding.name, Text(finding.detail))
+    OUT.print(table)

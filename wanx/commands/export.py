@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -99,22 +99,18 @@ def export(
     from wanx.exporter.packages import require_packages
 
     require_packages()
+    import wanx
     from wanx.commands.display.accuracy import print_quantization
     from wanx.commands.display.generation import bars, print_bundle, print_estimate
     from wanx.exporter.calibration.options import CalibrationOptions
-    from wanx.exporter.export import export as run_export
-    from wanx.exporter.export import plan
-    from wanx.exporter.options import ExportOptions
     from wanx.exporter.quantization.scheme import QUANTIZED, QuantizeOptions
     from wanx.runtime.sizes import parse_size
 
     width, height = (None, None) if calibration_size is None else parse_size(calibration_size)
-    options = ExportOptions(
-        source=source, output=output, precision=precision, target=target,
-        task=task,  # type: ignore[arg-type]
-        force=force,
-        gate=gate,
-        quantize=QuantizeOptions(
+    options: dict[str, Any] = {
+        "source": source, "output": output, "precision": precision, "target": target,
+        "task": task, "force": force, "gate": gate,
+        "quantize": QuantizeOptions(
             components=tuple(quantize or QUANTIZED), keep_high=tuple(keep_high or ()),
             weight_scale=weight_scale,  # type: ignore[arg-type]
             activation_scale=activation_scale,  # type: ignore[arg-type]
@@ -122,14 +118,15 @@ def export(
             attention=attention,  # type: ignore[arg-type]
             layer_gate_db=layer_gate, percentile=percentile,
         ),
-        calibration=CalibrationOptions(
+        "calibration": CalibrationOptions(
             file=calibration, prompts=calibration_prompts, steps=calibration_steps, width=width,
             height=height, frames=calibration_frames, golden_steps=golden_steps,
             fresh=fresh_calibration,
         ),
-    )  # fmt: skip
+    }  # fmt: skip
     if dry_run:
-        resolved, needs = plan(options)
+        planned = wanx.plan_export(**options)
+        resolved, needs = planned.resolved, planned.estimate
         if as_json:
             print_json(
                 {"name": resolved.checkpoint.config.name, "precision": resolved.precision}
@@ -140,7 +137,7 @@ def export(
             print_estimate(resolved, needs)
         return
     with ends_at_interrupt(), bars(quiet) as progress:
-        bundle = run_export(options, progress)
+        bundle = wanx.export(**options, progress=progress)
     if as_json:
         print_json(bundle_facts(bundle))
     else:

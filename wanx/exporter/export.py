@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +23,7 @@ from wanx.bundle.golden_steps import GOLDEN, write_golden
 from wanx.bundle.manifest import TOKENIZER, Component, Manifest, Provenance
 from wanx.bundle.publish import record_files, staging, write_manifest
 from wanx.bundle.reader import Bundle, open_bundle
+from wanx.checkpoints.checkpoint import Checkpoint
 from wanx.checkpoints.tokenizer_file import write_tokenizer
 from wanx.errors import CancelledError, WanxError
 from wanx.exporter.build import with_engines
@@ -43,15 +44,32 @@ from wanx.version import __version__
 TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors", "numpy")
 
 
-def plan(options: ExportOptions) -> tuple[ResolvedExport, Estimate]:
+@dataclass(frozen=True, kw_only=True)
+class ExportPlan:
+    """A checked export.
+
+    Attributes:
+        resolved: the export with nothing left open.
+        estimate: sizes, memory and time that it takes.
+    """
+
+    resolved: ResolvedExport
+    estimate: Estimate
+
+
+def plan(options: ExportOptions, checkpoint: Checkpoint | None = None) -> ExportPlan:
     """Check a checkpoint against the network it claims to be, and estimate its export.
+
+    Args:
+        options: of the export.
+        checkpoint: exported instead of the source that the options name.
 
     Raises:
         WanxError: the checkpoint cannot be exported as asked.
     """
-    resolved = resolve(options, open_source(options.source, options.task))
+    resolved = resolve(options, checkpoint or open_source(options.source, options.task))
     check(resolved)
-    return resolved, estimate(resolved)
+    return ExportPlan(resolved=resolved, estimate=estimate(resolved))
 
 
 def export(options: ExportOptions, progress: Progress = silent) -> Bundle:
@@ -60,8 +78,7 @@ def export(options: ExportOptions, progress: Progress = silent) -> Bundle:
     Raises:
         WanxError: the checkpoint, the options or the disk do not allow it.
     """
-    resolved, _ = plan(options)
-    return write_bundle(resolved, options.target, force=options.force, progress=progress)
+    return write_bundle(plan(options), progress)
 
 
 def check(resolved: ResolvedExport) -> None:
@@ -74,9 +91,7 @@ def check(resolved: ResolvedExport) -> None:
         resolved.checkpoint.components[group].check(shapes)
 
 
-def write_bundle(
-    resolved: ResolvedExport, target: str, *, force: bool = False, progress: Progress = silent
-) -> Bundle:
+def write_bundle(planned: ExportPlan, progress: Progress = silent) -> Bundle:
     """Write the bundle of a checked export and open it.
 
     It appears at its place only when it is complete. Memory stays that of the graph, or of one
@@ -86,14 +101,14 @@ def write_bundle(
         GateError: the bundle is not accurate enough, and the gate was asked for.
         WanxError: the weights or the disk do not allow it.
     """
-    needed = estimate(resolved).bundle_bytes
-    with staging(resolved.output, force=force, needed_bytes=needed) as folder:
-        _build(resolved, folder, target, progress)
+    resolved, needed = planned.resolved, planned.estimate.bundle_bytes
+    with staging(resolved.output, force=resolved.options.force, needed_bytes=needed) as folder:
+        _build(resolved, folder, progress)
     # Every file was hashed while it was written; the first run reads them back from the disk.
     return open_bundle(resolved.output, verify="size")
 
 
-def _build(resolved: ResolvedExport, folder: Path, target: str, progress: Progress) -> None:
+def _build(resolved: ResolvedExport, folder: Path, progress: Progress) -> None:
     options, checkpoint = resolved.options, resolved.checkpoint
     build = _Build(resolved, folder, progress)
     specs = component_specs(checkpoint.config)
@@ -117,7 +132,7 @@ def _build(resolved: ResolvedExport, folder: Path, target: str, progress: Progre
         (folder / GOLDEN).parent.mkdir()
         write_golden(golden, folder / GOLDEN)
     plain = build.bundle()
-    manifest = with_engines(folder, plain.manifest, target, folder, progress)
+    manifest = with_engines(folder, plain.manifest, options.target, folder, progress)
     if options.gate:
         # Engines for a GPU that is not here cannot run; their numbers can, on the processor.
         runs = manifest.target == "aoti" or torch.cuda.is_available()

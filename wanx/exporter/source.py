@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from wanx.builtin import find_bundle, is_builtin
+from wanx.builtin import find_bundle, open_named
 from wanx.bundle.manifest import MANIFEST
-from wanx.bundle.reader import open_bundle
 from wanx.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from wanx.checkpoints.tensor_source import SafetensorsTensor
 from wanx.checkpoints.weights import ComponentWeights
@@ -29,7 +28,7 @@ def open_source(source: str | Path, task: Task | None = None) -> Checkpoint:
 
 
 def _open_bundle(path: Path, task: Task | None) -> Checkpoint:
-    bundle = open_bundle(path, allow_hard_links=is_builtin(path))
+    bundle = open_named(path)
     manifest = bundle.manifest
     if task is not None and task != manifest.task:
         raise UsageError(f"{path} is a bundle for {manifest.task}, not {task}; leave the task out")

@@ -19,7 +19,6 @@ from wanx.progress import Progress as Report
 from wanx.progress import Unit, silent
 
 if TYPE_CHECKING:
-    from wanx.commands.doctor import Finding
     from wanx.exporter.estimate import Estimate
     from wanx.exporter.options import ResolvedExport
     from wanx.runtime.batch import Outcome
@@ -195,12 +194,3 @@ def print_checks(checks: Sequence[FileCheck]) -> None:
     for check in bad:
         OUT.print(Text("bad", style="red"), check.problem)
     OUT.print(f"{len(checks) - len(bad)} of {len(checks)} files are as the manifest says")
-
-
-def print_findings(findings: Sequence[Finding]) -> None:
-    """Print what the doctor found."""
-    table = Table(box=None, pad_edge=False, show_header=False)
-    for finding in findings:
-        mark = Text("ok", "green") if finding.ok else Text("no", "red" if finding.required else "")
-        table.add_row(mark, finding.name, Text(finding.detail))
-    OUT.print(table)

@@ -1,0 +1,72 @@
+"""Verification of a bundle: the hash of every file, and the golden steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from wanx.accuracy.gates import Agreement, Gates
+from wanx.accuracy.golden_check import check_golden, require_golden
+from wanx.builtin import find_bundle, is_builtin
+from wanx.bundle.reader import FileCheck, read_bundle, verify_bundle
+from wanx.progress import Progress, byte_counter, silent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """Result of :func:`verify`.
+
+    Attributes:
+        files: every file of the bundle, with what is wrong with it.
+        golden_steps: agreement per step and branch; empty where there are no golden steps, where
+            they were not asked for, or where a file is damaged.
+    """
+
+    files: tuple[FileCheck, ...]
+    golden_steps: tuple[Agreement, ...]
+
+    @property
+    def intact(self) -> bool:
+        """Whether every file is what the manifest says."""
+        return not any(check.problem for check in self.files)
+
+    def require_accuracy(self, gates: Gates | None = None) -> None:
+        """Refuse golden steps below the gates.
+
+        Raises:
+            GateError: names the worst step.
+        """
+        require_golden(self.golden_steps, gates or Gates())
+
+
+def verify(
+    bundle: str | Path,
+    *,
+    golden: bool = True,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> Verification:
+    """Hash every file of a bundle, and run its golden steps if all are intact.
+
+    Args:
+        bundle: folder, or the name of a built-in bundle.
+        golden: whether to run the golden steps, which loads the denoiser.
+        threads: threads of the processor; None takes all cores.
+        progress: told how far each stage is.
+
+    Raises:
+        WanxError: the manifest cannot be used.
+    """
+    folder = find_bundle(bundle)
+    total = read_bundle(folder).size_bytes
+    files = tuple(
+        verify_bundle(
+            folder,
+            on_bytes=byte_counter(progress, "verify", total),
+            allow_hard_links=is_builtin(folder),
+        )
+    )
+    steps: tuple[Agreement, ...] = ()
+    if golden and not any(check.problem for check in files):
+        steps = check_golden(read_bundle(folder), threads=threads, progress=progress)
+    return Verification(files=files, golden_steps=steps)

@@ -1,0 +1,17 @@
+"""Command ``wanx inspect``."""
+
+from __future__ import annotations
+
+from wanx.commands.options import BundlePath, Json, bundle_facts, print_json
+
+
+def inspect(bundle: BundlePath, as_json: Json = False) -> None:
+    """Show what a bundle holds."""
+    import wanx
+    from wanx.commands.display.generation import print_bundle
+
+    opened = wanx.inspect(bundle)
+    if as_json:
+        print_json(bundle_facts(opened) | opened.manifest.model_dump(mode="json"))
+    else:
+        print_bundle(opened)
