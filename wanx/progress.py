@@ -1,4 +1,4 @@
-"""How long work tells its caller how far it is."""
+"""Protocol of progress callbacks."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Gates:
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How close an output of the candidate is to the reference's, for the same input.
+    """Distance of a candidate's output from the reference's, for the same input.
 
     Attributes:
         component: ``dit``, ``text_encoder``, ``image_encoder``, ``vae_encoder`` or ``vae_decoder``.
@@ -67,12 +67,12 @@ class Agreement:
 
     @property
     def equal(self) -> bool:
-        """Whether the two are equal to the bit, or as good as that."""
+        """True if the two are equal to the bit, or as good as that."""
         return self.sqnr_db >= MAX_DB
 
     @property
     def output(self) -> str:
-        """What was compared, in words."""
+        """Name of the output that was compared, in words."""
         return _OUTPUTS[self.component] + (f", {self.branch}" if self.branch else "")
 
 

@@ -1,4 +1,4 @@
-"""Whether a bundle still answers its golden steps; see :mod:`wanx.bundle.golden_steps`."""
+"""Check of a bundle's golden steps; see :mod:`wanx.bundle.golden_steps`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far tensors and videos are from their reference.
+"""Distances of tensors and videos from their reference.
 
 Pixels are 8-bit, and figures over them are in levels: 255ths of the full range. Everything is
 summed in float64 or in whole numbers, one chunk or one frame at a time.
@@ -33,7 +33,7 @@ _CHUNK = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class ClipFigures:
-    """What :func:`clip_figures` measures.
+    """Figures of :func:`clip_figures`.
 
     Attributes:
         psnr_db_min: PSNR of the worst frame, in dB.
@@ -152,7 +152,7 @@ def ssim(candidate: Pixels, reference: Pixels) -> Floats:
 
 
 def temporal_difference(candidate: Pixels, reference: Pixels) -> float:
-    """How differently two videos change, mean ``|Δc - Δr|``, in levels; 0 for a single frame.
+    """Mean ``|Δc - Δr|`` of the changes from frame to frame, in levels; 0 for a single frame.
 
     Args:
         candidate: [F, H, W, 3], uint8; Δ is the difference of a frame and the one before.
@@ -250,7 +250,7 @@ def _errors(candidate: Pixels, reference: Pixels) -> Iterator[Levels]:
 
 
 def _changes(frames: Iterable[NDArray[np.integer]]) -> Iterator[Levels]:
-    """What changes from each frame to the next; done twice to pixels, at most 510 levels."""
+    """Differences of each frame from the next; done twice to pixels, at most 510 levels."""
     for before, after in pairwise(frames):
         yield np.subtract(after, before, dtype=np.int16)
 

@@ -27,7 +27,7 @@ class Verification:
 
     @property
     def intact(self) -> bool:
-        """Whether every file is what the manifest says."""
+        """True if every file is what the manifest says."""
         return not any(check.problem for check in self.files)
 
     def require_accuracy(self, gates: Gates | None = None) -> None:

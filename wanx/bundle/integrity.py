@@ -1,4 +1,4 @@
-"""What can be wrong with a bundle on disk: missing, linked, foreign or changed files, escapes.
+"""Problems of a bundle on disk: missing, linked, foreign or changed files, escapes.
 
 ONNX Runtime opens whatever file a graph names, follows links and ignores checksums, so all of it
 is decided here, before a session is made.
@@ -68,7 +68,7 @@ def problems(
 
 
 def place_problem(root: Path, name: str, allow_hard_links: bool) -> str | None:
-    """Whether ``name`` is a plain file that nothing outside the bundle can change."""
+    """Check that ``name`` is a regular file that nothing outside the bundle can change."""
     path = root
     for part in PurePosixPath(name).parts:
         path /= part
@@ -141,7 +141,7 @@ def _unlisted(root: Path, files: dict[str, FileRecord]) -> Iterator[str]:
 def _graph_problem(
     root: Path, graph: str, component: Component, files: dict[str, FileRecord]
 ) -> str | None:
-    """Whether a graph reads anything but the weights that the manifest grants it."""
+    """Check that a graph reads nothing but the weights that the manifest grants it."""
     if files[graph].size > _MAX_GRAPH_BYTES:
         return f"{graph} has {files[graph].size} bytes, more than an ONNX file can have: {AGAIN}"
     try:

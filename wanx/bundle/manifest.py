@@ -64,7 +64,7 @@ class _Record(BaseModel):
 
 
 class FileRecord(_Record):
-    """What a file of the bundle must be: its SHA-256 (hex) and its size in bytes."""
+    """Identity of a file of the bundle: its SHA-256 (hex) and its size in bytes."""
 
     sha256: Sha256
     size: Annotated[int, Field(ge=0, le=1 << 44)]
@@ -118,7 +118,7 @@ class Component(_Record):
 
 
 class Provenance(_Record):
-    """Where the weights came from and which tools made the bundle (name to version)."""
+    """Origin of the weights, and the tools that wrote the bundle (name to version)."""
 
     source: Text
     source_layout: Text
@@ -146,7 +146,7 @@ class Manifest(_Record):
 
     @property
     def task(self) -> Task:
-        """What the model does: t2v, i2v, flf2v or vace."""
+        """Task of the model: t2v, i2v, flf2v or vace."""
         return self.config.task
 
     @property

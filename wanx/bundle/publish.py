@@ -243,7 +243,7 @@ def _refuse_taken(target: Path, force: bool) -> None:
 
 
 def _is_bundle(folder: Path) -> bool:
-    """Whether ``folder`` is wanx's own: other programs have a manifest.json too."""
+    """True if ``folder`` is wanx's own: other programs have a manifest.json too."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return False

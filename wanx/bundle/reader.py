@@ -87,7 +87,7 @@ class Bundle:
 
 @dataclass(frozen=True)
 class FileCheck:
-    """What verification found about one file of a bundle; ``problem`` is None when it is good."""
+    """Verification of one file of a bundle; ``problem`` is None when it is good."""
 
     path: str
     problem: str | None

@@ -1,4 +1,4 @@
-"""What the shapes of a checkpoint's tensors tell about the sizes of its networks."""
+"""Sizes of networks, inferred from the shapes of a checkpoint's tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What several commands share: options, and JSON on stdout."""
+"""Options that commands share, and JSON on stdout."""
 
 from __future__ import annotations
 
@@ -31,5 +31,5 @@ def print_json(value: Any) -> None:
 
 
 def bundle_facts(bundle: Bundle) -> dict[str, Any]:
-    """What ``--json`` says of a bundle."""
+    """Facts of a bundle for ``--json``."""
     return {"path": str(bundle.root), "hash": bundle.hash, "size_bytes": bundle.size_bytes}

@@ -154,7 +154,7 @@ class VAEConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunDefaults:
-    """What a run uses for the options that the user leaves out."""
+    """Defaults of a run, for the options that the user leaves out."""
 
     width: int = 832
     height: int = 480

@@ -1,4 +1,4 @@
-"""What a model is made of: each component's module, its graph inputs and its dynamic axes."""
+"""Components of a model: modules, graph inputs and dynamic axes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an export will take, before it starts."""
+"""Estimate of an export's sizes, memory and time."""
 
 from __future__ import annotations
 

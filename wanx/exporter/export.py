@@ -167,7 +167,7 @@ class _Build:
             self._components[spec.name] = component
 
     def bundle(self) -> Bundle:
-        """What there is so far; components and golden steps may be missing."""
+        """Bundle of the components so far; it may lack some, and golden steps."""
         resolved = self._resolved
         names = [spec.name for spec in component_specs(resolved.checkpoint.config)]
         manifest = Manifest(
@@ -268,7 +268,7 @@ def _trace(spec: ComponentSpec, recipe: Recipe | None) -> ir.Model:
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory ran out at the bottom of an error, which the exporter wraps in its own."""
+    """True if memory ran out at the bottom of an error, which the exporter wraps in its own."""
     while error is not None:
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             return True

@@ -1,4 +1,4 @@
-"""What the user asked of an export, and what that means for a given checkpoint."""
+"""Options of an export, and their resolution for one checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where an export's weights come from: a checkpoint, a bundle, or the built-in model."""
+"""Sources of an export: a checkpoint, a bundle, or the built-in model."""
 
 from __future__ import annotations
 

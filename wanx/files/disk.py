@@ -1,4 +1,4 @@
-"""What can go wrong with the disk that a bundle is written to, in one line."""
+"""Errors of a full, failing or read-only disk, in one line."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types; 3 and 4 (groups)
 
 
 class ExternalData(NamedTuple):
-    """Where one tensor keeps its values: bytes of a file; without ``length``, up to its end."""
+    """Location of a tensor's values: bytes of a file; without ``length``, up to its end."""
 
     location: str
     offset: int

@@ -34,7 +34,7 @@ _WRITE_BYTES = 1 << 20  # larger writes into the page cache measured 2-4 times s
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """Where one tensor lies: ``nbytes`` little-endian bytes at ``offset`` from the file's start."""
+    """Location of a tensor: ``nbytes`` little-endian bytes at ``offset`` from the file's start."""
 
     name: str
     dtype: str
@@ -46,7 +46,7 @@ class TensorRef:
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsHeader:
-    """What a safetensors file holds, in the order of its bytes; ``size`` is that of the file."""
+    """Tensors of a safetensors file, in the order of its bytes; ``size`` is that of the file."""
 
     path: Path
     entries: dict[str, TensorRef]

@@ -49,7 +49,7 @@ def unsupported_reason(
     q_scale: Tensor | None = None,
     fp8: bool = False,
 ) -> str | None:
-    """Why the kernel cannot run, or None.
+    """Reason why the kernel cannot run, or None.
 
     Args:
         x: the stream.
@@ -78,7 +78,7 @@ def unsupported_reason(
 
 
 def unsupported_modulation(x: Tensor, *modulations: Tensor) -> str | None:
-    """Which tensor is not fp32 ``[B, 1, D]`` or ``[1, 1, D]`` for ``x`` ``[B, L, D]``, or None."""
+    """Problem of a tensor that is not fp32 ``[B, 1, D]`` or ``[1, 1, D]``, for x ``[B, L, D]``."""
     batch, _, dim = x.shape
     for tensor in modulations:
         found = f"a modulation {tensor.dtype} {list(tensor.shape)}"

@@ -38,7 +38,7 @@ _COMPILER = ("num_warps", "num_stages")
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How a kernel was launched.
+    """Launch of a kernel: grid, arguments and options.
 
     Attributes:
         kernel: the Triton function.

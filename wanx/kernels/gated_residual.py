@@ -27,7 +27,7 @@ def gated_residual_reference(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 
 def unsupported_reason(x: Tensor, y: Tensor, gate: Tensor) -> str | None:
-    """Why the kernel cannot run, or None."""
+    """Reason why the kernel cannot run, or None."""
     if reason := unsupported_tensors(x, y, gate):
         return reason
     if x.dtype not in FLOATS or y.dtype not in FLOATS:

@@ -32,7 +32,7 @@ LARGEST_INT8_K = 2**17 - 1  # 128² K stays below 2³¹
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """What one program computes, and how it is compiled.
+    """Tile of one program, and the options that it is compiled with.
 
     Attributes:
         block_m: rows.
@@ -82,7 +82,7 @@ def unsupported_reason(
     residual: Tensor | None = None,
     gate: Tensor | None = None,
 ) -> str | None:
-    """Why the kernel cannot run, or None; x8 is ``[..., K]`` and x_scale ``[]`` or ``[..., 1]``."""
+    """Reason why the kernel cannot run, or None; x8 ``[..., K]``, x_scale ``[]`` or ``[..., 1]``."""
     scales = [s for s in (x_scale, weight_scale, out_scale) if s is not None]
     others = [t for t in (residual, gate) if t is not None]
     fp8 = E4M3 in (x8.dtype, dtype)

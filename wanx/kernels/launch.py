@@ -1,4 +1,4 @@
-"""Whether a Triton kernel can run on its arguments, and what happens where it cannot.
+"""Choice between a Triton kernel and its reference, by what the kernel's arguments allow.
 
 Without Triton, kernels are plain functions that nobody calls, so every op can be imported and run
 by its reference anywhere.
@@ -111,7 +111,7 @@ def sm_of(tensor: Tensor) -> int:
 
 
 def runs_reference(op: str, reason: str | None, *tensors: Tensor) -> bool:
-    """Whether the reference of ``op`` has to run instead of its kernel.
+    """True if the reference of ``op`` has to run instead of its kernel.
 
     On the processor that is no news. Elsewhere the ``reason`` is logged, once each.
 
@@ -137,7 +137,7 @@ def _report(op: str, reason: str) -> None:
 
 
 def unsupported_tensors(*tensors: Tensor, fp8: bool = False, triton: bool = True) -> str | None:
-    """What is wrong with the place and the layout of a kernel's tensors, or None.
+    """Problem with the device or the layout of a kernel's tensors, or None.
 
     Args:
         tensors: all of a kernel's tensors; each row, their last axis, must be contiguous.
@@ -163,7 +163,7 @@ def unsupported_tensors(*tensors: Tensor, fp8: bool = False, triton: bool = True
 
 
 def unsupported_tma(*tensors: Tensor) -> str | None:
-    """Why kernels cannot use TMA for these tensors, or None.
+    """Reason why kernels cannot use TMA for these tensors, or None.
 
     Args:
         tensors: those that a kernel describes by rows, which are contiguous.

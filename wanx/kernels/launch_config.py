@@ -1,4 +1,4 @@
-"""Which meta-parameters a kernel runs with, and which provider attends, by GPU and shape.
+"""Meta-parameters of kernels, and the ranking of attention backends, by GPU and shape.
 
 The table is ``tuned.json`` beside this file. Each of its entries has an op, a GPU by its SM, the
 sizes that it stands for, and what was found best there: the meta-parameters of the op's kernel, or
@@ -29,7 +29,7 @@ _orders: dict[str, list[str]] = {}
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What is best for an op on a GPU at a shape.
+    """Fastest configuration of an op on a GPU at a shape.
 
     Attributes:
         op: the op.
@@ -47,7 +47,7 @@ class Entry:
 
     @property
     def key(self) -> tuple[str, int, tuple[tuple[str, int], ...]]:
-        """What there is one entry for."""
+        """Key of an entry, of which there is one for each."""
         return self.op, self.sm or 0, tuple(sorted(self.shape.items()))
 
 

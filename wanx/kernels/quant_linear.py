@@ -66,7 +66,7 @@ def QuantLinearRows(x8, x_scale, weight8, weight_scale, bias):  # type: ignore[n
 def _torch_reason(
     x8: Tensor, x_scale: Tensor, weight8: Tensor, weight_scale: Tensor, bias: Tensor
 ) -> str | None:
-    """Why PyTorch's product cannot run, or None."""
+    """Reason why PyTorch's product cannot run, or None."""
     tensors = (x8, x_scale, weight8, weight_scale, bias)
     if reason := unsupported_tensors(*tensors, fp8=True, triton=False):
         return reason
@@ -119,7 +119,7 @@ def _choose(
     bias: Tensor,
     op: str = "quant_linear",
 ) -> Run | str:
-    """What runs the layer of an op fastest on this GPU, or why nothing does."""
+    """Choose the fastest product for an op on this GPU, or say why none can run."""
     values = (x8, x_scale, weight8, weight_scale, bias)
     n, k = weight8.shape
     found: Run | str = ""
@@ -143,7 +143,7 @@ def candidate(
 def runs_triton(
     op: str, x8: Tensor, x_scale: Tensor, weight8: Tensor, weight_scale: Tensor, bias: Tensor
 ) -> bool:
-    """Whether the layer of an op is ours to compute, so that what follows it can be part of it."""
+    """True if our kernel computes the layer of an op, so that an epilogue can be part of it."""
     return _choose(x8, x_scale, weight8, weight_scale, bias, op) != _run_torch
 
 

@@ -59,12 +59,12 @@ def quantize_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def is_scale(tensor: Tensor) -> bool:
-    """Whether a kernel can read ``tensor`` as a static scale."""
+    """True if a kernel can read ``tensor`` as a static scale."""
     return tensor.numel() == 1 and tensor.dtype == torch.float32
 
 
 def unsupported_reason(x: Tensor, *scales: Tensor, fp8: bool) -> str | None:
-    """Why the kernel cannot run, or None."""
+    """Reason why the kernel cannot run, or None."""
     if reason := unsupported_tensors(x, *scales, fp8=fp8):
         return reason
     if x.dtype not in FLOATS:

@@ -27,7 +27,7 @@ Outputs = Sequence[tuple[torch.dtype, Sequence[int | torch.SymInt]]]
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether the differentiable reference has to run instead of the op."""
+    """True if the differentiable reference has to run instead of the op."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

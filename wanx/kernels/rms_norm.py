@@ -35,7 +35,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def unsupported_reason(x: Tensor, weight: Tensor) -> str | None:
-    """Why the kernel cannot run, or None."""
+    """Reason why the kernel cannot run, or None."""
     if reason := unsupported_tensors(x, weight):
         return reason
     if x.dtype not in FLOATS or weight.dtype not in FLOATS:

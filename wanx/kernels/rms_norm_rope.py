@@ -69,7 +69,7 @@ def unsupported_reason(
     *scales: Tensor,
     num_heads: int,
 ) -> str | None:
-    """Why the kernel cannot run, or None; with ``scales`` its results are e4m3."""
+    """Reason why the kernel cannot run, or None; with ``scales`` its results are e4m3."""
     others = (q_weight, k_weight, cos, sin, *scales)
     if reason := unsupported_tensors(q, k, *others, fp8=bool(scales)):
         return reason

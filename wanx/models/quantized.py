@@ -53,7 +53,7 @@ def _frozen(*shape: int, dtype: torch.dtype, fill: float = 0) -> nn.Parameter:
 
 
 class _Linear8(nn.Module):
-    """What the linear layers have in common: ``weight``, ``weight_scale`` and ``bias``."""
+    """Base of the linear layers: ``weight``, ``weight_scale`` and ``bias``."""
 
     bias: nn.Parameter | None
 

@@ -1,4 +1,4 @@
-"""What a person sees of quantisation and accuracy, on stdout."""
+"""Tables of quantised layers and of accuracy, on stdout."""
 
 from __future__ import annotations
 

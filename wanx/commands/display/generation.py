@@ -1,4 +1,4 @@
-"""What a person sees: progress bars on stderr, tables and summaries on stdout."""
+"""Progress bars on stderr; tables and summaries of bundles and videos on stdout."""
 
 from __future__ import annotations
 

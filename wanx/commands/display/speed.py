@@ -1,4 +1,4 @@
-"""What a person sees of a benchmark, on stdout."""
+"""Tables of a benchmark, on stdout."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ _DEVICE_BLOCK = 1 << 26
 
 @dataclass(frozen=True, kw_only=True)
 class Outliers:
-    """How unevenly an input is spread.
+    """Outlier statistics of an input.
 
     Attributes:
         ratio: amax over the 99.9 percentile of ``|x|``; 1 where the input was always 0.
@@ -43,7 +43,7 @@ class Outliers:
 
 
 class Observer:
-    """What was seen at the input ``[..., K]`` of one linear.
+    """Statistics of the input ``[..., K]`` of one linear.
 
     Bins are the exponent and 5 bits of mantissa of ``|x|`` in fp32: 32 to the octave, each 1.6 % to
     3.1 % wide. Below 2^-126, where floats are evenly spaced, a bin is 2^-131 wide.

@@ -1,4 +1,4 @@
-"""What calibration runs: which prompts, how many steps, at which size."""
+"""Options of a calibration: prompts, steps and size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _GOLDEN_TOKENS = 96  # where nothing but golden steps is recorded
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationOptions:
-    """What calibration runs.
+    """Options of a calibration.
 
     Attributes:
         file: JSON Lines of prompts, with the images that the task takes; None is the shipped set.

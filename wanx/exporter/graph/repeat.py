@@ -70,7 +70,7 @@ def _nodes_of(graph: ir.Graph, module: str) -> dict[ir.Node, None]:
 
 
 def _is_constant(value: ir.Value) -> bool:
-    """Whether a value depends on no input and no weight."""
+    """True if a value depends on no input and no weight."""
     node = value.producer()
     return node is not None and all(item is None or _is_constant(item) for item in node.inputs)
 

@@ -66,7 +66,7 @@ def _blocks(stack: nn.ModuleList) -> list[Block]:
 
 
 def _stream(config: DiTConfig, dtype: torch.dtype) -> dict[str, GraphInput]:
-    """What passes between the segments of a denoiser."""
+    """Values that pass between the segments of a denoiser."""
     dim = config.dim
     values = {
         "x": GraphInput(name="x", shape=("B", "L", dim)),

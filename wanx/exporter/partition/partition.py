@@ -1,4 +1,4 @@
-"""Where each component is cut into segments."""
+"""Partition of each component into segments."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Segment:
 
     @property
     def parameters(self) -> Parameters:
-        """What the weights are, in the order in which a program takes them."""
+        """Weights, in the order in which a program takes them."""
         return list(self.module.named_parameters())
 
     @property

@@ -68,7 +68,7 @@ class QuantizedTensor(TensorSource):
 
     @property
     def offset(self) -> int:
-        """Where the source lies in its file, for reading in the order of the disk."""
+        """Offset of the source in its file, for reading in the order of the disk."""
         return getattr(self.source, "offset", 0)
 
     def iter_bytes(self, chunk: int = _PIECE) -> Iterator[memoryview]:

@@ -1,4 +1,4 @@
-"""What was really built: 8-bit layers are read back from the graph.
+"""Readback of 8-bit layers from the graph that was built.
 
 Nothing here trusts the code that quantised. A layer counts as 8-bit when its MatMul multiplies
 8-bit operands, whatever it is called.
@@ -32,7 +32,7 @@ _PASSED = ("Cast", "CastLike", "Transpose", "Identity", "Reshape")
 
 @dataclass(frozen=True, kw_only=True)
 class _Layer:
-    """How a graph computes one layer that has an 8-bit weight, or one 8-bit attention.
+    """Computation of one layer with an 8-bit weight, or of one 8-bit attention, in a graph.
 
     Attributes:
         kind: as :func:`eight_bit_layers` says it.
@@ -129,7 +129,7 @@ def _add_attention(attentions: dict[str, dict[str, float]], product: ir.Node) ->
 def _quantised(
     value: ir.Value | None, types: tuple[ir.DataType, ...], step: ir.Value | None = None
 ) -> tuple[bool, ir.Value | None]:
-    """Whether an operand was quantised to one of ``types``, and its scale if that is fixed."""
+    """Check whether an operand was quantised to one of ``types``; return its scale if static."""
     while value is not None and (node := value.producer()) is not None:
         if node.op_type == "DequantizeLinear":
             step = _initializer(node.inputs[1])

@@ -1,4 +1,4 @@
-"""What was really stored: 8-bit weights, read back and compared with their originals.
+"""Readback of stored 8-bit weights, compared with their originals.
 
 Nothing here trusts the code that quantised. A stored weight is right when every number is the 8-bit
 one nearest to its original, in units of the stored scale.
@@ -84,7 +84,7 @@ def _is_right(
 
 
 def _half_steps(units: Tensor, dtype: torch.dtype) -> Tensor:
-    """How far the nearest 8-bit number may be, with the slack that fp32 needs."""
+    """Largest distance to the nearest 8-bit number, with the slack that fp32 needs."""
     if dtype == torch.int8:
         return torch.full_like(units, 0.5 * (1 + 2 * _SLACK))
     # E4M3: three bits of mantissa, and below 2^-6 steps of 2^-9.

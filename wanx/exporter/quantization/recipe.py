@@ -1,4 +1,4 @@
-"""Which layers become 8-bit, how, and with which scales: the recipe, as data.
+"""Recipe of a component: its 8-bit layers, their number format and scales, as data.
 
 Linears outside the block stack stay as they are, and so do modulation, norms and biases. Inside,
 ``--keep-high`` and the sensitivity of a layer decide.
@@ -64,7 +64,7 @@ class Recipe:
         return frozenset(f"{layer}.weight" for layer in (*self.layers, *self.embeddings))
 
     def is_repeated(self, stack: str, count: int) -> bool:
-        """Whether the recipe treats ``count`` blocks of a stack alike."""
+        """True if the recipe treats ``count`` blocks of a stack alike."""
         kinds: list[set[str]] = [set() for _ in range(count)]
         for name in (*self.layers, *self.attention, *self.smooth):
             block, _, layer = name.removeprefix(f"{stack}.").partition(".")

@@ -52,7 +52,7 @@ SCHEMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeOptions:
-    """How to quantise, as the user said it.
+    """Options of quantisation, as the user gave them.
 
     Attributes:
         components: which components get 8-bit layers.

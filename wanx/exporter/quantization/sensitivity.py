@@ -1,4 +1,4 @@
-"""How much each layer suffers from 8 bits, on recorded activations; what suffers most stays high.
+"""Sensitivity of each layer to 8 bits, on recorded activations.
 
 One pass over recorded steps, with one block's weights in memory at a time: the output of each layer
 is compared with that of its 8-bit twin on the same input, so that errors of different layers do not
@@ -56,7 +56,7 @@ class _Noise:
 
 @dataclass
 class _Measurement:
-    """What is known after each block; see :func:`decide`."""
+    """Measurements so far, block by block; see :func:`decide`."""
 
     scheme: Scheme
     options: QuantizeOptions
@@ -122,7 +122,7 @@ class _Measurement:
         return float(torch.tensor(amax / self.scheme.limit))
 
     def _eight_bit(self, layer: str, module: nn.Linear, x: Tensor) -> Tensor:
-        """What the layer would make of ``x`` in 8 bits."""
+        """Output of the layer for ``x`` in 8 bits."""
         vector = self.smooth.get(smoothing_of(layer) or "")
         scale = self.layers[layer] = self._scale(layer)
         weight = module.weight.float()

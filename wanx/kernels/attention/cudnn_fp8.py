@@ -46,7 +46,7 @@ def _cudnn() -> Any:
 
 
 def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> str | None:
-    """Why cuDNN's FP8 attention cannot run, or None."""
+    """Reason why cuDNN's FP8 attention cannot run, or None."""
     if reason := unsupported_tensors(q, k, v, fp8=True, triton=False):
         return reason
     if not 90 <= (sm := sm_of(q)) < 120:

@@ -65,7 +65,7 @@ def _rounded_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> str | None:
-    """Why the kernel cannot run, or None."""
+    """Reason why the kernel cannot run, or None."""
     if reason := unsupported_tensors(q, k, v, fp8=True):
         return reason
     if not q.dtype == k.dtype == v.dtype or q.dtype not in HALVES:

@@ -33,7 +33,7 @@ def _interface() -> Any:
 
 
 def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> str | None:
-    """Why FlashAttention-3 cannot run, or None."""
+    """Reason why FlashAttention-3 cannot run, or None."""
     if reason := unsupported_tensors(q, k, v, triton=False):
         return reason
     if (sm := sm_of(q)) != 90:

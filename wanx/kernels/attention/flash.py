@@ -34,7 +34,7 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> str | None:
-    """Why the kernel cannot run, or None."""
+    """Reason why the kernel cannot run, or None."""
     if reason := unsupported_tensors(q, k, v):
         return reason
     if not q.dtype == k.dtype == v.dtype or q.dtype not in HALVES:
@@ -43,7 +43,7 @@ def unsupported_reason(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> str |
 
 
 def unsupported_shapes(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> str | None:
-    """What is wrong with the shapes of q, k and v, or None."""
+    """Problem with the shapes of q, k and v, or None."""
     if k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[-1] % num_heads:
         shapes = [list(tensor.shape) for tensor in (q, k, v)]
         return f"q, k and v are {shapes[0]}, {shapes[1]} and {shapes[2]}, with {num_heads} heads"

@@ -36,7 +36,7 @@ Timer = Callable[[Sequence[Callable[[], object]]], list[list[float]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of the candidates.
+    """Result of measuring the candidates.
 
     Attributes:
         microseconds: the median of each one that is right, by name, the fastest first.
@@ -85,7 +85,7 @@ def measure(candidates: Sequence[Candidate], tolerance: float, timer: Timer) -> 
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """What a kernel raises that does not compile, or asks for more than the GPU has."""
+    """Exceptions of a kernel that does not compile, or asks for more than the GPU has."""
     try:
         from triton.errors import TritonError
     except ImportError:

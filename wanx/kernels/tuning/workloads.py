@@ -1,4 +1,4 @@
-"""What is measured to fill the table of :mod:`wanx.kernels.launch_config`: ops at Wan's sizes.
+"""Workloads that fill the table of :mod:`wanx.kernels.launch_config`: ops at Wan's sizes.
 
 Inputs are normally distributed. They are made when a workload is prepared, as the largest take
 gigabytes.
@@ -154,14 +154,14 @@ def workload(
 
 
 def grid(op: str, present: dict[str, int], sm: int) -> list[dict[str, int]]:
-    """What is tried of an op on a GPU such as 90, what is present first."""
+    """Candidates for an op on a GPU such as 90, the present choice first."""
     names, values = zip(*GRIDS[op].items(), strict=True)
     every = (dict(zip(names, numbers, strict=True)) for numbers in itertools.product(*values))
     return [present, *(choice for choice in every if choice != present and _differs(choice, sm))]
 
 
 def _differs(choice: dict[str, int], sm: int) -> bool:
-    """Whether a GPU runs the choice, and not as it runs another."""
+    """True if a GPU runs the choice, and not as it runs another."""
     if not choice.get("TMA"):
         return not choice.get("WARP_SPECIALIZE")
     # Triton's warps do not specialise without TMA, nor on Hopper in other groups than of 4.
@@ -252,7 +252,7 @@ def _attention_inputs(
 def _launch(
     op: str, model: tuple[int, int, int], length: int, keys: int, device: torch.device
 ) -> tuple[Callable[[], Any], int]:
-    """What launches the kernel on random inputs, and the GPU that it is for."""
+    """Callable that launches the kernel on random inputs, and the GPU that it is for."""
     if op.startswith("attention"):
         inputs = _attention_inputs(model, length, keys, device)
         launch = launch_attention if op == "attention" else launch_attention_8bit

@@ -1,4 +1,4 @@
-"""How the diffusion transformer of Wan2.1 takes in timesteps and images."""
+"""Embeddings of timesteps and images for the diffusion transformer of Wan2.1."""
 
 from __future__ import annotations
 

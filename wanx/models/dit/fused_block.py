@@ -30,7 +30,7 @@ from wanx.models.quantized import DynamicQuantLinear, QuantLinear
 
 @dataclass(frozen=True)
 class EightBit:
-    """What 8-bit layers read: numbers, and their one scale ``[]`` or one per row ``[..., 1]``."""
+    """Quantised activation: numbers, and their one scale ``[]`` or one per row ``[..., 1]``."""
 
     x8: Tensor
     scale: Tensor

@@ -19,7 +19,7 @@ from wanx.models.dit.embeddings import ImageEmbedding, TimeEmbedding, linear32
 
 @dataclass(frozen=True, kw_only=True)
 class StreamState:
-    """What passes from block to block.
+    """Values that pass from block to block.
 
     Attributes:
         x: residual stream ``[B, L, D]`` in fp32.
