@@ -82,7 +82,7 @@ def unsupported_reason(
     residual: Tensor | None = None,
     gate: Tensor | None = None,
 ) -> str | None:
-    """Reason why the kernel cannot run, or None; x8 ``[..., K]``, x_scale ``[]`` or ``[..., 1]``."""
+    """Reason why the kernel cannot run, or None; x8 ``[..., K]``, x_scale ``[]`` or one a row."""
     scales = [s for s in (x_scale, weight_scale, out_scale) if s is not None]
     others = [t for t in (residual, gate) if t is not None]
     fp8 = E4M3 in (x8.dtype, dtype)
