@@ -25,7 +25,7 @@ Float32 = NDArray[np.float32]
 
 
 class NonFiniteLatentError(WanxError):
-    """A step left a latent with NaN or infinity."""
+    """The latent after a step holds NaN or infinity."""
 
 
 class DenoisingRun:

@@ -26,7 +26,7 @@ from wanx.runtime.output.checks import check_output
 from wanx.runtime.output.frame_checks import FrameCheck
 from wanx.runtime.output.video import VideoWriter
 from wanx.runtime.resolve import resolve
-from wanx.runtime.run_parts import RunParts, prompts_by_branch
+from wanx.runtime.run_parts import EncodedRun, RunParts, prompts_by_branch
 from wanx.runtime.sessions.device.vram_budget import require_streaming
 from wanx.runtime.stages import Stage, StageTimer
 
@@ -125,17 +125,10 @@ class Pipeline:
                 conditioning = parts.condition(run, inputs)
             _stop_if(cancelled)
         with timer.stage("denoise"):
-            denoising = DenoisingRun(run, contexts, conditioning, self.config)
-            count_step = step_counter(progress, "denoise", denoising.steps)
-
-            def after_step(*_: object) -> None:
-                count_step()
-                if on_step is not None:
-                    on_step(denoising.steps_done, denoising.steps, denoising.latent)
-                _stop_if(cancelled)
-
-            with parts.session("dit") as session:
-                latent = parts.denoise(session, denoising, after_step)
+            encoded = EncodedRun(
+                run=run, config=self.config, contexts=contexts, conditioning=conditioning
+            )
+            latent = _denoise(parts, encoded.start(), on_step, cancelled, progress)
         with timer.stage("decode"):
             frames = _decode(parts, latent, cancelled, progress)
             if path is None:
@@ -182,6 +175,25 @@ _RUNTIME_KEYWORDS = {"output", "overwrite", "on_step", "cancelled", "progress"}
 def _stop_if(cancelled: Callable[[], bool]) -> None:
     if cancelled():
         raise CancelledError("the run was cancelled; no file was written")
+
+
+def _denoise(
+    parts: RunParts,
+    denoising: DenoisingRun,
+    on_step: OnStep | None,
+    cancelled: Callable[[], bool],
+    progress: Progress,
+) -> Float32:
+    count_step = step_counter(progress, "denoise", denoising.steps)
+
+    def after_step(*_: object) -> None:
+        count_step()
+        if on_step is not None:
+            on_step(denoising.steps_done, denoising.steps, denoising.latent)
+        _stop_if(cancelled)
+
+    with parts.session("dit") as session:
+        return parts.denoise(session, denoising, after_step)
 
 
 def _decode(

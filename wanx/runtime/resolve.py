@@ -1,4 +1,4 @@
-"""Options of a run to a run: defaults of the model, size from the inputs, checks."""
+"""Resolving of options into a run: defaults of the model, size from the inputs, checks."""
 
 from __future__ import annotations
 
