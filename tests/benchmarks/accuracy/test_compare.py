@@ -19,15 +19,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import wanx
-import wanx.benchmarks.accuracy.subject as side_module
 import wanx.runtime.denoise as denoise_module
+import wanx.runtime.run_parts as run_parts_module
 from tests.support.altered import altered_bundle, noise
 from wanx.accuracy.gates import Agreement, Gates
 from wanx.accuracy.metrics import MAX_DB, clip_figures
 from wanx.benchmarks.accuracy.compare import CompareOptions, _encoded, compare
 from wanx.benchmarks.accuracy.comparison import Comparison, dumps
-from wanx.benchmarks.accuracy.step_recording import Tape
-from wanx.benchmarks.accuracy.subject import Start
+from wanx.benchmarks.accuracy.step_recording import StepRecording
 from wanx.builtin import builtin_bundle
 from wanx.bundle.reader import Bundle, open_bundle
 from wanx.config.models import PRESETS
@@ -35,6 +34,7 @@ from wanx.errors import UsageError, WanxError
 from wanx.runtime.inputs.conditioning import Conditioning
 from wanx.runtime.options import RunOptions
 from wanx.runtime.pipeline import Pipeline
+from wanx.runtime.run_parts import EncodedRun
 from wanx.runtime.sampling.noise import randn
 from wanx.runtime.sampling.sampler import make_sampler
 from wanx.runtime.tokens import patchify
@@ -212,9 +212,12 @@ def test_the_document(found: Comparison, noisy: Bundle, tiny: Bundle) -> None:
 def test_one_network_in_memory_at_a_time(
     noisy: Bundle, tiny: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opener, now, ever = side_module.open_session, [], []
+    opener, now, ever = run_parts_module.open_session, [], []
 
-    def watched(bundle: Bundle, component: str, *, threads: int | None) -> Any:
+    def watched(
+        bundle: Bundle, component: str, *, threads: int | None, vram_budget: int | None
+    ) -> Any:
+        assert vram_budget is None
         assert now == [], "two networks in memory at once"
         assert threads == 1
         made = opener(bundle, component, threads=threads)
@@ -224,7 +227,7 @@ def test_one_network_in_memory_at_a_time(
         monkeypatch.setattr(made, "close", lambda: (now.clear(), close()), raising=False)
         return made
 
-    monkeypatch.setattr(side_module, "open_session", watched)
+    monkeypatch.setattr(run_parts_module, "open_session", watched)
     told: dict[str, list[tuple[int, int]]] = {}
     chosen = replace(options(steps=2), clips=False)
     comparison = compare(
@@ -287,13 +290,16 @@ def test_encoded_latents_are_compared_without_their_masks() -> None:
     hints = generator.standard_normal((96, 2, 4, 6)).astype(np.float32)
     masked = Conditioning(constants={"vace_tokens": patchify(hints)[None]})
     run: Any = None
-    start = Start(run=run, config=config, contexts={}, given=masked)
-    assert np.array_equal(_encoded(start), patchify(hints[:32])[None])  # type: ignore[arg-type]
+    encoded = EncodedRun(run=run, config=config, contexts={}, conditioning=masked)
+    assert np.array_equal(_encoded(encoded), patchify(hints[:32])[None])  # type: ignore[arg-type]
     channels = generator.standard_normal((20, 2, 4, 6)).astype(np.float32)
-    start = Start(
-        run=run, config=PRESETS["i2v-14B"], contexts={}, given=Conditioning(channels=channels)
+    encoded = EncodedRun(
+        run=run,
+        config=PRESETS["i2v-14B"],
+        contexts={},
+        conditioning=Conditioning(channels=channels),
     )
-    assert np.array_equal(_encoded(start), channels[4:])  # type: ignore[arg-type]
+    assert np.array_equal(_encoded(encoded), channels[4:])  # type: ignore[arg-type]
 
 
 def test_not_finite(tiny: Bundle, tmp_path: Path) -> None:
@@ -438,20 +444,20 @@ def test_gates_of_layers(precision: str, failing: list[str], found: Comparison) 
     assert strictly(comparison)["layers"] == layers
 
 
-def test_a_tape_gives_back_what_it_was_given(tmp_path: Path) -> None:
+def test_a_recording_gives_back_what_it_was_given(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
-    tape = Tape(tmp_path / "tape")
+    recording = StepRecording(tmp_path / "steps")
     given = []
     for _ in range(3):
         tokens, first, second = generator.standard_normal((3, 1, 5, 4)).astype(np.float32)
         shared = {"tokens": tokens, "timestep": np.array([7.0], np.float32)}
         velocities = {"unconditional": first, "conditional": second}
-        tape.append(dict.fromkeys(BRANCHES, shared), velocities)  # type: ignore[arg-type]
+        recording.append(dict.fromkeys(BRANCHES, shared), velocities)  # type: ignore[arg-type]
         given.append((shared, velocities))
-    for (feeds, velocities), (shared, answers) in zip(tape, given, strict=True):
+    for (feeds, velocities), (shared, answers) in zip(recording, given, strict=True):
         assert [*velocities] == [*answers]
         for name, array in (feeds | dict(velocities)).items():  # type: ignore[operator]
             assert np.array_equal(array, (shared | answers)[name])
-    shutil.rmtree(tmp_path / "tape")
+    shutil.rmtree(tmp_path / "steps")
     with pytest.raises(WanxError, match=r"step 4 .* set TMPDIR"):
-        tape.append(dict.fromkeys(BRANCHES, shared), velocities)  # type: ignore[arg-type]
+        recording.append(dict.fromkeys(BRANCHES, shared), velocities)  # type: ignore[arg-type]

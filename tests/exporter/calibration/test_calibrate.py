@@ -35,7 +35,7 @@ from wanx.runtime.sampling.noise import randn
 from wanx.runtime.sampling.sampler import make_sampler
 from wanx.runtime.sessions import open_session
 from wanx.runtime.sizes import check_size, latent_shape
-from wanx.runtime.text import PromptTokenizer, encode_prompts
+from wanx.runtime.text import PromptTokenizer, encode_prompt
 from wanx.runtime.tokens import patchify, rope_tables, token_grid, unpatchify
 
 OPTIONS = CalibrationOptions(prompts=2, steps=3, width=32, height=48, frames=5, golden_steps=2)
@@ -85,7 +85,10 @@ def by_hand(
         with open_session(bundle, "text_encoder") as session:
             prompts = {"conditional": run.prompt, "unconditional": run.negative_prompt}
             tokenizer = PromptTokenizer(bundle.tokenizer_path)
-            contexts = encode_prompts(session, tokenizer, prompts, config.dit.text_len)
+            contexts = {
+                branch: encode_prompt(session, tokenizer, prompt, config.dit.text_len)
+                for branch, prompt in prompts.items()
+            }
         given = condition(run, inputs, config, lambda name: open_session(bundle, name))
         latent = randn(latent_shape(run.width, run.height, run.frames, config.vae), run.seed)
         grid = token_grid(latent.shape)

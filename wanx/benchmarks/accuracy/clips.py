@@ -98,5 +98,5 @@ def compare_clips(candidate: Pixels, reference: Pixels, floor: Pixels) -> ClipCo
 
 
 def _finding(error: WanxError) -> str:
-    """What was found, without the advice for somebody who wanted a video."""
+    """The fault alone, without the advice for somebody who wanted a video."""
     return str(error).partition(";")[0]

@@ -1,4 +1,4 @@
-"""What a comparison of two bundles found, and whether that is accurate enough."""
+"""Results of a comparison of two bundles, held against the gates."""
 
 from __future__ import annotations
 
@@ -105,22 +105,22 @@ class Comparison:
     @property
     def problems(self) -> list[str]:
         """Everything that fails, a line each."""
-        found = []
+        problems = []
         for number, run in enumerate(self.runs, 1):
-            found += [f"run {number}: {problem}" for problem in run.health]
-            found += [f"run {number}: {problem}" for problem in self._short(run)]
+            problems += [f"run {number}: {problem}" for problem in run.health]
+            problems += [f"run {number}: {problem}" for problem in self._failures(run)]
         gate = self.layer_gate_db
         if gate is not None:
-            found += [
+            problems += [
                 f"layer {name}: SQNR {value:.1f} dB is below {gate:g} dB"
                 for name, value in self.layers.items()
                 if not value >= gate
             ]
-        return found
+        return problems
 
     @property
     def passed(self) -> bool:
-        """Whether there is no problem."""
+        """True if there is no problem."""
         return not self.problems
 
     def to_json(self) -> dict[str, Any]:
@@ -143,8 +143,8 @@ class Comparison:
         facts: dict[str, Any] = strict(document)
         return facts
 
-    def _short(self, run: RunComparison) -> Iterator[str]:
-        """What fails its gate in a run, one line for each component and branch."""
+    def _failures(self, run: RunComparison) -> Iterator[str]:
+        """Gates that a run fails, one line for each component and branch."""
         groups = [[part] for part in run.parts] + [list(steps) for steps in run.branches.values()]
         for group in groups:
             gate = self.gates.of(group[0].component)

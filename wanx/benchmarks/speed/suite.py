@@ -18,7 +18,8 @@ from wanx.config.models import ModelConfig
 from wanx.errors import UsageError, WanxError
 from wanx.progress import Progress, Unit, silent
 from wanx.runtime.inputs.reading import read_inputs
-from wanx.runtime.options import RunOptions, resolve
+from wanx.runtime.options import RunOptions
+from wanx.runtime.resolve import resolve
 from wanx.runtime.sizes import latent_shape
 from wanx.runtime.tokens import token_grid
 

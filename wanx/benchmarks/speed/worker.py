@@ -51,7 +51,7 @@ def _peer(spec: dict[str, Any]) -> dict[str, Any]:
     from wanx.builtin import is_builtin
     from wanx.bundle.reader import open_bundle
     from wanx.runtime.inputs.reading import read_inputs
-    from wanx.runtime.options import resolve
+    from wanx.runtime.resolve import resolve
 
     folder = Path(spec["bundle"])
     bundle = open_bundle(folder, allow_hard_links=is_builtin(folder))

@@ -1,6 +1,6 @@
-"""Run real trajectories over the source weights and watch the inputs of every linear.
+"""Denoising runs over the source weights, in which the inputs of every linear are observed.
 
-All videos are kept in step, so that each block's weights are read once a step for all of them, and
+All runs advance in lockstep, so that each block's weights are read once a step for all of them, and
 are in memory alone. Everything is saved after each step; an interrupted calibration goes on there.
 """
 
@@ -23,13 +23,10 @@ from wanx.exporter.calibration.observers import Observers
 from wanx.exporter.calibration.options import CalibrationOptions, golden_only, planned_runs
 from wanx.exporter.calibration.state import Calibration, state_path
 from wanx.progress import Progress, silent
-from wanx.runtime.denoise import Trajectory
-from wanx.runtime.inputs.conditioning import condition
-from wanx.runtime.inputs.reading import Inputs
+from wanx.runtime.denoise import DenoisingRun
 from wanx.runtime.options import ResolvedRun
-from wanx.runtime.sampling.guidance import Branch, branches
-from wanx.runtime.sessions import open_session
-from wanx.runtime.text import PromptTokenizer, encode_prompts
+from wanx.runtime.run_parts import RunParts
+from wanx.runtime.sampling.guidance import Branch
 
 Float32 = NDArray[np.float32]
 
@@ -60,33 +57,33 @@ def calibrate(
     runs = planned_runs(options, config)
     asked = (*watched, options.golden_steps)
     path = state_path(checkpoint, bundle, runs, asked) if watched else None
-    trajectories = _trajectories(runs, bundle)
+    trajectories = [encoded.start() for encoded in RunParts.of(bundle).encode(runs)]
     if path is not None and options.fresh:
         path.unlink(missing_ok=True)
     state = Calibration.load(path, len(runs))
     for trajectory, velocities in zip(trajectories, state.history, strict=True):
         for velocity in velocities:
-            trajectory.step_with(velocity)
+            trajectory.step(velocity)
     dit = StreamedDiT(config.dit, checkpoint.components["dit"].tensors)
     recorded = golden_numbers(options.steps, options.golden_steps)
     blocks = config.dit.num_layers + len(config.dit.vace_layers)
     watch = watching(state.observers, watched)
     first = trajectories[0]
     while not first.done:
-        done = first.step * blocks
+        done = first.steps_done * blocks
 
         def on_block(count: int, _: int, done: int = done) -> None:
             stage = "calibrate" if watched else "golden steps"
             progress(stage, done + count, first.steps * blocks, "steps")
 
         answers = _answers(dit, trajectories, watch, on_block)
-        if first.step + 1 in recorded:
+        if first.steps_done + 1 in recorded:
             state.golden = _with_step(state.golden, runs[0][0], first, answers[0])
         for trajectory, answer, velocities in zip(
             trajectories, answers, state.history, strict=True
         ):
-            velocities.append(trajectory.guided(answer))
-            trajectory.step_with(velocities[-1])
+            velocities.append(trajectory.apply_guidance(answer))
+            trajectory.step(velocities[-1])
         state.save()
     return state
 
@@ -117,7 +114,7 @@ def golden_numbers(steps: int, count: int) -> set[int]:
 
 def _answers(
     dit: StreamedDiT,
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[DenoisingRun],
     watch: Callable[[nn.Module, str], AbstractContextManager[None]],
     on_block: Callable[[int, int], None],
 ) -> list[dict[Branch, Float32]]:
@@ -167,13 +164,13 @@ def _hook(observers: Observers, point: str) -> Callable[[nn.Module, tuple[Any, .
 def _with_step(
     golden: Golden | None,
     run: ResolvedRun,
-    trajectory: Trajectory,
+    trajectory: DenoisingRun,
     answer: Mapping[Branch, Float32],
 ) -> Golden:
     feeds = trajectory.feeds()
     shared = next(iter(feeds.values()))
     step = GoldenStep(
-        step=trajectory.step + 1,
+        step=trajectory.steps_done + 1,
         tokens=shared["tokens"],
         timestep=shared["timestep"],
         velocities=dict(answer.items()),
@@ -186,23 +183,3 @@ def _with_step(
         contexts={branch: value["context"] for branch, value in feeds.items()},
         steps=(step,),
     )
-
-
-def _trajectories(runs: Sequence[tuple[ResolvedRun, Inputs]], bundle: Bundle) -> list[Trajectory]:
-    config = bundle.manifest.config
-    tokenizer = PromptTokenizer(bundle.tokenizer_path)
-    with open_session(bundle, "text_encoder") as session:
-        contexts = []
-        for run, _ in runs:
-            prompts: dict[Branch, str] = {
-                "conditional": run.prompt, "unconditional": run.negative_prompt
-            }  # fmt: skip
-            needed = {branch: prompts[branch] for branch in branches(run.guide_scale)}
-            contexts.append(encode_prompts(session, tokenizer, needed, config.dit.text_len))
-    return [
-        Trajectory(
-            run, context, condition(run, inputs, config, lambda name: open_session(bundle, name)),
-            config,
-        )
-        for (run, inputs), context in zip(runs, contexts, strict=True)
-    ]  # fmt: skip

@@ -9,7 +9,8 @@ from wanx.config.models import ModelConfig
 from wanx.errors import UsageError
 from wanx.exporter.calibration.prompts import calibration_set
 from wanx.runtime.inputs.reading import Inputs, read_inputs
-from wanx.runtime.options import ResolvedRun, RunOptions, resolve
+from wanx.runtime.options import ResolvedRun, RunOptions
+from wanx.runtime.resolve import resolve
 from wanx.runtime.sizes import latent_shape, size_for_image
 
 _FRAMES = 17  # of a clip whose length nobody chose

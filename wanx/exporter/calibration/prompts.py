@@ -13,7 +13,8 @@ from wanx.errors import UsageError, WanxError
 from wanx.runtime.batch import Job, read_jobs
 from wanx.runtime.inputs.image import MAX_PIXELS
 from wanx.runtime.inputs.reading import read_inputs
-from wanx.runtime.options import RunOptions, resolve
+from wanx.runtime.options import RunOptions
+from wanx.runtime.resolve import resolve
 from wanx.runtime.sizes import check_size
 
 _PICTURES = 16  # made once each, so that a long file does not fill the memory
@@ -40,7 +41,7 @@ def calibration_set(
         limit: take only so many lines, from the first; the others are not checked.
 
     Returns:
-        Options that :func:`wanx.runtime.options.resolve` accepts, each with a seed.
+        Options that :func:`wanx.runtime.resolve.resolve` accepts, each with a seed.
 
     Raises:
         UsageError: the file is missing, not UTF-8 or empty, or a line asks for what the model
