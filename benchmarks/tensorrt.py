@@ -63,9 +63,9 @@ def main() -> None:
             begun = time.perf_counter()
             folder = Path(name) / spec.name
             sizes = ranges(config, fp8_attention=asked.attention == "fp8")
-            plan = target.build(built, torch.bfloat16, asked_target, sizes, folder)
+            schedule = target.build(built, torch.bfloat16, asked_target, sizes, folder)
             seconds = time.perf_counter() - begun
-            for program in plan.programs.values():
+            for program in schedule.programs.values():
                 size = (folder / program.file).stat().st_size
                 total += size
                 row = {"component": spec.name, "engine": program.file, "bytes": size}

@@ -151,13 +151,13 @@ def build(
     from wanx.bundle.reader import open_bundle
     from wanx.exporter.build import EngineOptions
     from wanx.exporter.build import build as run_build
-    from wanx.exporter.targets.tensorrt.tuning import Tuning
+    from wanx.exporter.targets.tensorrt.tuning import BuilderOptions
 
     options = EngineOptions(
         plugins=plugins,
         sizes=tuple(sizes),
         frames=frames,
-        tuning=Tuning(workspace=workspace, opt_level=opt_level),
+        tuning=BuilderOptions(workspace=workspace, opt_level=opt_level),
     )
     return run_build(open_bundle(Path(bundle)), target, progress, options)
 

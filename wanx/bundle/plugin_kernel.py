@@ -211,14 +211,14 @@ def evaluate(expression: Expression, axes: Mapping[str, int]) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CarriedKernel:
+class PluginKernel:
     """A description and the binaries of its variants, one after the other."""
 
     description: Description
     code: bytes
 
     def fields(self) -> tuple[bytes, bytes]:
-        """Description and code as bytes; :func:`carried_kernel` reads them."""
+        """Description and code as bytes; :func:`read_plugin_kernel` reads them."""
         return self.description.model_dump_json().encode(), self.code
 
     def variant_for(self, sm: int) -> tuple[Variant, bytes]:
@@ -249,8 +249,8 @@ class CarriedKernel:
             start += variant.size
 
 
-def carried_kernel(description: bytes, code: bytes) -> CarriedKernel:
-    """Read what :meth:`CarriedKernel.fields` gave.
+def read_plugin_kernel(description: bytes, code: bytes) -> PluginKernel:
+    """Read what :meth:`PluginKernel.fields` gave.
 
     Raises:
         CorruptInputError: it is nothing that a build writes.
@@ -261,7 +261,7 @@ def carried_kernel(description: bytes, code: bytes) -> CarriedKernel:
         parsed = Description.model_validate_json(description)
         if sum(variant.size for variant in parsed.variants) != len(code):
             raise ValueError(f"the binaries are not {len(code)} bytes together")
-        kernel = CarriedKernel(description=parsed, code=code)
+        kernel = PluginKernel(description=parsed, code=code)
         if not all(binary.startswith(ELF) for _, binary in kernel._binaries()):
             raise ValueError("a binary is no compiled code")
     except ValidationError as error:

@@ -22,7 +22,7 @@ TRUST = "WANX_TRUST_ENGINES"
 
 
 def note_built(engine: str, files: Mapping[str, FileRecord]) -> None:
-    """Remember that the engine whose plan is ``engine`` was built here, with these files."""
+    """Remember that the engine whose schedule is ``engine`` was built here, with these files."""
     note = _note(engine, files)
     if note is not None:
         note.parent.mkdir(parents=True, exist_ok=True)

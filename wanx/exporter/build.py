@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-from wanx.bundle.engine_schedule import PLAN
+from wanx.bundle.engine_schedule import SCHEDULE
 from wanx.bundle.manifest import Manifest
 from wanx.bundle.publish import extending, record_files
 from wanx.bundle.reader import Bundle, open_bundle
@@ -23,7 +23,7 @@ from wanx.exporter.targets import aoti
 from wanx.exporter.targets.tensorrt import flavour
 from wanx.exporter.targets.tensorrt import target as tensorrt_target
 from wanx.exporter.targets.tensorrt.ranges import ranges
-from wanx.exporter.targets.tensorrt.tuning import BY_ITSELF, Tuning
+from wanx.exporter.targets.tensorrt.tuning import DEFAULT_OPTIONS, BuilderOptions
 from wanx.files.safetensors import read_header
 from wanx.progress import Progress, silent
 from wanx.version import __version__
@@ -49,7 +49,7 @@ class EngineOptions:
     plugins: str = "auto"
     sizes: tuple[tuple[int, int], ...] = ()
     frames: int | None = None
-    tuning: Tuning = BY_ITSELF
+    tuning: BuilderOptions = DEFAULT_OPTIONS
 
 
 def require_target(target: str) -> None:
@@ -145,7 +145,7 @@ def with_engines(
         for spec in component_specs(manifest.config)
     }
     key = engine_key(specs, kind, device, __version__, compiler)
-    engines = {name: f"engines/{key}/{name}/{PLAN}" for name in specs}
+    engines = {name: f"engines/{key}/{name}/{SCHEDULE}" for name in specs}
     if any(c.engines.get(kind) != engines[n] for n, c in manifest.components.items()):
         for name, (spec, dtype) in specs.items():
             progress(f"build {name}", 0, 100, "steps")

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wanx.bundle.engine_schedule import PLAN, Plan, Program
+from wanx.bundle.engine_schedule import SCHEDULE, EngineSchedule, Program
 from wanx.bundle.manifest import Component
 from wanx.errors import EnvironmentMismatchError, WanxError
 from wanx.exporter.components import ComponentSpec
@@ -70,13 +70,13 @@ def compute_type(group: str, component: Component) -> torch.dtype:
     return max(wide, key=lambda dtype: component.storage.get(STORED[dtype], 0))
 
 
-def build(spec: ComponentSpec, dtype: torch.dtype, folder: Path) -> Plan:
+def build(spec: ComponentSpec, dtype: torch.dtype, folder: Path) -> EngineSchedule:
     """Compile a component for this machine's GPU, or its processor.
 
     Args:
         spec: as it is, or with 8-bit layers.
         dtype: that it computes in.
-        folder: a new one for the packages and the plan.
+        folder: a new one for the packages and the schedule.
 
     Raises:
         EnvironmentMismatchError: as :func:`device_name`.
@@ -89,20 +89,20 @@ def build(spec: ComponentSpec, dtype: torch.dtype, folder: Path) -> Plan:
     for name, segment in parts.segments.items():
         _compile(segment, parts.axes, device, folder / f"{name}.pt2", spec.name)
         programs[name] = Program(file=f"{name}.pt2", weights=segment.weights)
-    plan = Plan(
+    schedule = EngineSchedule(
         compiler=compiler(),
         device=device,
-        types=parts.types,
+        input_dtypes=parts.types,
         batched=parts.batched,
-        batch_limit=_batch_limit(parts, device, folder),
+        max_batched_tokens=_max_batched_tokens(parts, device, folder),
         programs=programs,
         steps=parts.steps,
     )
-    (folder / PLAN).write_text(plan.model_dump_json(indent=1), encoding="utf-8")
-    return plan
+    (folder / SCHEDULE).write_text(schedule.to_json(), encoding="utf-8")
+    return schedule
 
 
-def _batch_limit(parts: Cut, device: str, folder: Path) -> int:
+def _max_batched_tokens(parts: Cut, device: str, folder: Path) -> int:
     """Up to how many tokens a block is faster on two batch entries at once than in turn."""
     segment = parts.segments.get("block")
     if segment is None or "B" not in (item.shape[0] for item in segment.inputs if item.shape):

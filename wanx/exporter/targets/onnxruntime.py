@@ -34,12 +34,12 @@ PRODUCTS = (
 INTEGER_PRODUCT = "MatMulIntegerToFloat"
 
 
-def specialise(model: ir.Model) -> bool:
+def optimize_for_ort(model: ir.Model) -> bool:
     """Swap the bodies of functions in place; return whether the model has any of them."""
     swaps = {
         "Attention": _block_by_block,
-        "QuantLinear": _unsigned,
-        "WeightOnlyLinear": _weight_first,
+        "QuantLinear": _uint8_activations,
+        "WeightOnlyLinear": _transposed_product,
     }
     found = [
         swap(model, function)
@@ -64,7 +64,7 @@ def _import_microsoft(model: ir.Model, function: ir.Function) -> None:
     model.opset_imports["com.microsoft"] = 1
 
 
-def _unsigned(model: ir.Model, function: ir.Function) -> bool:
+def _uint8_activations(model: ir.Model, function: ir.Function) -> bool:
     """Shift int8 activations by 128, and multiply them by one operator, bias included."""
     quantizers = [
         node
@@ -96,7 +96,7 @@ def _unsigned(model: ir.Model, function: ir.Function) -> bool:
     return True
 
 
-def _weight_first(_: ir.Model, function: ir.Function) -> bool:
+def _transposed_product(_: ir.Model, function: ir.Function) -> bool:
     """Turn x Wᵀ into (W xᵀ)ᵀ, and let the weight wait for x.
 
     Otherwise ONNX Runtime widens the weights of many layers before it multiplies by the first. So

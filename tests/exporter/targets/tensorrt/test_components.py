@@ -17,7 +17,7 @@ from wanx.exporter.components import text_encoder_spec
 from wanx.exporter.quantization.quantized_spec import quantized_spec
 from wanx.exporter.quantization.recipe import text_recipe
 from wanx.exporter.targets.tensorrt import target
-from wanx.exporter.targets.tensorrt.flavour import Flavour
+from wanx.exporter.targets.tensorrt.flavour import TensorRTTarget
 from wanx.exporter.targets.tensorrt.ranges import ranges
 tiny = PRESETS["tiny"]
 text = text_encoder_spec(tiny.text_encoder)
@@ -32,10 +32,10 @@ found = {}
 for name, (spec, chosen) in jobs.items():
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "engines"
-        flavour = Flavour(target="rtx", sms=(89, 120))
-        plan = target.build(spec, torch.bfloat16, flavour, ranges(tiny), folder, chosen)
-        assert plan.device == "sm89+sm120"
-        found[name] = {n: dict(program.layers) for n, program in plan.programs.items()}
+        flavour = TensorRTTarget(target="rtx", sms=(89, 120))
+        schedule = target.build(spec, torch.bfloat16, flavour, ranges(tiny), folder, chosen)
+        assert schedule.device == "sm89+sm120"
+        found[name] = {n: dict(program.layers) for n, program in schedule.programs.items()}
 """
 
 

@@ -25,7 +25,7 @@ from tests.support.onnx_runs import as_numpy
 from tests.support.tensorrt_segments import KINDS, spec_of, values_of
 from wanx.accuracy.metrics import cosine, psnr_db
 from wanx.builtin import builtin_bundle
-from wanx.bundle.engine_schedule import Plan, read_plan
+from wanx.bundle.engine_schedule import EngineSchedule, read_schedule
 from wanx.bundle.reader import open_bundle, verify_bundle
 from wanx.config.models import PRESETS
 from wanx.errors import UsageError, WanxError
@@ -45,7 +45,7 @@ from wanx.exporter.targets.tensorrt import flavour as flavours
 from wanx.exporter.targets.tensorrt import target
 from wanx.exporter.targets.tensorrt.graph import OUTPUT, WEIGHT, segment_graph
 from wanx.exporter.targets.tensorrt.ranges import Range, ranges
-from wanx.exporter.targets.tensorrt.tuning import BY_ITSELF, Tuning
+from wanx.exporter.targets.tensorrt.tuning import DEFAULT_OPTIONS, BuilderOptions
 from wanx.exporter.targets.tensorrt.worker import build_engine, choose_gpus
 from wanx.models.vae import WanVAE
 from wanx.runtime.options import RunOptions
@@ -55,7 +55,7 @@ from wanx.runtime.sessions.tensorrt.library import import_tensorrt
 if find_spec("tensorrt_rtx") is None:
     pytest.skip("TensorRT-RTX is not installed", allow_module_level=True)
 trt = import_tensorrt("tensorrt_rtx")
-NEWER = flavours.Flavour(target="tensorrt", sms=(80,), newer=True)
+NEWER = flavours.TensorRTTarget(target="tensorrt", sms=(80,), newer=True)
 WIDE = replace(PRESETS["t2v-1.3B"].dit, num_layers=2)
 
 
@@ -214,12 +214,12 @@ def test_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = wanx.build(root, target="rtx:sm89,sm120")
     assert bundle.manifest.target == "rtx"
     for name, component in bundle.manifest.components.items():
-        plan = read_plan(root / component.engines["rtx"])
-        assert plan.device == "sm89+sm120"
-        assert plan.compiler == f"tensorrt_rtx {trt.__version__}"
-        inputs = {n for step in plan.steps for n in step.inputs}
+        schedule = read_schedule(root / component.engines["rtx"])
+        assert schedule.device == "sm89+sm120"
+        assert schedule.compiler == f"tensorrt_rtx {trt.__version__}"
+        inputs = {n for step in schedule.steps for n in step.inputs}
         assert set(component.inputs) <= inputs, name
-        assert plan.types.keys() == set(component.inputs)
+        assert schedule.input_dtypes.keys() == set(component.inputs)
     assert {c.problem for c in verify_bundle(root)} == {None}
 
     def build(*given: Any) -> None:
@@ -236,9 +236,9 @@ def test_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(WanxError, match="stop"):
         wanx.build(root, target="rtx:sm89", **options, workspace=1 << 28, opt_level=1)
     default, asked = built
-    assert default[5:7] == ((), BY_ITSELF)
-    assert asked[3]["L"] == Range(least=1, usual=2 * 3 * 5, most=2 * 3 * 5)
-    assert asked[5:7] == (("GeluQuantize",), Tuning(workspace=1 << 28, opt_level=1))
+    assert default[5:7] == ((), DEFAULT_OPTIONS)
+    assert asked[3]["L"] == Range(min=1, opt=2 * 3 * 5, max=2 * 3 * 5)
+    assert asked[5:7] == (("GeluQuantize",), BuilderOptions(workspace=1 << 28, opt_level=1))
     assert open_bundle(root).hash == bundle.hash
     assert wanx.build(root, target="cpu").manifest.target == "cpu"
 
@@ -246,20 +246,20 @@ def test_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_attention_that_is_taken_apart_is_refused() -> None:
     parts = cut(spec_of(WIDE, "attention"), torch.bfloat16)
     # From one token on; few at most, since it would hold all of their scores.
-    sizes = {**ranges(PRESETS["t2v-1.3B"]), "L": Range(least=1, usual=512, most=1024)}
+    sizes = {**ranges(PRESETS["t2v-1.3B"]), "L": Range(min=1, opt=512, max=1024)}
     segment = parts.segments["block"]
     _, layers = layers_of(segment, parts.axes, (89,), sizes)
     with pytest.raises(WanxError, match="did not become one kernel"):
         target.require_layers(segment, layers)
 
 
-def build_with_worker(second: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+def build_with_worker(second: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> EngineSchedule:
     """Build with a worker that does something else instead of its second engine."""
     script = folder / "worker_that_ends.py"
     script.write_text(
         "import errno, json, os, sys\n"
         "from pathlib import Path\n"
-        "from wanx.exporter.targets import tensorrt_worker as worker\n"
+        "from wanx.exporter.targets import worker as worker\n"
         "whole, calls = worker.build_engine, []\n"
         "def build(*arguments):\n"
         "    calls.append(1)\n"
@@ -269,10 +269,10 @@ def build_with_worker(second: str, folder: Path, monkeypatch: pytest.MonkeyPatch
         "worker.build_engine = build\n"
         "worker.main()\n"
     )
-    monkeypatch.setattr(target.tensorrt_worker, "__name__", "worker_that_ends")
+    monkeypatch.setattr(target.worker, "__name__", "worker_that_ends")
     monkeypatch.setenv("PYTHONPATH", str(folder))
     return target.build(
-        dit_spec(PRESETS["tiny"].dit), torch.bfloat16, flavours.Flavour(target="rtx", sms=(89,)),
+        dit_spec(PRESETS["tiny"].dit), torch.bfloat16, flavours.TensorRTTarget(target="rtx", sms=(89,)),
         ranges(PRESETS["tiny"]), folder / "engines",
     )  # fmt: skip
 
@@ -376,15 +376,19 @@ def test_other_targets(target: str) -> None:
             "plug-ins hold kernels for GPUs by name; leave --plugins out, or sm80.+",
         ),
         (
-            lambda: flavours.require_precision(flavours.Flavour(target="rtx", sms=(86,)), "fp8"),
+            lambda: flavours.require_precision(
+                flavours.TensorRTTarget(target="rtx", sms=(86,)), "fp8"
+            ),
             "sm86 has no FP8; choose --precision int8, or sm89 or newer",
         ),
         (
-            lambda: flavours.require_precision(flavours.Flavour(target="rtx", sms=(75,)), "bf16"),
+            lambda: flavours.require_precision(
+                flavours.TensorRTTarget(target="rtx", sms=(75,)), "bf16"
+            ),
             "sm75 has no bf16, which engines compute in; choose sm80 or newer",
         ),
         (
-            lambda: flavours.for_this_machine(flavours.Flavour(target="rtx")),
+            lambda: flavours.for_this_machine(flavours.TensorRTTarget(target="rtx")),
             "PyTorch finds none; name one, as in rtx:sm89",
         ),
     ],
@@ -401,13 +405,13 @@ def test_sizes_that_are_covered() -> None:
     config = PRESETS["t2v-14B"]
     every = ranges(config)
     # 81 frames are 21 latent ones; a token is 16 pixels wide and high.
-    assert every["L"].most == 21 * 45 * 80
-    assert (every["h"].most, every["w"].most) == (160, 160)
+    assert every["L"].max == 21 * 45 * 80
+    assert (every["h"].max, every["w"].max) == (160, 160)
     asked = ranges(config, sizes=[(832, 480), (480, 1280)], frames=17, fp8_attention=True)
-    assert asked["L"] == Range(least=32, usual=5 * 30 * 52, most=5 * 80 * 30)
-    assert asked["h"] == Range(least=1, usual=60, most=160)
-    assert asked["w"] == Range(least=1, usual=104, most=104)
-    assert asked["B"] == Range(least=1, usual=1, most=2)
+    assert asked["L"] == Range(min=32, opt=5 * 30 * 52, max=5 * 80 * 30)
+    assert asked["h"] == Range(min=1, opt=60, max=160)
+    assert asked["w"] == Range(min=1, opt=104, max=104)
+    assert asked["B"] == Range(min=1, opt=1, max=2)
     with pytest.raises(UsageError, match="--frames 0: a video has 1 or more"):
         ranges(config, frames=0)
     with pytest.raises(UsageError, match="--sizes 832x8: sides are 16 pixels or more"):

@@ -16,13 +16,13 @@ from wanx.config.models import PRESETS
 from wanx.errors import UsageError, WanxError
 from wanx.exporter.components import dit_spec
 from wanx.exporter.targets.tensorrt import target
-from wanx.exporter.targets.tensorrt.flavour import Flavour
+from wanx.exporter.targets.tensorrt.flavour import TensorRTTarget
 from wanx.exporter.targets.tensorrt.ranges import ranges
 from wanx.exporter.targets.tensorrt.tuning import (
-    BY_ITSELF,
+    DEFAULT_OPTIONS,
+    BuilderOptions,
     TimingCache,
-    Tuning,
-    apply_tuning,
+    apply_options,
     parse_tuning,
 )
 from wanx.runtime.sessions.tensorrt.library import import_tensorrt
@@ -37,7 +37,7 @@ needs_rtx = pytest.mark.skipif(
     [("4G", 4 << 30), ("512M", 512 << 20), ("64k", 64 << 10), ("2048", 2048 << 20)],
 )
 def test_sizes_are_read_as_trtexec_reads_them(workspace: str, size: int) -> None:
-    assert parse_tuning(workspace, 3) == Tuning(workspace=size, opt_level=3)
+    assert parse_tuning(workspace, 3) == BuilderOptions(workspace=size, opt_level=3)
 
 
 @pytest.mark.parametrize(
@@ -59,26 +59,26 @@ def test_what_is_no_option(workspace: str | None, level: int | None, text: str) 
 def test_builds_with_other_options_are_told_apart() -> None:
     found = {str(parse_tuning(w, o)) for w in (None, "1G", "2G") for o in (None, 0, 5)}
     assert len(found) == 9
-    assert str(BY_ITSELF) == ""
+    assert str(DEFAULT_OPTIONS) == ""
 
 
 @needs_rtx
 def test_options_reach_the_builder() -> None:
     trt = import_tensorrt("tensorrt_rtx")
     config = trt.Builder(trt.Logger(trt.Logger.ERROR)).create_builder_config()
-    apply_tuning(trt, config, Tuning(workspace=1 << 28, opt_level=1))
+    apply_options(trt, config, BuilderOptions(workspace=1 << 28, opt_level=1))
     assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 1 << 28
     assert config.builder_optimization_level == 1
     with pytest.raises(WanxError, match="has no levels of optimisation; leave --opt-level out"):
-        apply_tuning(trt, SimpleNamespace(), Tuning(opt_level=1))
+        apply_options(trt, SimpleNamespace(), BuilderOptions(opt_level=1))
 
 
 @needs_rtx
 def test_a_build_tells_how_far_it_is(tmp_path: Path) -> None:
     told: list[float] = []
     target.build(
-        dit_spec(PRESETS["tiny"].dit), torch.bfloat16, Flavour(target="rtx", sms=(89,)),
-        ranges(PRESETS["tiny"]), tmp_path / "engines", tuning=Tuning(workspace=1 << 28),
+        dit_spec(PRESETS["tiny"].dit), torch.bfloat16, TensorRTTarget(target="rtx", sms=(89,)),
+        ranges(PRESETS["tiny"]), tmp_path / "engines", tuning=BuilderOptions(workspace=1 << 28),
         tell=told.append,
     )  # fmt: skip
     assert len(told) > 20
@@ -94,11 +94,11 @@ def test_a_build_that_is_stopped_leaves_no_process(tmp_path: Path) -> None:
 
     def workers() -> list[Any]:
         mine = psutil.Process(os.getpid()).children()
-        return [child for child in mine if "tensorrt_worker" in " ".join(child.cmdline())]
+        return [child for child in mine if "tensorrt.worker" in " ".join(child.cmdline())]
 
     with pytest.raises(KeyboardInterrupt):
         target.build(
-            dit_spec(PRESETS["tiny"].dit), torch.bfloat16, Flavour(target="rtx", sms=(89,)),
+            dit_spec(PRESETS["tiny"].dit), torch.bfloat16, TensorRTTarget(target="rtx", sms=(89,)),
             ranges(PRESETS["tiny"]), tmp_path / "engines", tell=stop,
         )  # fmt: skip
     assert not workers()

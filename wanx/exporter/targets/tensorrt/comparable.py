@@ -15,7 +15,7 @@ _RESHAPING = ("Cast", "CastLike", "DequantizeLinear", "Reshape", "Transpose", "U
 _HIGHS = (TensorProto.BFLOAT16, TensorProto.FLOAT16)
 
 
-def comparable(
+def with_layer_outputs(
     graph: onnx.ModelProto,
     weights: Mapping[str, TensorProto],
     inputs: Mapping[str, Array],

@@ -24,7 +24,7 @@ import torch
 from onnx import TensorProto
 
 from wanx.builtin import find_bundle, is_builtin
-from wanx.bundle.engine_schedule import Plan, Program
+from wanx.bundle.engine_schedule import EngineSchedule, Program
 from wanx.bundle.golden_steps import GOLDEN, read_golden
 from wanx.bundle.reader import Bundle, open_bundle
 from wanx.errors import EnvironmentMismatchError, UsageError, WanxError
@@ -33,10 +33,10 @@ from wanx.exporter.components import ComponentSpec, component_specs
 from wanx.exporter.graph.attach import IR_TYPES
 from wanx.exporter.partition.partition import cut
 from wanx.exporter.partition.segments import Cut, Segment
-from wanx.exporter.targets.tensorrt.comparable import BATCH, comparable
+from wanx.exporter.targets.tensorrt.comparable import BATCH, with_layer_outputs
 from wanx.exporter.targets.tensorrt.graph import OUTPUT, WEIGHT, segment_graph
 from wanx.runtime.sessions.base import Array
-from wanx.runtime.sessions.device.weight_files import StepWeights, copy_to_host, lay_out
+from wanx.runtime.sessions.device.weight_files import StepWeights, copy_to_host, plan_weights
 
 ENGINE, REFERENCE, INPUTS = "engine.onnx", "reference.onnx", "inputs.json"
 
@@ -80,7 +80,7 @@ def write_step(bundle: Bundle, component: str, step: str, folder: Path) -> Path:
         segment = cuts.segments[program]
         weights = _weights(_layout(bundle, spec, cuts)[number], segment)
         batched = [item.name for item in segment.inputs if item.shape[:1] == (BATCH,)]
-        compared = comparable(segment_graph(segment, cuts.axes), weights, inputs, batched)
+        compared = with_layer_outputs(segment_graph(segment, cuts.axes), weights, inputs, batched)
         onnx.save_model(
             compared, folder / file, save_as_external_data=True, location=f"{file}.data"
         )
@@ -94,11 +94,15 @@ def _layout(bundle: Bundle, spec: ComponentSpec, parts: Cut) -> list[StepWeights
         name: Program(file=f"{name}.engine", weights=segment.weights)
         for name, segment in parts.segments.items()
     }
-    plan = Plan(
-        compiler="none", device="cpu", types=parts.types, programs=programs, steps=parts.steps
+    schedule = EngineSchedule(
+        compiler="none",
+        device="cpu",
+        input_dtypes=parts.types,
+        programs=programs,
+        steps=parts.steps,
     )
     files = [bundle.root / file for file in bundle.manifest.components[spec.name].weights]
-    return lay_out(plan, files, spec.name)
+    return plan_weights(schedule, files, spec.name)
 
 
 def _weights(step: StepWeights, segment: Segment) -> dict[str, TensorProto]:

@@ -18,7 +18,7 @@ NEWER = "sm80+"  # what full TensorRT calls its hardware compatibility level AMP
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flavour:
+class TensorRTTarget:
     """One of the two TensorRTs, and the GPUs to build for.
 
     Attributes:
@@ -53,7 +53,7 @@ class Flavour:
         return f"{MODULES[self.target]} {self.module().__version__}"
 
 
-def parse_target(target: str) -> Flavour | None:
+def parse_target(target: str) -> TensorRTTarget | None:
     """Read ``rtx``, ``rtx:sm89,sm120``, ``tensorrt`` or ``tensorrt:sm80+``; None for others.
 
     Raises:
@@ -63,7 +63,7 @@ def parse_target(target: str) -> Flavour | None:
     if name not in MODULES:
         return None
     if name == "tensorrt" and asked == NEWER:
-        return Flavour(target=name, sms=(BF16_SM,), newer=True)
+        return TensorRTTarget(target=name, sms=(BF16_SM,), newer=True)
     if name == "tensorrt" and asked:
         raise UsageError(
             f"--target {target}: TensorRT builds for this machine's GPU; leave out what follows, "
@@ -76,7 +76,7 @@ def parse_target(target: str) -> Flavour | None:
                 f"--target {target}: TensorRT-RTX does not build for {word or 'nothing'}; choose "
                 f"from {', '.join(RTX_SMS)}"
             )
-    return Flavour(target=name, sms=tuple(sorted({int(word[2:]) for word in wanted})))
+    return TensorRTTarget(target=name, sms=tuple(sorted({int(word[2:]) for word in wanted})))
 
 
 def parse_plugins(asked: str) -> tuple[str, ...]:
@@ -99,7 +99,7 @@ def parse_plugins(asked: str) -> tuple[str, ...]:
     return names
 
 
-def for_this_machine(flavour: Flavour) -> Flavour:
+def for_this_machine(flavour: TensorRTTarget) -> TensorRTTarget:
     """Name the GPU of this machine where none was asked for.
 
     Raises:
@@ -121,7 +121,7 @@ def for_this_machine(flavour: Flavour) -> Flavour:
     return flavour
 
 
-def require_plugins(flavour: Flavour, plugins: Sequence[str]) -> None:
+def require_plugins(flavour: TensorRTTarget, plugins: Sequence[str]) -> None:
     """Refuse kernels of ours for GPUs that are not named.
 
     Raises:
@@ -136,7 +136,7 @@ def compute_type(group: str, component: Component) -> torch.dtype:
     return torch.bfloat16
 
 
-def require_precision(flavour: Flavour, precision: str) -> None:
+def require_precision(flavour: TensorRTTarget, precision: str) -> None:
     """Refuse what a GPU cannot compute.
 
     Raises:

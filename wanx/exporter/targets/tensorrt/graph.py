@@ -13,7 +13,7 @@ import torch
 from wanx.exporter.graph.trace import OPSET, quiet
 from wanx.exporter.partition.segments import Segment
 from wanx.exporter.partition.stateless import arguments, export_segment
-from wanx.exporter.targets.tensorrt.forms import FORMS, UNFUSED
+from wanx.exporter.targets.tensorrt.forms import DECOMPOSED, FUNCTION_BODIES
 from wanx.exporter.targets.tensorrt.nodes import use_plugins
 from wanx.kernels.registry import ONNX_FUNCTIONS, OpsAsNodes
 from wanx.models.vae import WanVAE
@@ -62,7 +62,7 @@ def segment_graph(
     _scales_as_factors(model)
     types = {parameter.dtype for _, parameter in segment.parameters}
     unfused = types == {torch.float32} or isinstance(segment.module, WanVAE)
-    forms = ONNX_FUNCTIONS | FORMS | (UNFUSED if unfused else {})
+    forms = ONNX_FUNCTIONS | FUNCTION_BODIES | (DECOMPOSED if unfused else {})
     used = {node.op_type for node in model.graph if node.domain == "wanx"}
     for name in sorted(used):
         function = forms[name]

@@ -19,11 +19,11 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from wanx.bundle.plugin_kernel import (
     Argument,
-    CarriedKernel,
     Description,
     ElementType,
     Expression,
     Integer,
+    PluginKernel,
     Pointer,
     Real,
     Token,
@@ -47,9 +47,9 @@ _ALIGNED = 16
 _LIKELY = 1013  # stands for a size that is not known
 
 
-def carry(
+def compile_plugin_kernel(
     op: str, inputs: Sequence[Spec], attributes: Mapping[str, Any], sms: Sequence[int]
-) -> CarriedKernel:
+) -> PluginKernel:
     """Compile and describe the kernel of a node.
 
     Args:
@@ -62,18 +62,18 @@ def carry(
         EnvironmentMismatchError: a GPU lacks a number format of the kernel.
         WanxError: the kernel does not compile, or needs what a plan does not carry.
     """
-    found = [Recording(op, inputs, attributes, sm) for sm in sms]
-    made = [recording.compiled() for recording in found]
+    found = [LaunchCapture(op, inputs, attributes, sm) for sm in sms]
+    made = [capture.compiled() for capture in found]
     description = Description(
         op=op,
         inputs=found[0].inputs,
         outputs=found[0].outputs,
         variants=tuple(variant for variant, _ in made),
     )
-    return CarriedKernel(description=description, code=b"".join(code for _, code in made))
+    return PluginKernel(description=description, code=b"".join(code for _, code in made))
 
 
-class Recording:
+class LaunchCapture:
     """The one launch of a node on a GPU.
 
     Attributes:

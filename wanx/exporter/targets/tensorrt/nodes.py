@@ -11,8 +11,8 @@ import onnx_ir as ir
 import torch
 from onnxscript import OnnxFunction
 
-from wanx.bundle.plugin_kernel import CarriedKernel
-from wanx.exporter.targets.tensorrt.kernels import carry
+from wanx.bundle.plugin_kernel import PluginKernel
+from wanx.exporter.targets.tensorrt.kernels import compile_plugin_kernel
 from wanx.exporter.targets.tensorrt.ops import OPS, Spec
 from wanx.kernels.registry import DOMAIN, ONNX_FUNCTIONS
 from wanx.runtime.sessions.tensorrt.plugin import CODE, DESCRIPTION, PLUGIN
@@ -35,11 +35,11 @@ class Replaced:
 
     Attributes:
         plugins: how many nodes of each type are plug-ins now.
-        left: why nodes of a type keep their bodies, by type.
+        unsupported: why nodes of a type keep their bodies, by type.
     """
 
     plugins: dict[str, int]
-    left: dict[str, str]
+    unsupported: dict[str, str]
 
 
 def use_plugins(
@@ -60,30 +60,30 @@ def use_plugins(
 
     Raises:
         KeyError: there is no kernel for a type.
-        WanxError: as :func:`wanx.exporter.targets.tensorrt.kernels.carry`.
+        WanxError: as :func:`wanx.exporter.targets.tensorrt.kernels.compile_plugin_kernel`.
     """
     if unknown := set(ops) - OPS.keys():
         raise KeyError(f"no plug-in for {', '.join(sorted(unknown))}")
     if _PARTS[1] in ops:
         _take_apart(model, functions)
-    made: dict[str, CarriedKernel] = {}
+    made: dict[str, PluginKernel] = {}
     counts: dict[str, int] = {}
-    left: dict[str, str] = {}
+    unsupported: dict[str, str] = {}
     for node in _nodes(model, ops):
         inputs, attributes = _specs(node), {n: a.value for n, a in node.attributes.items()}
         reason = _unsupported(node.op_type, inputs, attributes)
         if reason is not None:
-            left[node.op_type] = reason
+            unsupported[node.op_type] = reason
             continue
         assert not any(spec is None for spec in inputs)
         given = [spec for spec in inputs if spec is not None]
         key = repr((node.op_type, given, sorted(attributes.items())))
         if key not in made:
-            made[key] = carry(node.op_type, given, attributes, sms)
+            made[key] = compile_plugin_kernel(node.op_type, given, attributes, sms)
         _replace(node, [_plugin_node(node, made[key])])
         counts[node.op_type] = counts.get(node.op_type, 0) + 1
     _drop_unused(model)
-    return Replaced(plugins=counts, left=left)
+    return Replaced(plugins=counts, unsupported=left)
 
 
 def _nodes(model: ir.Model, types: Iterable[str]) -> list[ir.Node]:
@@ -115,7 +115,7 @@ def _spec(value: ir.Value | None) -> Spec | None:
     return Spec(_TYPES[value.dtype], shape)
 
 
-def _plugin_node(node: ir.Node, kernel: CarriedKernel) -> ir.Node:
+def _plugin_node(node: ir.Node, kernel: PluginKernel) -> ir.Node:
     description, code = kernel.fields()
     return ir.Node(
         DOMAIN.domain,

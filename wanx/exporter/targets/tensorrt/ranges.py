@@ -21,9 +21,9 @@ _SMALL_DIM = 1024
 class Range:
     """Sizes of a dynamic axis: from ``least`` to ``most``, and fastest at ``usual``."""
 
-    least: int
-    usual: int
-    most: int
+    min: int
+    opt: int
+    max: int
 
 
 def ranges(
@@ -65,11 +65,11 @@ def ranges(
         side = 2 * max(height, width) if tiny else LARGEST_SIDE // stride
         tallest, widest = max(tallest, side), max(widest, side)
     return {
-        "L": Range(least=FP8_TOKENS if fp8_attention else 1, usual=tokens[0], most=most),
-        "B": Range(least=1, usual=1, most=2),
-        "n": Range(least=1, usual=64, most=config.dit.text_len),
-        "h": Range(least=1, usual=height, most=tallest),
-        "w": Range(least=1, usual=width, most=widest),
+        "L": Range(min=FP8_TOKENS if fp8_attention else 1, opt=tokens[0], max=most),
+        "B": Range(min=1, opt=1, max=2),
+        "n": Range(min=1, opt=64, max=config.dit.text_len),
+        "h": Range(min=1, opt=height, max=tallest),
+        "w": Range(min=1, opt=width, max=widest),
     }
 
 

@@ -23,16 +23,16 @@ from typing import Any
 
 import torch
 
-from wanx.bundle.engine_schedule import PLAN, Plan, Program
+from wanx.bundle.engine_schedule import SCHEDULE, EngineSchedule, Program
 from wanx.errors import WanxError
 from wanx.exporter.components import ComponentSpec
 from wanx.exporter.partition.partition import cut
 from wanx.exporter.partition.segments import Segment
 from wanx.exporter.targets.tensorrt import worker
-from wanx.exporter.targets.tensorrt.flavour import Flavour
+from wanx.exporter.targets.tensorrt.flavour import TensorRTTarget
 from wanx.exporter.targets.tensorrt.graph import segment_graph
 from wanx.exporter.targets.tensorrt.ranges import Range
-from wanx.exporter.targets.tensorrt.tuning import BY_ITSELF, Tuning
+from wanx.exporter.targets.tensorrt.tuning import DEFAULT_OPTIONS, BuilderOptions
 from wanx.exporter.targets.tensorrt.worker import DISK_FULL, REQUEST
 from wanx.interruption import undone_by_interrupt
 from wanx.models.quantized import DynamicQuantLinear, QuantAttend, QuantLinear
@@ -44,13 +44,13 @@ _EIGHT_BIT = (QuantLinear, DynamicQuantLinear)  # weight and input
 def build(
     spec: ComponentSpec,
     dtype: torch.dtype,
-    flavour: Flavour,
+    flavour: TensorRTTarget,
     ranges: Mapping[str, Range],
     folder: Path,
     plugins: Collection[str] = (),
-    tuning: Tuning = BY_ITSELF,
+    tuning: BuilderOptions = DEFAULT_OPTIONS,
     tell: Callable[[float], None] = lambda done: None,
-) -> Plan:
+) -> EngineSchedule:
     """Build the engines of a component.
 
     Args:
@@ -58,7 +58,7 @@ def build(
         dtype: that it computes in.
         flavour: which TensorRT, and for which GPUs.
         ranges: of each dynamic axis.
-        folder: a new one for the engines and the plan.
+        folder: a new one for the engines and the schedule.
         plugins: functions that our kernels run, as :func:`parse_plugins` reads them.
         tuning: options of the builder.
         tell: told how much is done, from 0 to 1.
@@ -92,16 +92,16 @@ def build(
             file = f"{segment_name}.engine"
             shutil.move(place / file, folder / file)
             programs[segment_name] = Program(file=file, weights=segment.weights, layers=layers)
-    plan = Plan(
+    schedule = EngineSchedule(
         compiler=flavour.compiler(),
         device=flavour.device,
-        types=parts.types,
+        input_dtypes=parts.types,
         batched=parts.batched,
         programs=programs,
         steps=parts.steps,
     )
-    (folder / PLAN).write_text(plan.model_dump_json(indent=1), encoding="utf-8")
-    return plan
+    (folder / SCHEDULE).write_text(schedule.to_json(), encoding="utf-8")
+    return schedule
 
 
 def shapes_of(segment: Segment, ranges: Mapping[str, Range]) -> dict[str, list[list[int]]]:
@@ -111,7 +111,7 @@ def shapes_of(segment: Segment, ranges: Mapping[str, Range]) -> dict[str, list[l
         if any(isinstance(size, str) for size in item.shape):
             found[item.name] = [
                 list(item.example({n: getattr(r, which) for n, r in ranges.items()}, "meta").shape)
-                for which in ("least", "usual", "most")
+                for which in ("min", "opt", "max")
             ]
     return found
 

@@ -19,7 +19,7 @@ _LEVELS = range(6)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tuning:
+class BuilderOptions:
     """Options of the builder; None leaves what TensorRT does by itself.
 
     Attributes:
@@ -47,10 +47,10 @@ class Tuning:
         return " ".join(words + ([f"level {self.opt_level}"] if self.opt_level is not None else []))
 
 
-BY_ITSELF = Tuning()
+DEFAULT_OPTIONS = BuilderOptions()
 
 
-def parse_tuning(workspace: str | None, opt_level: int | None) -> Tuning:
+def parse_tuning(workspace: str | None, opt_level: int | None) -> BuilderOptions:
     """Read a size such as ``4G``, ``512M`` or ``2048`` (MiB), and a level.
 
     Raises:
@@ -61,10 +61,10 @@ def parse_tuning(workspace: str | None, opt_level: int | None) -> Tuning:
         size = parse_memory(workspace, plain="M")  # as in trtexec
         if not size:
             raise UsageError(f"--workspace {workspace} is not a size; give one such as 4G or 512M")
-    return Tuning(workspace=size, opt_level=opt_level)
+    return BuilderOptions(workspace=size, opt_level=opt_level)
 
 
-def apply_tuning(trt: Any, config: Any, tuning: Tuning) -> None:
+def apply_options(trt: Any, config: Any, tuning: BuilderOptions) -> None:
     """Set a builder's configuration.
 
     Raises:

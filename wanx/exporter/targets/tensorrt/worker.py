@@ -19,10 +19,10 @@ from typing import Any
 
 from wanx.errors import WanxError
 from wanx.exporter.targets.tensorrt.tuning import (
-    BY_ITSELF,
+    DEFAULT_OPTIONS,
+    BuilderOptions,
     TimingCache,
-    Tuning,
-    apply_tuning,
+    apply_options,
     monitor,
 )
 from wanx.runtime.sessions.tensorrt.library import MODULES, import_tensorrt
@@ -40,7 +40,7 @@ def build_engine(
     shapes: Shapes,
     sms: Sequence[int],
     newer: bool = False,
-    tuning: Tuning = BY_ITSELF,
+    tuning: BuilderOptions = DEFAULT_OPTIONS,
     tell: Callable[[float], None] = lambda done: None,
 ) -> tuple[bytes, list[str]]:
     """Build one engine.
@@ -74,10 +74,10 @@ def build_engine(
     _set(trt, "PreviewFeature", "RUNTIME_ACTIVATION_RESIZE_10_10", resize)
     choose_gpus(trt, config, sms, newer)
     profile = builder.create_optimization_profile()
-    for name, (least, usual, most) in shapes.items():
-        profile.set_shape(name, tuple(least), tuple(usual), tuple(most))
+    for name, (smallest, optimal, largest) in shapes.items():
+        profile.set_shape(name, tuple(smallest), tuple(optimal), tuple(largest))
     config.add_optimization_profile(profile)
-    apply_tuning(trt, config, tuning)
+    apply_options(trt, config, tuning)
     if hasattr(config, "progress_monitor"):
         watcher = monitor(trt, tell)  # the configuration keeps no reference
         config.progress_monitor = watcher
@@ -159,7 +159,7 @@ def _build_all(folder: Path) -> None:
     trt = import_tensorrt(request["module"])
     if request["plugins"]:
         register(trt)
-    tuning = Tuning(**request["tuning"])
+    tuning = BuilderOptions(**request["tuning"])
     for name, shapes in request["jobs"].items():
         found: dict[str, Any]
         try:
