@@ -29,7 +29,7 @@ from wanx.runtime.sampling.guidance import Branch, branches
 from wanx.runtime.sampling.sampler import make_sampler
 from wanx.runtime.sessions import open_session
 from wanx.runtime.sessions.base import Session, State
-from wanx.runtime.sessions.device.vram_budget import require_streaming
+from wanx.runtime.sessions.registry import require_streaming
 from wanx.runtime.stages import Clock, Stage
 from wanx.runtime.text import PromptTokenizer, encode_prompts
 

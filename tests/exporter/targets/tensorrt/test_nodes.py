@@ -12,7 +12,7 @@ from tests.support.plugins import CASES, Case
 from tests.support.rtx_builds import model_of, needs_rtx, run
 from wanx.bundle.plugin_kernel import Description, PluginKernel, Value, Variant
 from wanx.exporter.targets.tensorrt import nodes
-from wanx.exporter.targets.tensorrt.nodes import use_plugins
+from wanx.exporter.targets.tensorrt.nodes import Replaced, plugin_notes, use_plugins
 from wanx.kernels.registry import DOMAIN
 
 BLOCK = """
@@ -107,12 +107,15 @@ def test_nodes_without_a_kernel_keep_their_bodies(monkeypatch: pytest.MonkeyPatc
     model = model_of(narrow)
     replaced = use_plugins(model, {"RMSNormRope"}, [89])
     assert replaced.plugins == {}
-    assert "no power of two" in replaced.unsupported["RMSNormRope"]
+    ((reason, count),) = replaced.unsupported["RMSNormRope"].items()
+    assert "no power of two" in reason
+    assert count == 1
     assert [node.op_type for node in model.graph] == ["RMSNormRope"]
     assert len(model.functions) == 1
     untold = model_of(rope)
     untold.graph.inputs[0].shape = None
-    assert "does not tell" in use_plugins(untold, {"RMSNormRope"}, [89]).unsupported["RMSNormRope"]
+    (reason,) = use_plugins(untold, {"RMSNormRope"}, [89]).unsupported["RMSNormRope"]
+    assert "does not tell" in reason
     assert use_plugins(model_of(rope), set(), [89]).plugins == {}
     with pytest.raises(KeyError, match="no plug-in for Foo"):
         use_plugins(model_of(rope), {"Foo"}, [89])
@@ -149,3 +152,18 @@ def test_one_kernel_is_compiled_for_equal_nodes(monkeypatch: pytest.MonkeyPatch)
     held = node.attributes["code"].value
     assert np.array_equal(held.numpy(), np.frombuffer(b"\x7fELF", np.int8))
     assert '"op":"f"' in node.attributes["description"].value
+
+
+def test_nodes_are_counted_over_all_graphs() -> None:
+    graphs = [
+        Replaced(plugins={"RMSNormRope": 2}, unsupported={"GeluQuantize": {"x is wide": 1}}),
+        Replaced(
+            plugins={"RMSNormRope": 1},
+            unsupported={"GeluQuantize": {"x is wide": 2, "x is int8": 1}, "Other": {"no": 1}},
+        ),
+    ]
+    assert plugin_notes(("RMSNormRope", "GeluQuantize", "AdaLNQuantize"), graphs) == [
+        "plug-in RMSNormRope: takes 3 of 3 nodes",
+        "plug-in GeluQuantize: takes 0 of 4 nodes, not those where x is wide (3); x is int8 (1)",
+        "plug-in AdaLNQuantize: takes 0 of 0 nodes",
+    ]

@@ -53,11 +53,11 @@ from types import SimpleNamespace
 import numpy as np
 from tests.support.plugins import ListeningDriver
 from wanx.exporter.targets.tensorrt.kernels import compile_plugin_kernel
-from wanx.runtime.sessions import tensorrt_launch
+from wanx.runtime.sessions.tensorrt import launch
 case = CASES["gelu, fp8"]
 kernel = compile_plugin_kernel(case.op, case.inputs, case.attributes, [89])
 driver = ListeningDriver(89, [8] * 6)
-tensorrt_launch.cuda_driver = lambda: driver
+launch.cuda_driver = lambda: driver
 fields = trt.PluginFieldCollection([
     trt.PluginField(name, np.frombuffer(data, np.int8), kind)
     for name, data, kind in zip(

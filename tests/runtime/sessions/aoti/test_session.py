@@ -171,7 +171,7 @@ def test_building_again_builds_nothing(
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("compiled again")
 
-    monkeypatch.setattr("wanx.exporter.targets.aoti.build", fail)
+    monkeypatch.setattr("wanx.exporter.targets.aoti.AotiBuilder.build", fail)
     assert wanx.build(copy, target="aoti").manifest == compiled.manifest
 
 

@@ -17,12 +17,13 @@ import pytest
 
 from tests.support.fake_gpu import INVALID, OUT_OF_MEMORY, FakeCuda, FakeTensorRT, engine_file
 from wanx.bundle.engine_schedule import SCHEDULE, EngineSchedule, Program, Step, Weight
-from wanx.commands.display.generation import memory_lines
+from wanx.commands.display.generation import log_lines
 from wanx.errors import UsageError, WanxError
 from wanx.files.safetensors import SafetensorsWriter
 from wanx.runtime.sessions import open_session
 from wanx.runtime.sessions.device import weights
-from wanx.runtime.sessions.device.vram_budget import parse_vram_budget, require_streaming
+from wanx.runtime.sessions.device.vram_budget import parse_vram_budget
+from wanx.runtime.sessions.registry import require_streaming
 from wanx.runtime.sessions.tensorrt.session import TensorRTSession
 
 BLOCKS = 7
@@ -369,7 +370,7 @@ def test_targets_without_streaming() -> None:
 def test_memory_is_said_once_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     log = logging.getLogger("wanx.runtime")
     for quiet, wanted in ((True, ""), (False, "dit: 1\n")):
-        with memory_lines(quiet):
+        with log_lines(quiet, "wanx.runtime"):
             for _ in range(2):
                 log.info("dit: %d", 1)
         log.info("after")

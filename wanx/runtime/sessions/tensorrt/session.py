@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from importlib.util import find_spec
 from typing import Any
 
 from wanx.bundle.engine_schedule import EngineSchedule, read_schedule
@@ -91,7 +90,7 @@ def _require_module(schedule: EngineSchedule, bundle: Bundle) -> Any:
     """Import the TensorRT that built the engines.
 
     Raises:
-        EnvironmentMismatchError: it is not installed, or in another version.
+        EnvironmentMismatchError: it is installed in another version.
     """
     target = bundle.manifest.target
     name, _, version = schedule.compiler.partition(" ")
@@ -99,11 +98,6 @@ def _require_module(schedule: EngineSchedule, bundle: Bundle) -> Any:
         raise CorruptInputError(
             f"the engines of {bundle.root} for {target} were built by {schedule.compiler}; run "
             f"`{_rebuild(bundle)}`"
-        )
-    if find_spec(name) is None:
-        raise EnvironmentMismatchError(
-            f"the engines of {bundle.root} need {name}, which is not installed; pip install "
-            f"'wanx[{target}]'"
         )
     trt = import_tensorrt(name, parses=False)
     if version != trt.__version__:
