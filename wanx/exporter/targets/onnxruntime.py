@@ -41,12 +41,12 @@ def optimize_for_ort(model: ir.Model) -> bool:
         "QuantLinear": _uint8_activations,
         "WeightOnlyLinear": _transposed_product,
     }
-    found = [
+    changed = [
         swap(model, function)
         for name, swap in swaps.items()
         if (function := model.functions.get(("wanx", name, ""))) is not None
     ]
-    return any(found)
+    return any(changed)
 
 
 def _block_by_block(model: ir.Model, function: ir.Function) -> bool:
@@ -65,7 +65,7 @@ def _import_microsoft(model: ir.Model, function: ir.Function) -> None:
 
 
 def _uint8_activations(model: ir.Model, function: ir.Function) -> bool:
-    """Shift int8 activations by 128, and multiply them by one operator, bias included."""
+    """Shift int8 activations by 128 to uint8, and fuse product and bias into one operator."""
     quantizers = [
         node
         for node in model.graph
@@ -97,11 +97,11 @@ def _uint8_activations(model: ir.Model, function: ir.Function) -> bool:
 
 
 def _transposed_product(_: ir.Model, function: ir.Function) -> bool:
-    """Turn x Wᵀ into (W xᵀ)ᵀ, and let the weight wait for x.
+    """Rewrite x Wᵀ as (W xᵀ)ᵀ, with a fake dependency of W's scale on x.
 
-    Otherwise ONNX Runtime widens the weights of many layers before it multiplies by the first. So
-    their scale is reshaped to -1, which it is already, found as the lesser of -1 and the length of
-    x.
+    So ONNX Runtime dequantises a weight only when its layer runs; otherwise it widens the weights
+    of many layers before it multiplies by the first. The scale is reshaped to -1, which it is
+    already, computed as the lesser of -1 and the length of x.
     """
     (product,) = (node for node in function if node.op_type == "MatMul")
     x, turned = product.inputs

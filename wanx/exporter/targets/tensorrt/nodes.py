@@ -32,11 +32,11 @@ _PARTS = ("QuantLinear", "GeluQuantize")
 
 @dataclass(frozen=True, kw_only=True)
 class Replaced:
-    """What became of the nodes.
+    """Counts of the nodes of a graph, by type.
 
     Attributes:
-        plugins: how many nodes of each type are plug-ins now.
-        unsupported: why nodes of a type keep their bodies, by type.
+        plugins: nodes that are plug-ins now.
+        unsupported: nodes that keep their bodies, by the reason.
     """
 
     plugins: dict[str, int]

@@ -45,6 +45,6 @@ class Staging:
 
 
 def read(tensor: DeviceTensor, buffer: PooledBuffer) -> Array:
-    """What was fetched, as float32 in memory of its own."""
+    """Convert what was fetched to float32, in memory of its own."""
     stored = host_view(buffer.address, tensor.nbytes).view(NUMPY[tensor.dtype])
     return as_float32(stored, tensor.dtype).reshape(tensor.shape)
