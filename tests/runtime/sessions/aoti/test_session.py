@@ -225,7 +225,7 @@ def test_a_plan_that_wants_other_weights(compiled: Bundle, tmp_path: Path) -> No
 
 
 def test_without_pytorch(compiled: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wanx.runtime.sessions.find_spec", lambda _: None)
+    monkeypatch.setattr("wanx.runtime.sessions.registry.find_spec", lambda _: None)
     with pytest.raises(EnvironmentMismatchError, match=r"pip install 'wanx\[export\]'"):
         open_session(compiled, "dit")
 

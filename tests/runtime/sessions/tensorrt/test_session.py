@@ -560,7 +560,7 @@ def test_rtx_is_told_for_which_gpu(bundle: Any, cuda: FakeCuda, trt: FakeTensorR
 
 
 def test_without_tensorrt(bundle: Any, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wanx.runtime.sessions.tensorrt.session.find_spec", lambda _: None)
+    monkeypatch.setattr("wanx.runtime.sessions.registry.find_spec", lambda _: None)
     with pytest.raises(EnvironmentMismatchError, match=r"pip install 'wanx\[tensorrt\]'"):
         open_dit(bundle)
 
