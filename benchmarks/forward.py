@@ -72,7 +72,7 @@ def export(sources: dict[str, SafetensorsTensor], folder: Path) -> Path:
     graph = trace(dit_spec(CONFIG))
     refs = {n: read_header(source.file).entries[n] for n, source in sources.items()}
     attach(graph, refs, folder)
-    target.specialise(graph)
+    target.optimize_for_ort(graph)
     save_graph(graph, folder / "dit.onnx")
     return folder / "dit.onnx"
 
@@ -103,7 +103,7 @@ def export_int8(
             writer.write(value.float().contiguous().numpy().tobytes())
     graph = trace(quantized_spec(dit_spec(CONFIG), recipe))
     attach(graph, refs | writer.header.entries, folder)
-    target.specialise(graph)
+    target.optimize_for_ort(graph)
     save_graph(graph, folder / "int8.onnx")
     return folder / "int8.onnx"
 

@@ -39,7 +39,7 @@ from benchmarks.gpu.subjects import (
     plain,
 )
 from wanx.benchmarks.speed.roofline.gpu_peaks import BF16
-from wanx.bundle.engine_schedule import PLAN
+from wanx.bundle.engine_schedule import SCHEDULE
 from wanx.config.models import DiTConfig
 from wanx.exporter.components import dit_spec
 from wanx.exporter.quantization.quantized_spec import quantized_spec
@@ -89,7 +89,7 @@ class Setup:
             spec, weights = quantized_spec(spec, recipe), quantised(weights, recipe)
         folder = bench.folder / f"{self.model.name}-{precision}"
         name = f"{OURS} {precision}"
-        if (folder / PLAN).exists():
+        if (folder / SCHEDULE).exists():
             self.add(name, Compiled(folder, weights, self.size.blocks), weights, compiled=True)
         else:
             reason = why_not(folder)

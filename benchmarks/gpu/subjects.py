@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from benchmarks.gpu.plain_dit import BlockCall, PlainDiT
 from benchmarks.gpu.random_dit import Weights
-from wanx.bundle.engine_schedule import PLAN, Plan, Step, Weight, read_plan
+from wanx.bundle.engine_schedule import SCHEDULE, EngineSchedule, Step, Weight, read_schedule
 from wanx.checkpoints.key_maps import DIT
 from wanx.config.models import DiTConfig
 from wanx.exporter.components import ComponentSpec
 from wanx.exporter.partition.partition import cut
 from wanx.exporter.partition.segments import Cut, Segment
-from wanx.runtime.sessions.aoti.engine import TYPES, Engine
+from wanx.runtime.sessions.aoti.engine import TYPES, ScheduleRunner
 
 # From the inputs of a branch and a number of blocks to the velocity, and the stream before the head
 # where that can be had. Blocks beyond those that there are weights of run the same ones again.
@@ -46,15 +46,15 @@ class Compiled:
     def __init__(self, folder: Path, weights: Weights, held: int) -> None:
         """Take the programs in ``folder``, and weights of ``held`` blocks by a bundle's names."""
         self._folder, self._weights, self._held = folder, weights, held
-        self._plan = read_plan(folder / PLAN)
+        self._schedule = read_schedule(folder / SCHEDULE)
         self._packed: dict[tuple[str, Weight], Tensor] = {}
-        self._engines: dict[int, Engine] = {}
+        self._engines: dict[int, ScheduleRunner] = {}
 
     def __call__(self, values: Weights, count: int) -> tuple[Tensor, Tensor]:
         """Run it."""
         if count not in self._engines:
-            plan = with_blocks(self._plan, count, self._held)
-            self._engines[count] = Engine(plan, self._folder, OUTPUTS, self._weight)
+            schedule = with_blocks(self._schedule, count, self._held)
+            self._engines[count] = ScheduleRunner(schedule, self._folder, OUTPUTS, self._weight)
         made = self._engines[count].run(values)
         return made["velocity"], made["x"]
 
@@ -67,13 +67,13 @@ class Compiled:
         return self._packed[key]
 
 
-def with_blocks(plan: Plan, count: int, held: int) -> Plan:
-    """The plan with ``count`` blocks, whose weights are those of ``held`` in turn."""
-    first, block, *_, last = plan.steps
+def with_blocks(schedule: EngineSchedule, count: int, held: int) -> EngineSchedule:
+    """The schedule with ``count`` blocks, whose weights are those of ``held`` in turn."""
+    first, block, *_, last = schedule.steps
     repeated = (
         block.model_copy(update={"prefix": f"blocks.{index % held}."}) for index in range(count)
     )
-    return plan.model_copy(update={"steps": (first, *repeated, last)})
+    return schedule.model_copy(update={"steps": (first, *repeated, last)})
 
 
 class Uncompiled:

@@ -298,7 +298,7 @@ def test_running_out_of_memory_names_the_component(tmp_path: Path, megabytes: in
     program = (
         "import re, resource, sys\n"
         "from wanx.cli import main\n"
-        "from wanx.export import exporter\n"
+        "import wanx.exporter.export as exporter\n"
         "trace = exporter.trace\n"
         "def limited(spec):\n"
         "    if spec.name == 'dit':\n"

@@ -221,7 +221,7 @@ def build(
         model = trace_once(quantized_spec(spec, traced or recipe))
         attach(model, written, folder)
         save_graph(model, folder / "dit.onnx")
-        target.specialise(model)
+        target.optimize_for_ort(model)
         save_graph(model, folder / "engine.onnx")
     return Built(folder=folder, recipe=recipe, spec=spec, sources=original, written=written)
 

@@ -1,4 +1,4 @@
-"""Record of the compiled engines that were built on this machine.
+"""Notes of the compiled engines that were built on this machine.
 
 A compiled engine is a program: loading one runs whatever is in it, which no hash in its own bundle
 can vouch for. So building leaves a note in the user's cache folder, and engines without one are not
@@ -22,7 +22,7 @@ TRUST = "WANX_TRUST_ENGINES"
 
 
 def note_built(engine: str, files: Mapping[str, FileRecord]) -> None:
-    """Remember that the engine whose plan is ``engine`` was built here, with these files."""
+    """Remember that the engine whose schedule is ``engine`` was built here, with these files."""
     note = _note(engine, files)
     if note is not None:
         note.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def require_trusted(bundle: Bundle, component: str, target: str) -> None:
 
 
 def _note(engine: str, files: Mapping[str, FileRecord]) -> Path | None:
-    """Path of an engine's note, whose name stands for every byte in the engine's folder."""
+    """Path of an engine's note; its name is a digest of every byte in the engine's folder."""
     cache = platformdirs.user_cache_path("wanx", appauthor=False)
     if not cache.is_absolute():  # there is no home folder
         return None

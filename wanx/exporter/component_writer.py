@@ -24,7 +24,7 @@ def write_graphs(
     save_graph(model, folder / "graphs" / f"{spec.name}.onnx")
     nodes = len(model.graph)
     engines = {}
-    if onnxruntime.specialise(model):
+    if onnxruntime.optimize_for_ort(model):
         path = folder / "engines" / onnxruntime.ENGINE / f"{spec.name}.onnx"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_graph(model, path)

@@ -37,6 +37,7 @@ from wanx.exporter.quantization.choose_recipe import choose_recipe
 from wanx.exporter.quantization.quantized_spec import quantized_spec
 from wanx.exporter.quantization.recipe import Recipe, text_recipe
 from wanx.exporter.source import open_source
+from wanx.exporter.targets.registry import parse_target
 from wanx.exporter.weights import WrittenWeights, combined_sha256, write_weights
 from wanx.progress import Progress, byte_counter, silent
 from wanx.version import __version__
@@ -132,10 +133,11 @@ def _build(resolved: ResolvedExport, folder: Path, progress: Progress) -> None:
         (folder / GOLDEN).parent.mkdir()
         write_golden(golden, folder / GOLDEN)
     plain = build.bundle()
-    manifest = with_engines(folder, plain.manifest, options.target, folder, progress)
+    target = parse_target(options.target)
+    manifest = with_engines(folder, plain.manifest, target, specs, folder, progress)
     if options.gate:
         # Engines for a GPU that is not here cannot run; their numbers can, on the processor.
-        runs = manifest.target == "aoti" or torch.cuda.is_available()
+        runs = not target.may_be_elsewhere or torch.cuda.is_available()
         built = replace(plain, manifest=manifest) if runs else plain
         require_golden(check_golden(built, progress=progress), Gates())
     write_manifest(folder, manifest)

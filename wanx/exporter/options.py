@@ -9,10 +9,10 @@ from typing import Literal, get_args
 from wanx.checkpoints.checkpoint import Checkpoint
 from wanx.config.models import ModelConfig, Task
 from wanx.errors import UsageError
-from wanx.exporter.build import require_target
 from wanx.exporter.calibration.options import CalibrationOptions, golden_only, planned_runs
 from wanx.exporter.quantization.recipe import dit_candidates, require_matches, text_recipe
 from wanx.exporter.quantization.scheme import SCHEMES, QuantizeOptions, Scheme
+from wanx.exporter.targets.registry import parse_target
 from wanx.runtime.options import ResolvedRun
 
 Precision = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
@@ -61,7 +61,7 @@ class ExportOptions:
             raise UsageError(
                 f"--precision {self.precision} is not available; choose {', '.join(known)}"
             )
-        require_target(self.target)
+        parse_target(self.target)
         if self.gate and not self.calibration.golden_steps:
             raise UsageError("--gate runs the golden steps, and --golden-steps 0 makes none")
         if self.precision in SCHEMES:

@@ -27,7 +27,7 @@ from wanx.runtime.output.frame_checks import FrameCheck
 from wanx.runtime.output.video import VideoWriter
 from wanx.runtime.resolve import resolve
 from wanx.runtime.run_parts import EncodedRun, RunParts, prompts_by_branch
-from wanx.runtime.sessions.device.vram_budget import require_streaming
+from wanx.runtime.sessions.registry import require_streaming
 from wanx.runtime.stages import Stage, StageTimer
 
 Float32 = NDArray[np.float32]

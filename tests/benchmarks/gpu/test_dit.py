@@ -133,7 +133,7 @@ def test_programs_run_any_number_of_blocks(bench: Bench, monkeypatch: pytest.Mon
     fake_programs(monkeypatch, spec)
     # Of one block, as the benchmark compiles it.
     alone = quantized_spec(dit_spec(shallow(CONFIG, 1)), recipe_of(shallow(CONFIG, 1), True))
-    plan = aoti.build(alone, torch.float32, bench.folder / "fp8")
+    plan = aoti.AotiBuilder().build("dit", cut(alone, torch.float32), bench.folder / "fp8")
     assert [s.program for s in with_blocks(plan, 5, 3).steps] == [
         *("embed", *["block"] * 5, "head"),
     ]

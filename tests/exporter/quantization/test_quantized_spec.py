@@ -33,7 +33,7 @@ from wanx.exporter.quantization.quantize import scale_tensors
 from wanx.exporter.quantization.quantized_spec import quantize_module, quantized_spec
 from wanx.exporter.quantization.recipe import Recipe, shared_input, text_recipe
 from wanx.exporter.quantization.scheme import QuantizeOptions
-from wanx.exporter.targets.onnxruntime import specialise
+from wanx.exporter.targets.onnxruntime import optimize_for_ort
 from wanx.files.safetensors import SafetensorsWriter
 from wanx.models.dit.model import WanDiT
 from wanx.models.quantized import QuantEmbedding, QuantLinear, WeightOnlyLinear, quantize_weight
@@ -203,7 +203,7 @@ def test_a_text_encoder(tmp_path: Path) -> None:
     model = trace_once(spec)
     attach(model, writer.header.entries, tmp_path)
     save_graph(model, tmp_path / "portable.onnx")
-    assert specialise(model)
+    assert optimize_for_ort(model)
     save_graph(model, tmp_path / "engine.onnx")
     for graph in ("portable.onnx", "engine.onnx"):
         options = session_options(tmp_path, threads=1)

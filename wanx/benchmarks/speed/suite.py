@@ -20,11 +20,10 @@ from wanx.progress import Progress, Unit, silent
 from wanx.runtime.inputs.reading import read_inputs
 from wanx.runtime.options import RunOptions
 from wanx.runtime.resolve import resolve
+from wanx.runtime.sessions.registry import BACKENDS
 from wanx.runtime.sizes import latent_shape
 from wanx.runtime.tokens import token_grid
 
-# A shape runs twice before it is recorded on a GPU, and is recorded the third time.
-WARM_UP = {"cpu": 1, "aoti": 3, "rtx": 3, "tensorrt": 3}
 _PROMPT = "a cat surfing on a wave at sunset, film grain"
 
 
@@ -96,7 +95,7 @@ def prepare(bundles: Sequence[Bundle], options: BenchOptions, command: str) -> S
     subjects += [Subject.of(bundles[0], peer, peer) for peer in options.peers]
     runs = _runs(bundles[0].manifest.config, options)
     cases = tuple(_case(run, bundles[0].manifest.config) for run in runs)
-    needed = max(WARM_UP[subject.target] for subject in subjects)
+    needed = max(BACKENDS[subject.target].warm_up_runs for subject in subjects)
     warm_up = needed if options.warm_up is None else options.warm_up
     least = min(case.steps for case in cases)
     if options.warm_up is None:

@@ -96,9 +96,9 @@ class _Lines(logging.Handler):
 
 
 @contextmanager
-def memory_lines(quiet: bool) -> Iterator[None]:
-    """Show what the runtime says of the GPU's memory before it computes."""
-    logger = logging.getLogger("wanx.runtime")
+def log_lines(quiet: bool, name: str) -> Iterator[None]:
+    """Show the messages of a logger on stderr; with ``quiet`` only warnings."""
+    logger = logging.getLogger(name)
     handler, level = _Lines(), logger.level
     if quiet:
         yield

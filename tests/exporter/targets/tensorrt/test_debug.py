@@ -26,7 +26,7 @@ from wanx.errors import UsageError
 from wanx.exporter.components import dit_spec
 from wanx.exporter.partition.partition import cut
 from wanx.exporter.partition.stateless import Functional
-from wanx.exporter.targets.tensorrt.comparable import comparable
+from wanx.exporter.targets.tensorrt.comparable import with_layer_outputs
 from wanx.exporter.targets.tensorrt.debug import INPUTS, REFERENCE, commands, write_step
 from wanx.exporter.targets.tensorrt.graph import segment_graph
 from wanx.exporter.targets.tensorrt.target import count_layers
@@ -164,7 +164,7 @@ def debug_graph(
     }
     weights = tensors_of(segment, values[count:])
     batched = ["x", "modulation", "text"]
-    graph = comparable(segment_graph(segment, parts.axes), weights, inputs, batched)
+    graph = with_layer_outputs(segment_graph(segment, parts.axes), weights, inputs, batched)
     return graph, inputs, wanted.numpy()
 
 

@@ -26,6 +26,7 @@ from wanx.runtime.sampling.guidance import branches
 from wanx.runtime.sessions import open_session
 from wanx.runtime.sessions.base import State
 from wanx.runtime.sessions.engine_session import EngineSession
+from wanx.runtime.sessions.registry import BACKENDS
 from wanx.runtime.sizes import latent_shape
 from wanx.runtime.text import PromptTokenizer, clean_prompt
 from wanx.runtime.tokens import token_grid
@@ -90,11 +91,11 @@ def with_rooflines(
     for done, (subject, case) in enumerate(todo):
         progress("roofline", done, len(todo), "steps")
         bundle, label = suite.bundles[subject], results.subjects[subject].label
-        on_processor = bundle.manifest.target == "cpu"
-        if on_processor not in measured:
+        on_gpu = BACKENDS[bundle.manifest.target].uses_gpu
+        if on_gpu not in measured:
             threads = results.settings.threads
-            measured[on_processor] = processor_ceilings(threads) if on_processor else gpu_ceilings()
-        ceilings = measured[on_processor]
+            measured[on_gpu] = gpu_ceilings() if on_gpu else processor_ceilings(threads)
+        ceilings = measured[on_gpu]
         if ceilings is None:
             note = f"{label}: no roofline, since the GPU's limits are measured with PyTorch"
             results = replace(results, notes=(*results.notes, note))
@@ -119,7 +120,7 @@ def _roofline(
 ) -> Roofline:
     costs = component_cost(bundle.graph_path(work.component), work.sizes)
     threads, profile = results.settings.threads, None
-    if bundle.manifest.target == "cpu":
+    if not BACKENDS[bundle.manifest.target].uses_gpu:
         wanted = bundle.manifest.components[work.component].inputs
         held = {name: value for name, value in (work.state or {}).items() if name in wanted}
         profile = profile_component(bundle, work.component, work.feeds | held, threads=threads)

@@ -133,8 +133,8 @@ def Attention(q, k, v, num_heads: int, scale: float):  # type: ignore[no-untyped
 
 # There is no fused attention in fp32, nor for a head as wide as that of the VAE, and the operator
 # is refused rather than taken apart.
-UNFUSED: dict[str, OnnxFunction[..., Any]] = {Attention.name: Attention}
-FORMS: dict[str, OnnxFunction[..., Any]] = {
+DECOMPOSED: dict[str, OnnxFunction[..., Any]] = {Attention.name: Attention}
+FUNCTION_BODIES: dict[str, OnnxFunction[..., Any]] = {
     function.name: function
     for function in (
         QuantLinear,

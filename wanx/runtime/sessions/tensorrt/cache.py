@@ -1,4 +1,4 @@
-"""What TensorRT-RTX compiles for an engine while it runs, kept in the user's cache folder."""
+"""Runtime cache of TensorRT-RTX's just-in-time kernels, in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class RuntimeCache:
     """
 
     def __init__(self, config: Any, engine: Path, version: str, sm: str) -> None:
-        """Fill the cache of a runtime configuration with what an earlier run left."""
+        """Load the cache that an earlier run saved into a runtime configuration."""
         self._cache = config.create_runtime_cache()
         self._file = _file(engine, version, sm)
         self._known = b""
@@ -32,16 +32,16 @@ class RuntimeCache:
         config.set_runtime_cache(self._cache)
 
     def write(self) -> None:
-        """Keep what was added, whole or not at all."""
-        made = self._cache.serialize()
-        if made is None or self._file is None or bytes(made) == self._known:
+        """Save what was added, whole or not at all."""
+        content = self._cache.serialize()
+        if content is None or self._file is None or bytes(content) == self._known:
             return
         with suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
             descriptor, fresh = tempfile.mkstemp(dir=self._file.parent)
             try:
                 with os.fdopen(descriptor, "wb") as file:
-                    file.write(made)
+                    file.write(content)
                 Path(fresh).replace(self._file)
             except BaseException:
                 Path(fresh).unlink(missing_ok=True)

@@ -15,16 +15,13 @@ import torch
 from wanx.config.models import PRESETS
 from wanx.errors import UsageError, WanxError
 from wanx.exporter.components import dit_spec
-from wanx.exporter.targets.tensorrt import target
-from wanx.exporter.targets.tensorrt.flavour import Flavour
+from wanx.exporter.partition.partition import cut
+from wanx.exporter.targets.options import DEFAULT_OPTIONS, BuilderOptions, parse_workspace
+from wanx.exporter.targets.tensorrt.gpus import TensorRTTarget
 from wanx.exporter.targets.tensorrt.ranges import ranges
-from wanx.exporter.targets.tensorrt.tuning import (
-    BY_ITSELF,
-    TimingCache,
-    Tuning,
-    apply_tuning,
-    parse_tuning,
-)
+from wanx.exporter.targets.tensorrt.target import TensorRTBuilder
+from wanx.exporter.targets.tensorrt.timing_cache import TimingCache
+from wanx.exporter.targets.tensorrt.worker import apply_options
 from wanx.runtime.sessions.tensorrt.library import import_tensorrt
 
 needs_rtx = pytest.mark.skipif(
@@ -37,7 +34,7 @@ needs_rtx = pytest.mark.skipif(
     [("4G", 4 << 30), ("512M", 512 << 20), ("64k", 64 << 10), ("2048", 2048 << 20)],
 )
 def test_sizes_are_read_as_trtexec_reads_them(workspace: str, size: int) -> None:
-    assert parse_tuning(workspace, 3) == Tuning(workspace=size, opt_level=3)
+    assert parse_workspace(workspace) == size
 
 
 @pytest.mark.parametrize(
@@ -53,34 +50,42 @@ def test_sizes_are_read_as_trtexec_reads_them(workspace: str, size: int) -> None
 )
 def test_what_is_no_option(workspace: str | None, level: int | None, text: str) -> None:
     with pytest.raises(UsageError, match=text):
-        parse_tuning(workspace, level)
+        BuilderOptions(workspace=parse_workspace(workspace), opt_level=level)
 
 
 def test_builds_with_other_options_are_told_apart() -> None:
-    found = {str(parse_tuning(w, o)) for w in (None, "1G", "2G") for o in (None, 0, 5)}
-    assert len(found) == 9
-    assert str(BY_ITSELF) == ""
+    keys = {
+        BuilderOptions(workspace=parse_workspace(w), opt_level=o).builder_key
+        for w in (None, "1G", "2G")
+        for o in (None, 0, 5)
+    }
+    assert len(keys) == 9
+    assert DEFAULT_OPTIONS.builder_key == ""
 
 
 @needs_rtx
 def test_options_reach_the_builder() -> None:
     trt = import_tensorrt("tensorrt_rtx")
     config = trt.Builder(trt.Logger(trt.Logger.ERROR)).create_builder_config()
-    apply_tuning(trt, config, Tuning(workspace=1 << 28, opt_level=1))
+    apply_options(trt, config, BuilderOptions(workspace=1 << 28, opt_level=1))
     assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 1 << 28
     assert config.builder_optimization_level == 1
     with pytest.raises(WanxError, match="has no levels of optimisation; leave --opt-level out"):
-        apply_tuning(trt, SimpleNamespace(), Tuning(opt_level=1))
+        apply_options(trt, SimpleNamespace(), BuilderOptions(opt_level=1))
+
+
+def builder(**options: int) -> TensorRTBuilder:
+    return TensorRTBuilder(
+        target=TensorRTTarget(name="rtx", sms=(89,)), ranges=ranges(PRESETS["tiny"]),
+        options=BuilderOptions(**options),
+    )  # fmt: skip
 
 
 @needs_rtx
 def test_a_build_tells_how_far_it_is(tmp_path: Path) -> None:
     told: list[float] = []
-    target.build(
-        dit_spec(PRESETS["tiny"].dit), torch.bfloat16, Flavour(target="rtx", sms=(89,)),
-        ranges(PRESETS["tiny"]), tmp_path / "engines", tuning=Tuning(workspace=1 << 28),
-        tell=told.append,
-    )  # fmt: skip
+    parts = cut(dit_spec(PRESETS["tiny"].dit), torch.bfloat16)
+    builder(workspace=1 << 28).build("dit", parts, tmp_path / "engines", told.append)
     assert len(told) > 20
     assert told == sorted(told)
     assert 0 < told[0] < 0.1 < 0.9 < told[-1] <= 1
@@ -94,13 +99,11 @@ def test_a_build_that_is_stopped_leaves_no_process(tmp_path: Path) -> None:
 
     def workers() -> list[Any]:
         mine = psutil.Process(os.getpid()).children()
-        return [child for child in mine if "tensorrt_worker" in " ".join(child.cmdline())]
+        return [child for child in mine if "tensorrt.worker" in " ".join(child.cmdline())]
 
+    parts = cut(dit_spec(PRESETS["tiny"].dit), torch.bfloat16)
     with pytest.raises(KeyboardInterrupt):
-        target.build(
-            dit_spec(PRESETS["tiny"].dit), torch.bfloat16, Flavour(target="rtx", sms=(89,)),
-            ranges(PRESETS["tiny"]), tmp_path / "engines", tell=stop,
-        )  # fmt: skip
+        builder().build("dit", parts, tmp_path / "engines", stop)
     assert not workers()
 
 
