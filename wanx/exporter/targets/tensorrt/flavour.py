@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from wanx.bundle.manifest import Component
+from wanx.config.number_formats import FP8
 from wanx.errors import UsageError
 from wanx.exporter.targets.tensorrt.ops import OPS
 from wanx.runtime.sessions.tensorrt.library import MODULES, RTX_SMS, import_tensorrt
 
-FP8_SM, BF16_SM = 89, 80
+FP8_SM, BF16_SM = FP8.oldest_sm, 80
 NEWER = "sm80+"  # what full TensorRT calls its hardware compatibility level AMPERE_PLUS
 
 

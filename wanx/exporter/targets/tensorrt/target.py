@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from wanx.bundle.engine_schedule import PLAN, Plan, Program
+from wanx.config.number_formats import QUANTIZED
 from wanx.errors import WanxError
 from wanx.exporter.components import ComponentSpec
 from wanx.exporter.partition.partition import cut
@@ -35,6 +36,7 @@ from wanx.exporter.targets.tensorrt.ranges import Range
 from wanx.exporter.targets.tensorrt.tuning import BY_ITSELF, Tuning
 from wanx.exporter.targets.tensorrt.worker import DISK_FULL, REQUEST
 from wanx.interruption import undone_by_interrupt
+from wanx.kernels.number_formats import FORMATS
 from wanx.models.quantized import DynamicQuantLinear, QuantAttend, QuantLinear
 from wanx.runtime.sessions.tensorrt.library import MODULES
 
@@ -197,8 +199,9 @@ def require_layers(segment: Segment, layers: Mapping[str, int]) -> None:
             "at once; export with --attention high"
         )
     layers_8bit = [module for module in modules if isinstance(module, _EIGHT_BIT)]
-    for dtype, called in ((torch.float8_e4m3fn, "FP8"), (torch.int8, "Int8")):
-        wanted = sum(layer.weight.dtype == dtype for layer in layers_8bit)
+    for row in QUANTIZED:
+        called = row.tensorrt_layer
+        wanted = sum(FORMATS[layer.weight.dtype] == row for layer in layers_8bit)
         built = layers.get(f"gemm {called}", 0)
         if built < wanted:
             raise WanxError(
