@@ -25,6 +25,7 @@ from wanx.checkpoints import key_maps
 from wanx.checkpoints.tensor_source import SafetensorsTensor
 from wanx.checkpoints.weights import ComponentWeights
 from wanx.config.models import DiTConfig
+from wanx.config.number_formats import BY_SAFETENSORS
 from wanx.exporter.calibration.blockwise_dit import StreamedDiT
 from wanx.exporter.calibration.calibrate import watching
 from wanx.exporter.calibration.observers import Observers, input_scale
@@ -37,7 +38,7 @@ from wanx.exporter.quantization.quantized_spec import quantized_spec
 from wanx.exporter.quantization.recipe import Recipe, dit_candidates, shared_input
 from wanx.exporter.quantization.scheme import SCHEMES, QuantizeOptions
 from wanx.exporter.targets import onnxruntime as target
-from wanx.files.safetensors import DTYPE_BYTES, SafetensorsWriter, read_header
+from wanx.files.safetensors import SafetensorsWriter, read_header
 from wanx.runtime.sessions.onnxruntime import create_session
 from wanx.runtime.tokens import patchify, rope_tables, unpatchify
 
@@ -89,7 +90,7 @@ def export_int8(
     recipe = Recipe(scheme=SCHEMES["int8"], layers=scales)
     weights = ComponentWeights(component="dit", tensors=dict(sources), files=())
     tensors = quantize_weights(weights, recipe)
-    rows = sorted(tensors.items(), key=lambda row: -DTYPE_BYTES[row[1].dtype])
+    rows = sorted(tensors.items(), key=lambda row: -BY_SAFETENSORS[row[1].dtype].bits)
     header = [(name, source.dtype, source.shape) for name, source in rows]
     with SafetensorsWriter(folder / "int8.safetensors", header) as writer:
         for _, source in rows:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.plain_dit import Attend, PlainDiT
 from wanx.config.models import DiTConfig
+from wanx.config.number_formats import FP8
 from wanx.exporter.quantization.recipe import Recipe, dit_candidates, shared_input
 from wanx.exporter.quantization.scheme import SCHEMES, QuantizeOptions
 from wanx.models.dit.model import WanDiT
-from wanx.models.quantized import LARGEST, quantize_weight
+from wanx.models.quantized import quantize_weight
 from wanx.runtime.tokens import Triple, rope_tables
 
 Weights = dict[str, Tensor]
@@ -73,7 +74,7 @@ def recipe_of(
         amax: the largest magnitude of each layer's input; without it scales are 1.
     """
     layers, _ = dit_candidates(config, QuantizeOptions())
-    largest = LARGEST[torch.float8_e4m3fn]
+    largest = FP8.largest
 
     def scale(name: str) -> float:
         return 1.0 if amax is None else amax[name] / largest

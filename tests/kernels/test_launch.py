@@ -169,7 +169,8 @@ def test_everything_imports_and_runs_without_triton() -> None:
 import sys
 sys.modules["triton"] = None
 import torch
-from wanx.kernels import aot_compile, attention, gelu_quantize, residual_adaln, rms_norm_rope_quantize
+from wanx.kernels import aot_compile, gelu_quantize, residual_adaln, rms_norm_rope_quantize
+from wanx.kernels.attention import op
 x = torch.ones(1, 3, 16)
 print(residual_adaln.residual_adaln(x, x, x[:, :1], x[:, :1], x[:, :1], eps=1e-6)[0].sum().item())
 print(gelu_quantize.gelu_quantize(x, torch.tensor(0.1), torch.int8).sum().item())

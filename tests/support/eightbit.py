@@ -16,6 +16,7 @@ from tests.support.peers import randomise
 from wanx.checkpoints.tensor_source import SafetensorsTensor, TensorSource
 from wanx.checkpoints.weights import ComponentWeights
 from wanx.config.models import DiTConfig
+from wanx.config.number_formats import BY_SAFETENSORS
 from wanx.exporter.component_writer import save_graph
 from wanx.exporter.components import ComponentSpec, dit_spec
 from wanx.exporter.graph.attach import attach
@@ -25,7 +26,7 @@ from wanx.exporter.quantization.quantized_spec import quantized_spec
 from wanx.exporter.quantization.recipe import Recipe, dit_candidates, shared_input, smoothing_of
 from wanx.exporter.quantization.scheme import SCHEMES, QuantizeOptions
 from wanx.exporter.targets import onnxruntime as target
-from wanx.files.safetensors import DTYPE_BYTES, SafetensorsWriter, TensorRef
+from wanx.files.safetensors import SafetensorsWriter, TensorRef
 from wanx.models.dit.model import WanDiT
 from wanx.runtime.sessions.onnxruntime import create_session
 
@@ -209,7 +210,7 @@ def build(
     tensors |= scale_tensors(sources, recipe)
     if change is not None:
         change(tensors)
-    rows = sorted(tensors.items(), key=lambda row: -DTYPE_BYTES[_stored(row[1])])
+    rows = sorted(tensors.items(), key=lambda row: -BY_SAFETENSORS[_stored(row[1])].bits)
     header = [(n, _stored(t), tuple(t.shape)) for n, t in rows]
     with SafetensorsWriter(folder / "dit.safetensors", header) as writer:
         for _, tensor in rows:

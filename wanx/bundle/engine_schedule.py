@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from wanx.bundle.manifest import Count, Text
+from wanx.config.number_formats import GRAPH_INPUTS, WEIGHTS, one_of
 from wanx.errors import CorruptInputError
 from wanx.files.input_file import open_input
 
@@ -29,8 +30,10 @@ MAX_BYTES = 8 << 20
 Name = Annotated[str, StringConstraints(pattern="^[A-Za-z0-9_.]{1,128}$")]
 FileName = Annotated[str, StringConstraints(pattern="^[A-Za-z0-9_-]{1,64}[.](pt2|engine)$")]
 Size = Annotated[int, Field(ge=0, le=1 << 31)]
-StoredType = Literal["F32", "BF16", "F16", "I8", "F8_E4M3"]
-InputType = StoredType | Literal["I64"]
+StoredType = Annotated[str, StringConstraints(pattern=one_of(row.safetensors for row in WEIGHTS))]
+InputType = Annotated[
+    str, StringConstraints(pattern=one_of(row.safetensors for row in GRAPH_INPUTS))
+]
 
 
 class _Record(BaseModel):

@@ -24,6 +24,7 @@ from pydantic import (
 
 from wanx.config.limits import bounded_config
 from wanx.config.models import ModelConfig, RunDefaults, Task
+from wanx.config.number_formats import QUANTIZED, WEIGHTS, one_of
 from wanx.errors import CorruptInputError, EnvironmentMismatchError
 from wanx.files.input_file import parse_json_object
 
@@ -56,6 +57,10 @@ Name = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_.:-]{0,63}$")]
 Text = Annotated[str, BeforeValidator(_printable_text), StringConstraints(max_length=4096)]
 Count = Annotated[int, Field(ge=0, le=1 << 31)]
 Scale = Annotated[float, Field(gt=0, le=1e30)]
+Precision = Annotated[str, StringConstraints(pattern=one_of(row.name for row in WEIGHTS))]
+Scheme = Annotated[
+    str, StringConstraints(pattern=one_of([*(row.name for row in QUANTIZED), "int8-weight"]))
+]
 Decibel = Annotated[float, Field(ge=-1000, le=1000)]
 
 
@@ -89,7 +94,7 @@ class Quantization(_Record):
     forward, by operator.
     """
 
-    scheme: Literal["int8", "fp8", "int8-weight"]
+    scheme: Scheme
     weight_scale: Literal["channel", "tensor"]
     activation_scale: Literal["static", "dynamic", "none"]
     smooth: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -133,7 +138,7 @@ class Manifest(_Record):
     schema_version: Annotated[int, Field(ge=1, le=SCHEMA_VERSION)] = SCHEMA_VERSION
     wanx_version: Text
     config: Annotated[ModelConfig, AfterValidator(bounded_config)]
-    precision: Literal["fp32", "bf16", "fp16", "int8", "fp8"]
+    precision: Precision
     target: Name
     components: dict[Name, Component]
     provenance: Provenance

@@ -16,6 +16,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from pydantic import model_validator as checked
 
+from wanx.config.number_formats import KERNEL_TENSORS, one_of
 from wanx.errors import CorruptInputError, EnvironmentMismatchError, WanxError
 
 MAX_DESCRIPTION = 1 << 18
@@ -31,7 +32,7 @@ Number = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
 Size = Annotated[int, Field(ge=0, lt=LARGEST)]
 Token = Number | Axis | Literal["+", "*", "//"]
 Expression = Annotated[tuple[Token, ...], Field(min_length=1, max_length=32)]
-ElementType = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int32"]
+ElementType = Annotated[str, StringConstraints(pattern=one_of(row.name for row in KERNEL_TENSORS))]
 
 
 class _Record(BaseModel):

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from wanx.checkpoints.floats import Chunk, convert_chunk, has_nonfinite
 from wanx.errors import CorruptInputError, UsageError
+from wanx.files.floats import Chunk, convert_chunk, has_nonfinite
 from wanx.files.input_file import open_input
 from wanx.files.safetensors import TensorRef
 

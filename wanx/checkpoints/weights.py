@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from wanx.checkpoints.floats import FLOAT_TYPES
 from wanx.checkpoints.pickle_file import read_pickle
 from wanx.checkpoints.tensor_source import SafetensorsTensor, TensorSource
 from wanx.errors import CorruptInputError, UsageError
+from wanx.files.floats import FLOATS
 from wanx.files.input_file import read_json_object
 from wanx.files.safetensors import read_header
 
@@ -77,7 +77,7 @@ def check_tensors(
             shape = (shape[0], math.prod(shape[1:]))
         if shape != wanted:
             problems.append(f"{source.name} has shape {list(shape)} instead of {list(wanted)}")
-        if source.dtype not in FLOAT_TYPES:
+        if source.dtype not in FLOATS:
             problems.append(f"{source.name} is {source.dtype} instead of F32, F16 or BF16")
     if problems:
         listed = "; ".join(problems[:_LISTED])

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
 
 from wanx.checkpoints.checkpoint import Checkpoint
 from wanx.config.models import ModelConfig, Task
+from wanx.config.number_formats import BY_SAFETENSORS, FLOATS, WEIGHTS
 from wanx.errors import UsageError
 from wanx.exporter.calibration.options import CalibrationOptions, golden_only, planned_runs
 from wanx.exporter.quantization.recipe import dit_candidates, require_matches, text_recipe
-from wanx.exporter.quantization.scheme import SCHEMES, QuantizeOptions, Scheme
+from wanx.exporter.quantization.scheme import SCHEMES, WEIGHT_ONLY, QuantizeOptions, Scheme
 from wanx.exporter.targets.registry import parse_target
 from wanx.runtime.options import ResolvedRun
 
-Precision = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
-STORED_TYPES: dict[str, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
-WIDTH = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "F8_E4M3": 1}
+PRECISIONS = tuple(row.name for row in WEIGHTS)
+STORED_TYPES = {row.name: row.safetensors for row in FLOATS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +55,7 @@ class ExportOptions:
         Raises:
             UsageError: an unknown precision or target.
         """
-        known = ("auto", *get_args(Precision))
+        known = ("auto", *PRECISIONS)
         if self.precision not in known:
             raise UsageError(
                 f"--precision {self.precision} is not available; choose {', '.join(known)}"
@@ -90,7 +89,7 @@ class ResolvedExport:
 
     checkpoint: Checkpoint
     output: Path
-    precision: Precision
+    precision: str
     storage: dict[str, str | None]
     scheme: Scheme | None
     options: ExportOptions
@@ -107,11 +106,14 @@ class ResolvedExport:
         per_tensor = group == "dit" and self.options.quantize.weight_scale == "tensor"
         total = 0
         for name, tensor in self.checkpoint.components[group].tensors.items():
-            count = tensor.nbytes // WIDTH[tensor.dtype]
+            count = tensor.nbytes * 8 // BY_SAFETENSORS[tensor.dtype].bits
             if name in eight_bit:
-                total += count + 4 * (1 if per_tensor else tensor.shape[0])  # and scales
+                scheme = self.scheme if group == "dit" else SCHEMES[WEIGHT_ONLY]
+                assert scheme is not None
+                total += scheme.format.nbytes(count)
+                total += 4 * (1 if per_tensor else tensor.shape[0])  # and scales
             else:
-                total += count * WIDTH[self.stored_type(group, tensor.dtype)]
+                total += BY_SAFETENSORS[self.stored_type(group, tensor.dtype)].nbytes(count)
         return total
 
 
@@ -140,7 +142,7 @@ def resolve(options: ExportOptions, checkpoint: Checkpoint) -> ResolvedExport:
     return ResolvedExport(
         checkpoint=checkpoint,
         output=options.output or Path(f"{checkpoint.config.name}-{precision}"),
-        precision=precision,  # type: ignore[arg-type]
+        precision=precision,
         storage={"dit": stored, "text_encoder": stored, "vae": None, "image_encoder": None},
         scheme=scheme,
         options=options,

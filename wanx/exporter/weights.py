@@ -12,7 +12,8 @@ from pathlib import Path
 from torch import Tensor
 
 from wanx.checkpoints.tensor_source import SafetensorsTensor, TensorSource
-from wanx.exporter.options import WIDTH, ResolvedExport
+from wanx.config.number_formats import BY_SAFETENSORS
+from wanx.exporter.options import ResolvedExport
 from wanx.exporter.quantization.quantize import quantize_weights, scale_tensors
 from wanx.exporter.quantization.readback_weights import require_nearest
 from wanx.exporter.quantization.recipe import Recipe
@@ -154,8 +155,8 @@ def _check_pieces(header: SafetensorsHeader, digest: hashlib._Hash) -> Iterator[
 
 def _rewrite(rows: list[Row], path: Path, written: WrittenWeights, on_bytes: OnBytes) -> None:
     # A tensor must start at a multiple of its width, so wider types go first; then disk order.
-    rows.sort(key=lambda row: (-WIDTH[row[1]], str(row[2].file), getattr(row[2], "offset", 0)))
-    narrowest = {file: WIDTH[stored] for _, stored, source in rows for file in source.files}
+    rows.sort(key=lambda row: (-_bits(row[1]), str(row[2].file), getattr(row[2], "offset", 0)))
+    narrowest = {file: _bits(stored) for _, stored, source in rows for file in source.files}
     hashes: dict[Path, Future[str]] = {}
     with ThreadPoolExecutor(max_workers=1) as hasher:
         header = [(name, stored, source.shape) for name, stored, source in rows]
@@ -165,7 +166,7 @@ def _rewrite(rows: list[Row], path: Path, written: WrittenWeights, on_bytes: OnB
                     for file in source.files:
                         # Beside the conversion, while the file's pages are still in memory: so not
                         # before its last tensors, which are most of it where it is quantised.
-                        if file not in hashes and WIDTH[stored] == narrowest[file]:
+                        if file not in hashes and _bits(stored) == narrowest[file]:
                             hashes[file] = hasher.submit(sha256_file, file)
                     for chunk in source.iter_converted(stored):
                         writer.write(chunk)
@@ -176,6 +177,10 @@ def _rewrite(rows: list[Row], path: Path, written: WrittenWeights, on_bytes: OnB
     written.tensors |= writer.header.entries
     written.sha256[path] = writer.sha256
     written.source_sha256 |= digests
+
+
+def _bits(stored: str) -> int:
+    return BY_SAFETENSORS[stored].bits
 
 
 def combined_sha256(digests: dict[str, str]) -> str:

@@ -20,19 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wanx.config.number_formats import KERNEL_TENSORS
 from wanx.errors import UsageError
 from wanx.kernels.launch import recorded
+from wanx.kernels.number_formats import FORMATS
 
 SPILL_BYTES = 200  # of a thread's stack: more is a kernel that does not fit its GPU
 KNOWN_SM = (80, 89, 90, 100, 120)
-_POINTERS = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int8: "*i8",
-    torch.int32: "*i32",
-    torch.float8_e4m3fn: "*fp8e4nv",
-}
+_POINTERS = {dtype: f"*{row.triton}" for dtype, row in FORMATS.items() if row.triton}
+_OLDEST_SM = {f"*{row.triton}": row.oldest_sm for row in KERNEL_TENSORS}
 _COMPILER = ("num_warps", "num_stages")
 
 
@@ -59,7 +55,7 @@ class Launch:
     @property
     def oldest_sm(self) -> int:
         """The first GPU that has the number formats of the parameters."""
-        return 89 if "*fp8e4nv" in self.signature.values() else 80
+        return max(_OLDEST_SM.get(kind, 80) for kind in self.signature.values())
 
 
 def record(sm: int, function: Callable[..., object], *args: Any, **kwargs: Any) -> list[Launch]:

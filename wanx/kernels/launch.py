@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.library import wrap_triton
 from torch.torch_version import TorchVersion
 
+from wanx.config.number_formats import FP8
 from wanx.errors import WanxError
 
 try:
@@ -50,7 +51,7 @@ __all__ = [
 ]
 
 OLDEST = (8, 0)
-OLDEST_FP8 = (8, 9)
+OLDEST_FP8 = divmod(FP8.oldest_sm, 10)
 OLDEST_TMA = 90
 # A kernel makes its descriptors itself, in memory that whoever launches it allocates. Those that
 # come from outside, TensorDescriptor, are lost where wrap_triton is traced without Dynamo, as

@@ -19,8 +19,10 @@ from onnxscript.values import Opset
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from wanx.kernels.number_formats import FORMATS
+
 DOMAIN = Opset("wanx", 1)
-ONNX_TYPES = {torch.int8: 3, torch.float8_e4m3fn: 17}
+ONNX_TYPES = {dtype: row.onnx for dtype, row in FORMATS.items() if row.onnx}
 ONNX_FUNCTIONS: dict[str, OnnxFunction[..., Any]] = {}
 NODES: dict[Callable[..., Any], Callable[..., Any]] = {}
 Outputs = Sequence[tuple[torch.dtype, Sequence[int | torch.SymInt]]]

@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wanx.kernels.attention.quant_attention import quant_attention
+from wanx.kernels.number_formats import FORMATS
 from wanx.kernels.quant_linear import quant_linear, quant_linear_rows
 from wanx.kernels.quantize import quantize, quantize_reference, quantize_rows
 from wanx.kernels.weight_only_linear import weight_only_linear
-
-# The largest magnitude that a weight is scaled to: int8's -128 is left out for symmetry.
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 def quantize_weight(
@@ -43,7 +41,7 @@ def quantize_weight(
     amax = w.abs().amax() if per_tensor else w.abs().amax(1)
     if not bool(amax.isfinite().all()):
         raise ValueError("the weight holds NaN or infinity; 8 bits can store only finite numbers")
-    scale = amax / LARGEST[dtype]
+    scale = amax / FORMATS[dtype].largest
     scale = scale.where(scale >= torch.finfo(torch.float32).tiny, 1.0)
     return quantize_reference(w, scale.reshape(-1, 1), dtype), scale
 

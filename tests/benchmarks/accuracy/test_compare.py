@@ -438,7 +438,7 @@ def test_what_fails_is_said_once_for_each_output(found: Comparison) -> None:
 )
 def test_gates_of_layers(precision: str, failing: list[str], found: Comparison) -> None:
     candidate = replace(found.candidate, precision=precision)
-    layers = {"a": 23.9, "b": 24.0, "c": 25.0}
+    layers = {"a": 23.9, "b": 24.0, "c": 27.5}
     comparison = replace(found, candidate=candidate, layers=layers, gates=Gates(dit=0.0))
     assert [problem.split()[1] for problem in comparison.problems] == [f"{n}:" for n in failing]
     assert strictly(comparison)["layers"] == layers

@@ -11,13 +11,12 @@ from typing import Any
 from wanx.accuracy.gates import Agreement, Gates, worst
 from wanx.benchmarks.accuracy.clips import ClipComparison
 from wanx.bundle.reader import Bundle
+from wanx.config.number_formats import QUANTIZED
 from wanx.runtime.options import ResolvedRun
 from wanx.runtime.sampling.guidance import Branch
 from wanx.version import __version__
 
 SCHEMA_VERSION = 1
-# The least SQNR of a layer's output, in dB, by the precision of the bundle.
-LAYER_GATES_DB: Mapping[str, float] = {"int8": 24.0, "fp8": 25.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +99,8 @@ class Comparison:
     @property
     def layer_gate_db(self) -> float | None:
         """The least SQNR of a layer; None for a precision that has no 8-bit layers."""
-        return LAYER_GATES_DB.get(self.candidate.precision)
+        gates = {row.name: row.layer_gate_db for row in QUANTIZED}
+        return gates.get(self.candidate.precision)
 
     @property
     def problems(self) -> list[str]:

@@ -10,9 +10,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from wanx.bundle.reader import Bundle
+from wanx.config.number_formats import QUANTIZED
 from wanx.exporter.quantization.recipe import smoothing_of
 
-_EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
+_EIGHT_BIT = tuple(getattr(torch, row.torch) for row in QUANTIZED)
 
 
 def plain_weights(bundle: Bundle, component: str) -> Iterator[tuple[str, Tensor]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from wanx.checkpoints.tensor_source import TensorSource
 from wanx.checkpoints.weights import check_tensors
 from wanx.config.models import DiTConfig
+from wanx.config.number_formats import FLOATS
 from wanx.errors import UsageError, WanxError
 from wanx.exporter.components import dit_spec
 from wanx.models.dit.model import StreamState, WanDiT
@@ -22,7 +23,7 @@ Watch = Callable[[nn.Module, str], AbstractContextManager[object]]
 OnBlock = Callable[[int, int], None]
 Step = Callable[[StreamState, int], StreamState]
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {row.safetensors: getattr(torch, row.torch) for row in FLOATS}
 _STACKS = ("vace_blocks", "blocks")
 
 

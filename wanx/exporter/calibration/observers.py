@@ -231,7 +231,7 @@ def input_scale(observer: Observer, limit: float, percentile: float = 100) -> fl
 
     Args:
         observer: what was seen at its input.
-        limit: largest number of the type: 127 (int8) or 448 (E4M3).
+        limit: largest magnitude of the number format.
         percentile: of ``|x|``; what lies above it saturates.
 
     Returns:

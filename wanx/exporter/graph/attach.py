@@ -8,16 +8,11 @@ from pathlib import Path
 import onnx_ir as ir
 
 from wanx.checkpoints.weights import some_of
+from wanx.config.number_formats import WEIGHTS
 from wanx.errors import WanxError
 from wanx.files.safetensors import TensorRef
 
-IR_TYPES = {
-    "F32": ir.DataType.FLOAT,
-    "F16": ir.DataType.FLOAT16,
-    "BF16": ir.DataType.BFLOAT16,
-    "I8": ir.DataType.INT8,
-    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
-}
+IR_TYPES = {row.safetensors: ir.DataType(row.onnx) for row in WEIGHTS}
 
 
 def attach(model: ir.Model, tensors: Mapping[str, TensorRef], root: Path) -> dict[str, int]:

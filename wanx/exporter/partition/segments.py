@@ -11,21 +11,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from wanx.bundle.engine_schedule import InputType, Step, StoredType, Weight
+from wanx.bundle.engine_schedule import InputType, Step, Weight
+from wanx.config.number_formats import GRAPH_INPUTS, WEIGHTS
 from wanx.exporter.components import GraphInput
+from wanx.kernels.number_formats import FORMATS
 
 Parameters = list[tuple[str, nn.Parameter]]
-STORED: dict[torch.dtype, StoredType] = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int8: "I8",
-    torch.float8_e4m3fn: "F8_E4M3",
-}
-_INPUTS: dict[torch.dtype, InputType] = {**STORED, torch.int64: "I64"}
+STORED = {dtype: row.safetensors for dtype, row in FORMATS.items() if row in WEIGHTS}
+_INPUTS = {dtype: row.safetensors for dtype, row in FORMATS.items() if row in GRAPH_INPUTS}
 
 
 @dataclass(frozen=True, kw_only=True)

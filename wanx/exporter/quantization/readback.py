@@ -16,15 +16,15 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from wanx.checkpoints.weights import some_of
+from wanx.config.number_formats import QUANTIZED
 from wanx.errors import WanxError
 from wanx.exporter.quantization.recipe import Recipe
 from wanx.exporter.quantization.scheme import WEIGHT_ONLY
 
-_EIGHT_BITS = {ir.DataType.INT8: "int8", ir.DataType.FLOAT8E4M3FN: "fp8"}
+_EIGHT_BITS = {ir.DataType(row.onnx): row.name for row in QUANTIZED}
 # What the other operand's type may be: int8 can come shifted by 128.
-_PARTNERS = {
-    ir.DataType.INT8: (ir.DataType.INT8, ir.DataType.UINT8),
-    ir.DataType.FLOAT8E4M3FN: (ir.DataType.FLOAT8E4M3FN,),
+_PARTNERS = {dtype: (dtype,) for dtype in _EIGHT_BITS} | {
+    ir.DataType.INT8: (ir.DataType.INT8, ir.DataType.UINT8)
 }
 _ATTENTION = "fp8 attention"
 _PASSED = ("Cast", "CastLike", "Transpose", "Identity", "Reshape")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from wanx.bundle.golden_steps import Golden
+from wanx.config.number_formats import FP8
 from wanx.errors import WanxError
 from wanx.exporter.calibration.blockwise_dit import StreamedDiT
 from wanx.exporter.calibration.observers import Observer, Observers, input_scale
@@ -28,7 +29,6 @@ from wanx.kernels.quantize import quantize, quantize_rows
 from wanx.models.quantized import quantize_weight
 
 _ROWS = 128  # of each recorded input that are compared, evenly spread
-_FP8_LIMIT = 448
 _MOST_DB = 200.0  # an exact answer has no noise
 _LEAST_WEIGHT = 1e-5  # columns below it do not pull a smoothing vector towards infinity
 
@@ -143,7 +143,7 @@ class _Measurement:
     def _attention(self, layer: str, module: nn.Module) -> Callable[..., None]:
         """Make a hook that compares an attention with its 8-bit twin, given all of k and v."""
         scales = tuple(
-            input_scale(self.observers[f"{layer}.{letter}"], _FP8_LIMIT, self.options.percentile)
+            input_scale(self.observers[f"{layer}.{letter}"], FP8.largest, self.options.percentile)
             for letter in "qkv"
         )
         self.attention[layer] = scales  # type: ignore[assignment]

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wanx.config.number_formats import QUANTIZED
 from wanx.kernels.adaln import launch_adaln
 from wanx.kernels.attention.backends import PROVIDERS, ranked
 from wanx.kernels.attention.eight_bit import launch_attention_8bit
 from wanx.kernels.attention.flash import launch_attention
 from wanx.kernels.gated_residual import launch_gated_residual
+from wanx.kernels.gemm_8bit import launch_gemm_8bit
 from wanx.kernels.launch import OLDEST_TMA, sm_of
 from wanx.kernels.launch_config import config, ordered, overridden
 from wanx.kernels.quant_linear import candidate
@@ -30,9 +32,28 @@ MODELS = ((1536, 12, 8960), (5120, 40, 13824))  # channels, heads and inner widt
 LENGTHS = (32760, 75600)  # tokens of 81 frames in 480p and 720p
 TEXT = 512  # keys of cross-attention
 
+# Of each op that is a product in 8 bits: its type, and the op of PyTorch that launches it.
+GEMMS: dict[str, tuple[torch.dtype, str]] = {
+    f"gemm_{row.name}{suffix}": (getattr(torch, row.torch), op)
+    for row in QUANTIZED
+    for suffix, op in (
+        ("", "quant_linear"),
+        ("_gelu", "quant_linear_gelu_quantize"),
+        ("_residual", "quant_linear_residual"),
+    )
+}
+
 # All combinations of an op's numbers are tried that the GPU has.
 _ROWS: dict[str, tuple[int, ...]] = {"num_warps": (2, 4, 8, 16)}
 _NORM: dict[str, tuple[int, ...]] = {"TOKENS": (1, 2, 4, 8, 16), "num_warps": (4, 8, 16)}
+_GEMM: dict[str, tuple[int, ...]] = {
+    "BLOCK_M": (64, 128, 256),
+    "BLOCK_N": (64, 128),
+    "BLOCK_K": (64, 128),
+    "GROUP_M": (8,),
+    "num_warps": (4, 8),
+    "num_stages": (3, 4),
+}
 GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
     "adaln": _NORM,
     "residual_adaln": _NORM,
@@ -40,6 +61,7 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
     "quantize": _ROWS,
     "gelu_quantize": _ROWS,
     "gated_residual": {"TOKENS": (1, 2, 4, 8), "BLOCK": (512, 1024, 2048), "num_warps": (4, 8)},
+    **dict.fromkeys(GEMMS, _GEMM),
     "attention": {
         "BLOCK_Q": (64, 128),
         "BLOCK_K": (32, 64, 128),
@@ -109,7 +131,7 @@ def workloads(op: str, device: torch.device) -> Iterator[Workload]:
     sizes = [(length, length) for length in LENGTHS]
     if op.startswith("attention"):
         sizes.append((LENGTHS[0], TEXT))
-    if op in PRODUCTS:  # which are asked for by the sides of the weight alone
+    if op in PRODUCTS or op in GEMMS:  # which are asked for by the sides of the weight alone
         sizes = sizes[:1]
     # The order of providers is asked for by the number of keys alone.
     for model in MODELS[-1:] if op in PROVIDER_BITS else MODELS:
@@ -134,6 +156,9 @@ def workload(
         shape = {"keys": keys}
     elif op in PRODUCTS:
         n, k = _sides(op, model)
+        shape = {"n": n, "k": k}
+    elif op in GEMMS:
+        n, k = _sides(GEMMS[op][1], model)
         shape = {"n": n, "k": k}
     elif op.startswith("attention"):
         shape = {"head": dim // heads, "keys": keys, "heads": heads}
@@ -214,18 +239,8 @@ def _products(
     op: str, model: tuple[int, int, int], length: int, device: torch.device
 ) -> list[Candidate]:
     """PyTorch's product and ours, with what follows it, where the GPU has both."""
-    n, k = _sides(op, model)
-    e4m3 = torch.float8_e4m3fn
-    x8, weight8 = (torch.randn(s, device=device).to(e4m3) for s in ((1, length, k), (n, k)))
-    scale, scales = torch.tensor(0.02, device=device), torch.full((n,), 1e-3, device=device)
-    bias = torch.randn(n, device=device, dtype=torch.bfloat16)
-    layer = (x8, scale, weight8, scales, bias)
-    values: tuple[Any, ...] = layer
-    if op == "quant_linear_gelu_quantize":
-        values = (*layer, scale, e4m3)
-    elif op == "quant_linear_residual":
-        stream = torch.randn(1, length, n, device=device)
-        values = (*layer, stream, torch.randn(1, 1, n, device=device))
+    layer, others = _product_inputs(op, model, length, torch.float8_e4m3fn, device)
+    values = (*layer, *others)
     run = getattr(torch.ops.wanx, op)
 
     def by(name: str) -> Any:
@@ -237,6 +252,32 @@ def _products(
         for name in ("torch", "triton")
         if not isinstance(candidate(name, *layer), str)
     ]
+
+
+def _product_inputs(
+    op: str,
+    model: tuple[int, int, int],
+    length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """Arguments of a linear layer in 8 bits, and those of what follows it."""
+    n, k = _sides(op, model)
+    # Small enough for int8, and so that no sum is beyond the range of the 8 bits that may follow.
+    spread = 1.0 if dtype.is_floating_point else 40.0
+    x8, weight8 = (
+        (torch.randn(shape, device=device) * spread).to(dtype) for shape in ((1, length, k), (n, k))
+    )
+    scale = torch.tensor(0.02 / spread, device=device)
+    scales = torch.full((n,), 1e-3 / spread, device=device)
+    bias = torch.randn(n, device=device, dtype=torch.bfloat16)
+    layer = (x8, scale, weight8, scales, bias)
+    if op == "quant_linear_gelu_quantize":
+        return layer, (scale, dtype)
+    if op == "quant_linear_residual":
+        stream = torch.randn(1, length, n, device=device)
+        return layer, (stream, torch.randn(1, 1, n, device=device))
+    return layer, ()
 
 
 def _attention_inputs(
@@ -257,6 +298,12 @@ def _launch(
         inputs = _attention_inputs(model, length, keys, device)
         launch = launch_attention if op == "attention" else launch_attention_8bit
         return partial(launch, *inputs), sm_of(inputs[0])
+    if op in GEMMS:
+        dtype, product = GEMMS[op]
+        (x8, *layer), others = _product_inputs(product, model, length, dtype, device)
+        names = ("out_scale", "dtype") if op.endswith("_gelu") else ("residual", "gate")
+        following = dict(zip(names, others, strict=False))
+        return partial(launch_gemm_8bit, x8.flatten(0, 1), *layer, **following), sm_of(x8)
     dim, heads, inner = model
 
     def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from wanx.benchmarks.speed.roofline.parts import Origins, dimensions, label_in, name_nodes, parts_of
 from wanx.benchmarks.speed.roofline.shapes import Shapes, inferred
+from wanx.config.number_formats import QUANTIZED
 
 if TYPE_CHECKING:
     from onnx import NodeProto
@@ -31,7 +32,7 @@ _PRODUCTS_BY_NAME = ("QuantLinear", "WeightOnlyLinear")
 _ARITHMETIC = {
     *("Add", "Sub", "Mul", "Div", "Gelu", "Sigmoid", "Tanh", "Clip", "QuantizeLinear", "Erf"),
 }
-_EIGHT_BIT = {"int8": "int8", "float8_e4m3fn": "fp8"}
+_QUANTIZED = {row.onnx: row.name for row in QUANTIZED}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +75,7 @@ def component_cost(graph: Path, sizes: Mapping[str, int]) -> tuple[PartCost, ...
                 except KeyError:
                     axis.ClearField("dim_param")
     origins = Origins(model)
-    stored = {
-        weight.name: onnx.helper.tensor_dtype_to_np_dtype(weight.data_type).name
-        for weight in model.graph.initializer
-    }
+    stored = {weight.name: weight.data_type for weight in model.graph.initializer}
     labels = [
         f"{part}|{_kind(node, origins, stored)}"
         for part, node in zip(parts_of(model), model.graph.node, strict=True)
@@ -103,12 +101,12 @@ def component_cost(graph: Path, sizes: Mapping[str, int]) -> tuple[PartCost, ...
     return tuple(sorted(costs, key=lambda cost: (-sum(cost.flops.values()), -cost.bytes)))
 
 
-def _kind(node: NodeProto, origins: Origins, stored: Mapping[str, str]) -> str:
+def _kind(node: NodeProto, origins: Origins, stored: Mapping[str, int]) -> str:
     """The type that a product is done in; only the quantised ones differ from the rest."""
     weight = origins.matrix_of(node)
     if weight is None or not node.op_type.startswith("QuantLinear"):
         return "high"
-    return _EIGHT_BIT.get(stored[weight], "high")
+    return _QUANTIZED.get(stored[weight], "high")
 
 
 def _split(node: NodeProto) -> tuple[str, str]:

@@ -7,12 +7,13 @@ from collections.abc import Collection, Mapping, Sequence
 import onnx
 from onnx import TensorProto, helper
 
+from wanx.config.number_formats import FLOATS
 from wanx.exporter.targets.tensorrt.graph import OUTPUT, WEIGHT
 from wanx.runtime.sessions.base import Array
 
 BATCH = "B"
 _RESHAPING = ("Cast", "CastLike", "DequantizeLinear", "Reshape", "Transpose", "Unsqueeze")
-_HIGHS = (TensorProto.BFLOAT16, TensorProto.FLOAT16)
+_HIGHS = tuple(row.onnx for row in FLOATS if row.bits == 16)
 
 
 def with_layer_outputs(

@@ -18,9 +18,10 @@ from typing import Any
 from onnxscript import OnnxFunction, script
 from onnxscript import opset23 as op
 
+from wanx.config.number_formats import FP8
 from wanx.kernels.registry import DOMAIN
 
-WEIGHT_SCALE = 1 / 448
+WEIGHT_SCALE = 1 / FP8.largest
 
 
 @script(DOMAIN, default_opset=op)

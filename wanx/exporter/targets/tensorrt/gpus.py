@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from wanx.config.number_formats import FP8
 from wanx.errors import UsageError
 from wanx.exporter.targets.tensorrt.ops import OPS
 from wanx.runtime.sessions.tensorrt.library import MODULES, RTX_SMS, import_tensorrt
 
-FP8_SM, BF16_SM = 89, 80
+FP8_SM, BF16_SM = FP8.oldest_sm, 80
 AMPERE_PLUS = "sm80+"  # full TensorRT's hardware compatibility level of that name
 
 

@@ -20,7 +20,6 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from wanx.bundle.plugin_kernel import (
     Argument,
     Description,
-    ElementType,
     Expression,
     Integer,
     PluginKernel,
@@ -34,15 +33,9 @@ from wanx.errors import EnvironmentMismatchError, WanxError
 from wanx.exporter.targets.tensorrt.ops import OPS, Spec
 from wanx.kernels.aot_compile import compile_for, record
 from wanx.kernels.launch import launch, recorded
+from wanx.kernels.number_formats import FORMATS
 
-ELEMENTS: dict[torch.dtype, ElementType] = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float8_e4m3fn: "fp8",
-    torch.int8: "int8",
-    torch.int32: "int32",
-}
+ELEMENTS = {dtype: row.name for dtype, row in FORMATS.items() if row.triton}
 _ALIGNED = 16
 _LIKELY = 1013  # stands for a size that is not known
 

@@ -13,18 +13,13 @@ import torch
 from onnxscript import OnnxFunction
 
 from wanx.bundle.plugin_kernel import PluginKernel
+from wanx.config.number_formats import WEIGHTS
 from wanx.exporter.targets.tensorrt.kernels import compile_plugin_kernel
 from wanx.exporter.targets.tensorrt.ops import OPS, Spec
 from wanx.kernels.registry import DOMAIN, ONNX_FUNCTIONS
 from wanx.runtime.sessions.tensorrt.plugin import CODE, DESCRIPTION, PLUGIN
 
-_TYPES = {
-    ir.DataType.FLOAT: torch.float32,
-    ir.DataType.BFLOAT16: torch.bfloat16,
-    ir.DataType.FLOAT16: torch.float16,
-    ir.DataType.FLOAT8E4M3FN: torch.float8_e4m3fn,
-    ir.DataType.INT8: torch.int8,
-}
+_TYPES = {ir.DataType(row.onnx): getattr(torch, row.torch) for row in WEIGHTS}
 # TensorRT runs the product best itself, and leaves what follows it.
 _SPLIT = "QuantLinearGeluQuantize"
 _PARTS = ("QuantLinear", "GeluQuantize")

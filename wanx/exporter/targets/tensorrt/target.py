@@ -25,6 +25,7 @@ import torch
 
 from wanx.bundle.engine_schedule import SCHEDULE, EngineSchedule, Program
 from wanx.bundle.manifest import Component, Manifest
+from wanx.config.number_formats import QUANTIZED
 from wanx.errors import WanxError
 from wanx.exporter.partition.segments import Cut, Segment
 from wanx.exporter.targets.base import Builder, OnFraction, no_fraction
@@ -42,6 +43,7 @@ from wanx.exporter.targets.tensorrt.nodes import Replaced, plugin_notes
 from wanx.exporter.targets.tensorrt.ranges import Range, ranges
 from wanx.exporter.targets.tensorrt.worker import DISK_FULL, REQUEST
 from wanx.interruption import undone_by_interrupt
+from wanx.kernels.number_formats import FORMATS
 from wanx.models.quantized import DynamicQuantLinear, QuantAttend, QuantLinear
 from wanx.runtime.sessions.tensorrt.library import MODULES
 
@@ -253,8 +255,9 @@ def require_layers(segment: Segment, layers: Mapping[str, int]) -> None:
             "at once; export with --attention high"
         )
     layers_8bit = [module for module in modules if isinstance(module, _EIGHT_BIT)]
-    for dtype, called in ((torch.float8_e4m3fn, "FP8"), (torch.int8, "Int8")):
-        expected = sum(layer.weight.dtype == dtype for layer in layers_8bit)
+    for row in QUANTIZED:
+        called = row.tensorrt_layer
+        expected = sum(FORMATS[layer.weight.dtype] == row for layer in layers_8bit)
         built = layers.get(f"gemm {called}", 0)
         if built < expected:
             raise WanxError(

@@ -13,20 +13,14 @@ import torch._inductor
 from torch import Tensor
 
 from wanx.bundle.engine_schedule import EngineSchedule, Step, Weight
+from wanx.config.number_formats import GRAPH_INPUTS
 from wanx.runtime.sessions.engine_session import (
     MAX_CACHED_SHAPES,
     RUNS_BEFORE_CAPTURE,
     dead_after_step,
 )
 
-TYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I64": torch.int64,
-}
+TYPES = {row.safetensors: getattr(torch, row.torch) for row in GRAPH_INPUTS}
 Values = Mapping[str, Tensor]
 _log = logging.getLogger("wanx.runtime")
 

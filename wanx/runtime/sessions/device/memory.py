@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wanx.bundle.engine_schedule import InputType
+from wanx.config.number_formats import BY_SAFETENSORS
 from wanx.runtime.sessions.device.cuda import Cuda
-from wanx.runtime.sessions.device.stored_types import NUMPY
 
 _GRAIN = 512  # bytes, as CUDA aligns; TensorRT wants 256
 
@@ -105,7 +105,7 @@ class DeviceTensor:
 
 def tensor_bytes(dtype: InputType, shape: Sequence[int]) -> int:
     """Bytes of a dense tensor."""
-    return NUMPY[dtype].itemsize * math.prod(shape)
+    return BY_SAFETENSORS[dtype].nbytes(math.prod(shape))
 
 
 def host_view(address: int, size: int) -> NDArray[np.uint8]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from wanx.files.floats import NUMPY
 from wanx.runtime.sessions.base import Array
 from wanx.runtime.sessions.device.cuda import Cuda
 from wanx.runtime.sessions.device.memory import DeviceTensor, MemoryPool, PooledBuffer, host_view
-from wanx.runtime.sessions.device.stored_types import NUMPY, as_float32
+from wanx.runtime.sessions.device.stored_types import as_float32
 
 
 class Staging:

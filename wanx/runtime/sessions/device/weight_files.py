@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wanx.bundle.engine_schedule import EngineSchedule, StoredType
-from wanx.files.safetensors import DTYPE_BYTES, TensorRef, read_header
+from wanx.config.number_formats import BY_SAFETENSORS
+from wanx.files.floats import FLOATS, NUMPY, convert
+from wanx.files.safetensors import TensorRef, read_header
 from wanx.runtime.sessions.device.cuda import Cuda, CudaError
 from wanx.runtime.sessions.device.memory import host_view, rounded
-from wanx.runtime.sessions.device.stored_types import FLOATS, NUMPY, convert
 from wanx.runtime.sessions.engine_session import misshaped_weight, missing_weight
 
 STAGE = 16 << 20  # bytes of each of the two pinned buffers
@@ -77,7 +78,7 @@ def plan_weights(
             if sum(math.prod(source.shape) for source in sources) != count:
                 raise misshaped_weight(component, names[0], sources[0].shape, weight.shape)
             slices.append(WeightSlice(sources, weight.dtype, end))
-            end += rounded(count * NUMPY[weight.dtype].itemsize)
+            end += rounded(BY_SAFETENSORS[weight.dtype].nbytes(count))
         steps.append(StepWeights(slices=tuple(slices), size=end))
     return steps
 
@@ -131,19 +132,13 @@ def _chunks(
             if source.file not in files:
                 files[source.file] = np.memmap(source.file, np.uint8, mode="r")
             stored = files[source.file][source.offset : source.offset + source.nbytes]
-            stored_as = source.dtype
-            width = DTYPE_BYTES[stored_as]
-            portion = width * (STAGE // max(width, DTYPE_BYTES[weight.dtype]))
+            bits, wider = (BY_SAFETENSORS[dtype].bits for dtype in (source.dtype, weight.dtype))
+            portion = STAGE * bits // max(bits, wider)
             for start in range(0, stored.nbytes, portion):
                 chunk = stored[start : start + portion]
-                if stored_as != weight.dtype:
+                if source.dtype != weight.dtype:
                     # A tensor may lie at any byte of its file.
-                    values = np.frombuffer(chunk.tobytes(), NUMPY[_float(stored_as)])
-                    chunk = convert(values, stored_as, weight.dtype).view(np.uint8)
+                    values = np.frombuffer(chunk.tobytes(), NUMPY[source.dtype])
+                    chunk = convert(values, source.dtype, weight.dtype).view(np.uint8)
                 yield address, chunk
                 address += chunk.nbytes
-
-
-def _float(name: str) -> StoredType:
-    floats: dict[str, StoredType] = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
-    return floats[name]

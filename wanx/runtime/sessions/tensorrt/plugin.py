@@ -15,19 +15,12 @@ from typing import Any
 import numpy as np
 
 from wanx.bundle.plugin_kernel import PluginKernel, read_plugin_kernel
+from wanx.config.number_formats import KERNEL_TENSORS
 from wanx.errors import CorruptInputError, WanxError
 from wanx.runtime.sessions.tensorrt.launch import Launcher
 
 PLUGIN, VERSION, NAMESPACE = "WanxTriton", "1", ""
 DESCRIPTION, CODE = "description", "code"
-_TYPES = {
-    "fp32": "FLOAT",
-    "bf16": "BF16",
-    "fp16": "HALF",
-    "fp8": "FP8",
-    "int8": "INT8",
-    "int32": "INT32",
-}
 
 
 @cache
@@ -93,7 +86,7 @@ def _read(fields: Any) -> PluginKernel:
 
 
 def _plugin_class(trt: Any) -> Any:
-    types = {ours: getattr(trt.DataType, theirs) for ours, theirs in _TYPES.items()}
+    types = {row.name: getattr(trt.DataType, row.tensorrt) for row in KERNEL_TENSORS}
 
     bases = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)
 

@@ -12,19 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from wanx.bundle.engine_schedule import InputType, Program
+from wanx.config.number_formats import GRAPH_INPUTS
 from wanx.errors import CorruptInputError, UsageError
 from wanx.runtime.sessions.tensorrt.cache import RuntimeCache
 from wanx.runtime.sessions.tensorrt.loader import Loader, TensorRTError
 
 WEIGHT = "weight."
-_TYPES: dict[str, InputType] = {
-    "FLOAT": "F32",
-    "BF16": "BF16",
-    "HALF": "F16",
-    "INT8": "I8",
-    "FP8": "F8_E4M3",
-    "INT64": "I64",
-}
+_TYPES: dict[str, InputType] = {row.tensorrt: row.safetensors for row in GRAPH_INPUTS}
 Shape = tuple[int, ...]
 
 

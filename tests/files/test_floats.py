@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from wanx.checkpoints.floats import convert_chunk, has_nonfinite
+from wanx.files.floats import NUMPY, convert, convert_chunk, has_nonfinite
 
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PAIRS = [(a, b) for a in TYPES for b in TYPES]
@@ -121,3 +121,41 @@ def test_unaligned_views_are_read() -> None:
     view = memoryview(b"\0" + numbers)[1:]
     assert has_nonfinite(view, "F32")
     assert not has_nonfinite(view[:4], "F32")
+
+
+def interesting() -> torch.Tensor:
+    """Float32 of every exponent, with ties, zeros, infinities and subnormal numbers."""
+    every_half = torch.arange(1 << 16, dtype=torch.int32)
+    # All bfloat16, the middle between each and the next, and both neighbours of that.
+    bits = torch.cat([(every_half << 16) + low for low in (0, 0x7FFF, 0x8000, 0x8001, 0xFFFF)])
+    halves = every_half.to(torch.int16).view(torch.float16).float()
+    ties = halves * (1 + 2**-11)
+    near = torch.nextafter(ties, torch.full_like(ties, torch.inf))
+    return torch.cat([bits.view(torch.float32), halves, ties, near])
+
+
+def as_bits(values: torch.Tensor, name: str) -> np.ndarray:
+    width = {"F32": torch.int32, "F16": torch.int16, "BF16": torch.int16}[name]
+    return values.to(TYPES[name]).view(width).numpy().view(NUMPY[name])
+
+
+@pytest.mark.parametrize("wanted", TYPES)
+@pytest.mark.parametrize("found", TYPES)
+def test_it_rounds_as_pytorch_does(found: str, wanted: str) -> None:
+    values = interesting().to(TYPES[found])
+    made = convert(as_bits(values, found), found, wanted)
+    assert made.dtype == NUMPY[wanted]
+    correct = as_bits(values, wanted)
+    nan = values.isnan().numpy()
+    width = np.dtype(f"u{made.itemsize}")
+    np.testing.assert_array_equal(made.view(width)[~nan], correct.view(width)[~nan])
+    assert np.isnan(convert(made[nan], wanted, "F32")).all()
+    assert nan.any()
+
+
+def test_other_types_are_refused() -> None:
+    for pair in (("I8", "F32"), ("F32", "F8_E4M3"), ("BF16", "I64")):
+        with pytest.raises(ValueError, match=f"{pair[0]} does not become {pair[1]}"):
+            convert(np.zeros(2, NUMPY[pair[0]]), *pair)
+    whole = np.zeros(2, np.int8)
+    assert convert(whole, "I8", "I8") is whole
