@@ -25,7 +25,7 @@ from wanx.checkpoints import key_maps
 from wanx.checkpoints.tensor_source import SafetensorsTensor
 from wanx.checkpoints.weights import ComponentWeights
 from wanx.config.models import DiTConfig
-from wanx.exporter.calibration.blockwise_dit import StreamedDiT
+from wanx.exporter.calibration.blockwise_dit import BlockwiseDiT
 from wanx.exporter.calibration.calibrate import watching
 from wanx.exporter.calibration.observers import Observers, input_scale
 from wanx.exporter.component_writer import save_graph
@@ -84,7 +84,7 @@ def export_int8(
     layers, _ = dit_candidates(CONFIG, QuantizeOptions())
     observers = Observers()
     watch = watching(observers, {shared_input(layer) for layer in layers})
-    StreamedDiT(CONFIG, sources).run([feeds], watch=watch)
+    BlockwiseDiT(CONFIG, sources).run([feeds], watch=watch)
     scales = {n: input_scale(observers[shared_input(n)], 127) for n in layers}
     recipe = Recipe(scheme=SCHEMES["int8"], layers=scales)
     weights = ComponentWeights(component="dit", tensors=dict(sources), files=())

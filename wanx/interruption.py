@@ -20,7 +20,7 @@ _undos: list[Callable[[], object]] = []
 
 
 @contextmanager
-def undone_by_interrupt(undo: Callable[[], object]) -> Iterator[None]:
+def cleanup_on_sigint(undo: Callable[[], object]) -> Iterator[None]:
     """Have ``undo`` called if Ctrl-C ends the process inside the block."""
     _undos.append(undo)
     try:
@@ -30,10 +30,10 @@ def undone_by_interrupt(undo: Callable[[], object]) -> Iterator[None]:
 
 
 @contextmanager
-def ends_at_interrupt() -> Iterator[None]:
+def exit_on_sigint() -> Iterator[None]:
     """Let Ctrl-C end the process with exit code 130 from anywhere inside the block.
 
-    Nothing is raised, so only what :func:`undone_by_interrupt` names is undone, the latest first.
+    Nothing is raised, so only what :func:`cleanup_on_sigint` names is undone, the latest first.
     """
     before = signal.signal(signal.SIGINT, _end)
     try:

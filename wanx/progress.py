@@ -15,7 +15,7 @@ class Progress(Protocol):
         """Take note that ``done`` of ``total`` units of ``stage`` are finished."""
 
 
-def silent(stage: str, done: int, total: int, unit: Unit) -> None:
+def no_progress(stage: str, done: int, total: int, unit: Unit) -> None:
     """Report to nobody."""
 
 

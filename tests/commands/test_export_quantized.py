@@ -18,7 +18,7 @@ from torch import Tensor
 import wanx.exporter.export as exporter
 from wanx.builtin import builtin_bundle
 from wanx.cli import main
-from wanx.exporter.calibration.blockwise_dit import StreamedDiT
+from wanx.exporter.calibration.blockwise_dit import BlockwiseDiT
 from wanx.exporter.components import ComponentSpec
 
 FEW = ["--quantize", "dit", "--calibration-prompts", "1", "--calibration-steps", "2",
@@ -104,14 +104,14 @@ def quick(monkeypatch: pytest.MonkeyPatch, text_encoders: list[ir.Model]) -> Non
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with every pass through the denoiser."""
     done: list[int] = []
-    run = StreamedDiT.run
+    run = BlockwiseDiT.run
 
-    def counted(self: StreamedDiT, *arguments: Any, **options: Any) -> Any:
+    def counted(self: BlockwiseDiT, *arguments: Any, **options: Any) -> Any:
         answer = run(self, *arguments, **options)
         done.append(len(done))
         return answer
 
-    monkeypatch.setattr(StreamedDiT, "run", counted)
+    monkeypatch.setattr(BlockwiseDiT, "run", counted)
     return done
 
 
@@ -287,15 +287,15 @@ def test_ctrl_c_loses_no_step(
     steps: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    counted = StreamedDiT.run
+    counted = BlockwiseDiT.run
 
-    def interrupted(self: StreamedDiT, *arguments: Any, **options: Any) -> Any:
+    def interrupted(self: BlockwiseDiT, *arguments: Any, **options: Any) -> Any:
         if len(steps) == 1:
             raise KeyboardInterrupt
         return counted(self, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(StreamedDiT, "run", interrupted)
+        patch.setattr(BlockwiseDiT, "run", interrupted)
         result = export(checkpoint, *INT8, *FEW, "-o", "bundle")
     assert result.code == 130
     assert "Traceback" not in result.err

@@ -156,8 +156,8 @@ def test_recorders_within_each_other() -> None:
     def tell(name: str) -> Callable[..., None]:
         return lambda *_: told.append(f"{name} {launch.sm_of(x)}")
 
-    with launch.recorded(tell("outer"), 80):
-        with launch.recorded(tell("inner"), 100):
+    with launch.capture_launches(tell("outer"), 80):
+        with launch.capture_launches(tell("inner"), 100):
             launch_quantize(x, None, torch.int8)
         launch_quantize(x, None, torch.int8)
     assert told == ["inner 100", "outer 80"]

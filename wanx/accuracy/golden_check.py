@@ -6,12 +6,12 @@ from wanx.accuracy.gates import Agreement, Gates, agreement, worst
 from wanx.bundle.golden_steps import GOLDEN, read_golden
 from wanx.bundle.reader import Bundle
 from wanx.errors import CorruptInputError, GateError
-from wanx.progress import Progress, silent
+from wanx.progress import Progress, no_progress
 from wanx.runtime.sessions import open_session
 
 
 def check_golden(
-    bundle: Bundle, *, threads: int | None = None, progress: Progress = silent
+    bundle: Bundle, *, threads: int | None = None, progress: Progress = no_progress
 ) -> tuple[Agreement, ...]:
     """Run the golden steps of a bundle, each on its own inputs, and compare the velocities.
 

@@ -28,15 +28,17 @@ from filelock import FileLock, Timeout
 from wanx.bundle.manifest import MANIFEST, FileRecord, Manifest, printable
 from wanx.errors import UsageError
 from wanx.files.checksum import sha256_file
-from wanx.files.disk import explained, preflight_space, sync
-from wanx.interruption import undone_by_interrupt
+from wanx.files.disk import preflight_space, sync, translate_disk_errors
+from wanx.interruption import cleanup_on_sigint
 
 _OLD = "wanx-old"
 _RECOVERY_SECONDS = 5.0
 
 
 @contextmanager
-def staging(target: str | Path, *, force: bool = False, needed_bytes: int = 0) -> Iterator[Path]:
+def publish_bundle(
+    target: str | Path, *, force: bool = False, needed_bytes: int = 0
+) -> Iterator[Path]:
     """Yield an empty folder; when the block ends well, it becomes ``target``.
 
     The block writes the bundle into the folder and calls ``write_manifest`` last. If it raises,
@@ -53,16 +55,17 @@ def staging(target: str | Path, *, force: bool = False, needed_bytes: int = 0) -
     """
     target = _absolute(target)
     folder = _sibling(target, f"wanx-{os.getpid()}.partial")
-    with explained(target, folder, needed_bytes):
+    with translate_disk_errors(target, folder, needed_bytes):
         _refuse_unsuitable(target)
         preflight_space(target, needed_bytes)
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target, timeout=0):
             _clean(target)
             _refuse_taken(target, force)
-            with undone_by_interrupt(lambda: _abandon(target, folder)):
+            with cleanup_on_sigint(lambda: _abandon(target, folder)):
                 try:
-                    with explained(target, folder, needed_bytes):  # while the disk is still full
+                    # Here too, while the disk is still full.
+                    with translate_disk_errors(target, folder, needed_bytes):
                         folder.mkdir()
                         yield folder
                         _commit(folder, target, force)
@@ -72,7 +75,7 @@ def staging(target: str | Path, *, force: bool = False, needed_bytes: int = 0) -
 
 
 @contextmanager
-def extending(target: str | Path) -> Iterator[tuple[Path, Callable[[Manifest], None]]]:
+def add_engines(target: str | Path) -> Iterator[tuple[Path, Callable[[Manifest], None]]]:
     """Yield an empty folder for engines to be added to the bundle ``target``, and what adds them.
 
     The block writes ``engines/<key>`` into the folder and calls the function with the new manifest.
@@ -94,7 +97,7 @@ def extending(target: str | Path) -> Iterator[tuple[Path, Callable[[Manifest], N
             for path in moved:
                 shutil.rmtree(path, ignore_errors=True)
 
-        with undone_by_interrupt(undo):
+        with cleanup_on_sigint(undo):
             try:
                 for new in sorted((folder / "engines").glob("*")):
                     for path in (*new.rglob("*"), new):
@@ -114,9 +117,9 @@ def extending(target: str | Path) -> Iterator[tuple[Path, Callable[[Manifest], N
                 shutil.rmtree(old, ignore_errors=True)
 
     with (
-        explained(target, folder, 0),
+        translate_disk_errors(target, folder, 0),
         _locked(target, timeout=0),
-        undone_by_interrupt(lambda: _abandon(target, folder)),
+        cleanup_on_sigint(lambda: _abandon(target, folder)),
     ):
         _clean(target)
         try:
@@ -168,7 +171,7 @@ def recover(target: Path) -> None:
     old = _sibling(target, _OLD)
     if os.path.lexists(target) or not old.is_dir():
         return
-    with explained(target, old, 0), _locked(target, timeout=_RECOVERY_SECONDS):
+    with translate_disk_errors(target, old, 0), _locked(target, timeout=_RECOVERY_SECONDS):
         _clean(target)
 
 
@@ -264,7 +267,7 @@ def _locked(target: Path, timeout: float) -> Iterator[None]:
             f"another export is writing {target}{who}: wait for it or choose another name"
         ) from None
     try:
-        with undone_by_interrupt(path.unlink):
+        with cleanup_on_sigint(path.unlink):
             yield
     finally:
         with suppress(OSError):  # safe while held: filelock never grants a lock on an unlinked file

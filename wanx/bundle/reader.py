@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from wanx.bundle.integrity import AGAIN, Verify, place_problem, problems
+from wanx.bundle.integrity import RECOPY_HINT, Verify, problems, regular_file_problem
 from wanx.bundle.manifest import (
     MANIFEST,
     TOKENIZER,
@@ -76,7 +76,9 @@ class Bundle:
             CorruptInputError: the bundle was made without one.
         """
         if TOKENIZER not in self.manifest.files:
-            raise CorruptInputError(f"{self.root}: {TOKENIZER} is not in the manifest: {AGAIN}")
+            raise CorruptInputError(
+                f"{self.root}: {TOKENIZER} is not in the manifest: {RECOPY_HINT}"
+            )
         return self.root / TOKENIZER
 
     @property
@@ -159,7 +161,7 @@ def read_bundle(path: str | Path) -> Bundle:
         manifest = root / MANIFEST
         if not os.path.lexists(manifest):
             raise CorruptInputError(f"{root}: not a wanx bundle, it has no {MANIFEST}")
-        problem = place_problem(root, MANIFEST, allow_hard_links=True)
+        problem = regular_file_problem(root, MANIFEST, allow_hard_links=True)
         if problem:
             raise CorruptInputError(f"{root}: {problem}")
         with manifest.open("rb") as file:
@@ -169,5 +171,7 @@ def read_bundle(path: str | Path) -> Bundle:
     except OSError as error:
         raise WanxError(f"{path} cannot be read: {error.strerror}") from None
     if len(data) > _MAX_MANIFEST_BYTES:
-        raise CorruptInputError(f"{manifest}: larger than {_MAX_MANIFEST_BYTES} bytes: {AGAIN}")
+        raise CorruptInputError(
+            f"{manifest}: larger than {_MAX_MANIFEST_BYTES} bytes: {RECOPY_HINT}"
+        )
     return Bundle(root, parse_manifest(data, manifest), hashlib.sha256(data).hexdigest())

@@ -21,7 +21,7 @@ from wanx.errors import EnvironmentMismatchError
 TRUST = "WANX_TRUST_ENGINES"
 
 
-def note_built(engine: str, files: Mapping[str, FileRecord]) -> None:
+def mark_trusted(engine: str, files: Mapping[str, FileRecord]) -> None:
     """Remember that the engine whose plan is ``engine`` was built here, with these files."""
     note = _note(engine, files)
     if note is not None:

@@ -231,7 +231,7 @@ def _checkpoint(
                 "of different models"
             )
     components = {weights.component: weights for weights in parts}
-    task = sizes.recognise_task(components["dit"].tensors)
+    task = sizes.infer_task(components["dit"].tensors)
     like = next(preset for preset in PRESETS.values() if preset.task == task)
     config = ModelConfig(
         name="custom",

@@ -17,7 +17,7 @@ from wanx.config.models import DiTConfig, Task, TextEncoderConfig, VAEConfig
 from wanx.errors import CorruptInputError, UsageError
 
 
-def recognise_task(names: Iterable[str]) -> Task:
+def infer_task(names: Iterable[str]) -> Task:
     """Tell the task of a DiT from its original tensor names."""
     names = list(names)
     if any(name.startswith("vace_blocks.") for name in names):
@@ -95,7 +95,7 @@ def dit_config(fields: dict[str, Any], weights: ComponentWeights, config_path: P
         CorruptInputError: the two disagree, or tensors that tell sizes are missing.
         UsageError: the network is not one of Wan2.1.
     """
-    task = recognise_task(weights.tensors)
+    task = infer_task(weights.tensors)
     dim, in_dim, *patch = shape_of(weights, "patch_embedding.weight", 5)
     if patch != [1, 2, 2]:
         raise UsageError(f"{config_path}: the patch size {patch} is not supported, only [1, 2, 2]")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from wanx.checkpoints import key_maps
 from wanx.checkpoints.tensor_source import JoinedTensor, TensorSource
-from wanx.checkpoints.weights import ComponentWeights, open_weights, some_of
+from wanx.checkpoints.weights import ComponentWeights, abbreviate, open_weights
 from wanx.errors import CorruptInputError
 
 Tensors = dict[str, TensorSource]
@@ -78,6 +78,6 @@ def _as_original(weights: ComponentWeights) -> ComponentWeights:
     if missing:
         raise CorruptInputError(
             f"the {weights.component} weights in {weights.files[0].parent} lack "
-            f"{some_of(missing)}; use a complete Wan2.1 checkpoint"
+            f"{abbreviate(missing)}; use a complete Wan2.1 checkpoint"
         )
     return replace(weights, tensors=tensors)

@@ -130,7 +130,7 @@ def _shards_without_index(folder: Path, stem: str) -> list[Path]:
     if missing:
         raise CorruptInputError(
             f"{folder} holds {count - len(missing)} of {count} shards of {stem}, "
-            f"missing {some_of(missing)}; download them"
+            f"missing {abbreviate(missing)}; download them"
         )
     if len(shards) != count:
         raise CorruptInputError(
@@ -149,7 +149,7 @@ def _open_index(index: Path) -> tuple[dict[str, TensorSource], tuple[Path, ...]]
     shards = {name: _shard_path(index, name) for name in dict.fromkeys(weight_map.values())}
     if missing := [name for name, path in shards.items() if not path.exists()]:
         raise CorruptInputError(
-            f"{index.parent} lacks {len(missing)} of {len(shards)} shards: {some_of(missing)}; "
+            f"{index.parent} lacks {len(missing)} of {len(shards)} shards: {abbreviate(missing)}; "
             "download them"
         )
     tensors, files = _open_shards(shards.values())
@@ -161,7 +161,7 @@ def _open_index(index: Path) -> tuple[dict[str, TensorSource], tuple[Path, ...]]
     if lost:
         raise CorruptInputError(
             f"{index}: {len(lost)} of {len(weight_map)} tensors are not where it says: "
-            f"{some_of(lost)}; download the index and its shards again"
+            f"{abbreviate(lost)}; download the index and its shards again"
         )
     return tensors, files
 
@@ -198,7 +198,7 @@ def _open_shards(paths: Iterable[Path]) -> tuple[dict[str, TensorSource], tuple[
     return tensors, files
 
 
-def some_of(names: list[str]) -> str:
+def abbreviate(names: list[str]) -> str:
     """The first few of many names, and how many more there are."""
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(map(_shown, names[:_LISTED])) + more

@@ -7,7 +7,7 @@ from typing import Annotated
 from wanx.builtin import find_bundle, is_builtin
 from wanx.commands.options import BundlePath, Json, Quiet, bundle_facts, option, print_json
 from wanx.errors import UsageError
-from wanx.interruption import ends_at_interrupt
+from wanx.interruption import exit_on_sigint
 
 
 def build(
@@ -68,7 +68,7 @@ def build(
             f"{bundle} is built in and stays as it is; `wanx export {bundle} --target {target}` "
             "makes a bundle of it"
         )
-    with ends_at_interrupt(), bars(quiet) as progress:
+    with exit_on_sigint(), bars(quiet) as progress:
         built = run_build(open_bundle(folder), target, progress, options)
     if as_json:
         print_json(bundle_facts(built))

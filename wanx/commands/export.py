@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from wanx.commands.options import Json, Quiet, bundle_facts, option, print_json
-from wanx.interruption import ends_at_interrupt
+from wanx.interruption import exit_on_sigint
 
 
 def export(
@@ -136,7 +136,7 @@ def export(
         else:
             print_estimate(resolved, needs)
         return
-    with ends_at_interrupt(), bars(quiet) as progress:
+    with exit_on_sigint(), bars(quiet) as progress:
         bundle = wanx.export(**options, progress=progress)
     if as_json:
         print_json(bundle_facts(bundle))

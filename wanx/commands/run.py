@@ -86,7 +86,7 @@ def run(
     Options that are left out take the bundle's defaults.
     """
     import wanx
-    from wanx.commands.display.generation import bars, memory_lines, print_generation
+    from wanx.commands.display.generation import bars, print_generation, show_memory_messages
     from wanx.runtime.batch import read_jobs, seeds
     from wanx.runtime.options import RunOptions
     from wanx.runtime.sessions.device.vram_budget import parse_vram_budget
@@ -105,7 +105,7 @@ def run(
         raise UsageError("--count and --prompts do not go together; give each seed a line")
     budget = None if vram_budget is None else parse_vram_budget(vram_budget)
     load = partial(wanx.load, folder, threads=threads, vram_budget=budget)
-    with memory_lines(quiet):
+    with show_memory_messages(quiet):
         if prompts is not None:
             jobs = read_jobs(prompts, _batch_folder(output), options, suffix)
             _run_jobs(load(), jobs, bars(quiet), as_json, resume=True)

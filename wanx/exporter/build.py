@@ -11,21 +11,21 @@ import torch
 
 from wanx.bundle.engine_schedule import PLAN
 from wanx.bundle.manifest import Manifest
-from wanx.bundle.publish import extending, record_files
+from wanx.bundle.publish import add_engines, record_files
 from wanx.bundle.reader import Bundle, open_bundle
-from wanx.bundle.trust import note_built
+from wanx.bundle.trust import mark_trusted
 from wanx.errors import UsageError
 from wanx.exporter.components import ComponentSpec, component_specs
 from wanx.exporter.engine_key import engine_key
 from wanx.exporter.quantization.quantized_spec import quantized_spec
-from wanx.exporter.quantization.recipe import recorded_recipe
+from wanx.exporter.quantization.recipe import recipe_from_manifest
 from wanx.exporter.targets import aoti
 from wanx.exporter.targets.tensorrt import flavour
 from wanx.exporter.targets.tensorrt import target as tensorrt_target
 from wanx.exporter.targets.tensorrt.ranges import ranges
 from wanx.exporter.targets.tensorrt.tuning import BY_ITSELF, Tuning
 from wanx.files.safetensors import read_header
-from wanx.progress import Progress, silent
+from wanx.progress import Progress, no_progress
 from wanx.version import __version__
 
 TARGETS = ("cpu", "aoti", "rtx", "tensorrt")
@@ -65,7 +65,7 @@ def require_target(target: str) -> None:
 def build(
     bundle: Bundle,
     target: str,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     options: EngineOptions | None = None,
 ) -> Bundle:
     """Make ``target`` what runs a bundle; build its engines unless they are there.
@@ -75,7 +75,7 @@ def build(
         WanxError: the engines cannot be built, or the place cannot be written.
     """
     require_target(target)
-    with extending(bundle.root) as (folder, commit):
+    with add_engines(bundle.root) as (folder, commit):
         manifest = with_engines(bundle.root, bundle.manifest, target, folder, progress, options)
         commit(manifest)
     return open_bundle(bundle.root, verify="size")
@@ -86,7 +86,7 @@ def with_engines(
     manifest: Manifest,
     target: str,
     folder: Path,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     options: EngineOptions | None = None,
 ) -> Manifest:
     """Write what a target needs beyond the portable graphs.
@@ -172,7 +172,7 @@ def _listing(manifest: Manifest, kind: str, engines: dict[str, str], folder: Pat
     made = {p: r for p, r in record_files(folder).items() if PurePosixPath(p).parent in folders}
     files = dict(sorted((kept | made).items()))
     for path in engines.values():
-        note_built(path, files)
+        mark_trusted(path, files)
     components = {
         name: component.model_copy(update={"engines": component.engines | {kind: engines[name]}})
         for name, component in manifest.components.items()
@@ -188,4 +188,4 @@ def as_stored(spec: ComponentSpec, root: Path, manifest: Manifest) -> ComponentS
     stored: dict[str, tuple[int, ...]] = {}
     for file in component.weights:
         stored |= {name: ref.shape for name, ref in read_header(root / file).entries.items()}
-    return quantized_spec(spec, recorded_recipe(component.quantization, stored))
+    return quantized_spec(spec, recipe_from_manifest(component.quantization, stored))

@@ -40,7 +40,9 @@ def write_graphs(
     )
 
 
-def proven(spec: ComponentSpec, component: Component, recipe: Recipe, folder: Path) -> Component:
+def verified_component(
+    spec: ComponentSpec, component: Component, recipe: Recipe, folder: Path
+) -> Component:
     """Add to a component what reading its graphs back has found.
 
     Raises:

@@ -215,7 +215,7 @@ def vae_encoder_specs(config: VAEConfig) -> list[ComponentSpec]:
         GraphInput(name="video", shape=(1, 3, frames, *sides))
         for frames in (1, config.temporal_stride)
     )
-    return _streamed(
+    return _chunked_specs(
         "vae_encoder", "latent", (first, lambda: EncoderFirst(config)),
         (rest, lambda: EncoderRest(config)),
     )  # fmt: skip
@@ -224,7 +224,7 @@ def vae_encoder_specs(config: VAEConfig) -> list[ComponentSpec]:
 def vae_decoder_specs(config: VAEConfig) -> list[ComponentSpec]:
     """Describe the two decoder graphs; the caches of ``rest`` are what either graph left."""
     latent = GraphInput(name="latent", shape=(1, config.z_dim, 1, "h", "w"))
-    return _streamed(
+    return _chunked_specs(
         "vae_decoder", "video", (latent, lambda: DecoderFirst(config)),
         (latent, lambda: DecoderRest(config)),
     )  # fmt: skip
@@ -233,7 +233,7 @@ def vae_decoder_specs(config: VAEConfig) -> list[ComponentSpec]:
 Part = tuple[GraphInput, Callable[[], nn.Module]]
 
 
-def _streamed(name: str, output: str, first: Part, rest: Part) -> list[ComponentSpec]:
+def _chunked_specs(name: str, output: str, first: Part, rest: Part) -> list[ComponentSpec]:
     """Describe a graph for the first chunk and one for each later chunk, with caches between."""
     axes = {"h": 6, "w": 10}
     with FakeTensorMode():

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 
 from wanx.exporter.components import ComponentSpec
-from wanx.exporter.partition.partition import cut
+from wanx.exporter.partition.partition import partition
 from wanx.kernels.launch_config import TABLE
 
 
@@ -38,7 +38,7 @@ def engine_key(
             [repr(segment.structure) for segment in parts.segments.values()],
         ]
         for name, (spec, dtype) in specs.items()
-        for parts in [cut(spec, dtype)]
+        for parts in [partition(spec, dtype)]
     }
     tuned = TABLE.read_text(encoding="utf-8")
     text = json.dumps([version, compiler, tuned, facts], sort_keys=True)

@@ -37,7 +37,7 @@ def sha256_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> st
     return digest.hexdigest()
 
 
-class Stamps:
+class DigestCache:
     """Remembers, in the user's cache folder, the digest of the files under one folder.
 
     A stamp holds as long as size, inode, mtime and ctime stay: ctime cannot be set back, so a file

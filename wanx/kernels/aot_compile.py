@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from wanx.errors import UsageError
-from wanx.kernels.launch import recorded
+from wanx.kernels.launch import capture_launches
 
 SPILL_BYTES = 200  # of a thread's stack: more is a kernel that does not fit its GPU
 KNOWN_SM = (80, 89, 90, 100, 120)
@@ -86,7 +86,7 @@ def record(sm: int, function: Callable[..., object], *args: Any, **kwargs: Any) 
             )
         )
 
-    with recorded(note, sm):
+    with capture_launches(note, sm):
         function(*args, **kwargs)
     return launches
 

@@ -37,10 +37,10 @@ else:
     jit = triton.jit
 
 __all__ = [
+    "capture_launches",
     "jit",
     "launch",
     "next_power_of_two",
-    "recorded",
     "runs_reference",
     "sm_of",
     "tl",
@@ -86,7 +86,7 @@ def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
 
 
 @contextmanager
-def recorded(recorder: Callable[..., None], sm: int) -> Iterator[None]:
+def capture_launches(recorder: Callable[..., None], sm: int) -> Iterator[None]:
     """Within it, launches for the GPU ``sm`` are told to ``recorder`` instead of run.
 
     Their tensors need no memory. Of several within each other the innermost is told.

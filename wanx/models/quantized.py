@@ -146,7 +146,7 @@ class WeightOnlyLinear(_Linear8):
         return weight_only_linear(x, self.weight, self.weight_scale, self.bias)
 
 
-class QuantAttend(nn.Module):
+class QuantAttentionOp(nn.Module):
     """Attention whose queries, keys, values and probabilities are e4m3, with static scales."""
 
     def __init__(self, num_heads: int) -> None:

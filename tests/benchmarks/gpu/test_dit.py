@@ -27,7 +27,7 @@ from benchmarks.gpu.random_dit import (
 from benchmarks.gpu.subjects import Compiled, Diffusers, Uncompiled, bound, with_blocks
 from tests.support.gpu_bench import CONFIG, MODEL, SIZE, run_one, tiny_bench
 from wanx.exporter.components import dit_spec
-from wanx.exporter.partition.partition import cut
+from wanx.exporter.partition.partition import partition
 from wanx.exporter.quantization.quantized_spec import quantized_spec
 from wanx.exporter.targets import aoti
 from wanx.models.dit.model import WanDiT
@@ -101,7 +101,7 @@ def test_in_fp8_the_blocks_do_nearly_the_same(bench: Bench, attention: bool) -> 
 
 def fake_programs(monkeypatch: pytest.MonkeyPatch, spec: Any) -> None:
     """Let packages be the segments in PyTorch: compiling them takes minutes here."""
-    parts = cut(spec, torch.float32)
+    parts = partition(spec, torch.float32)
     monkeypatch.setattr(aoti, "_compile", lambda segment, axes, device, path, name: None)
 
     def load(path: str) -> Any:

@@ -23,7 +23,7 @@ from wanx.bundle.reader import Bundle
 from wanx.checkpoints.checkpoint import Checkpoint
 from wanx.config.models import PRESETS
 from wanx.errors import CorruptInputError, UsageError, WanxError
-from wanx.exporter.calibration.blockwise_dit import StreamedDiT
+from wanx.exporter.calibration.blockwise_dit import BlockwiseDiT
 from wanx.exporter.calibration.calibrate import calibrate, golden_numbers, record_golden
 from wanx.exporter.calibration.options import CalibrationOptions, planned_runs
 from wanx.exporter.calibration.state import Calibration, state_path
@@ -58,14 +58,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by the number of samples with every step that the denoiser runs."""
     counts: list[int] = []
-    run = StreamedDiT.run
+    run = BlockwiseDiT.run
 
-    def counted(self: StreamedDiT, feeds: Sequence[Any], **options: Any) -> Any:
+    def counted(self: BlockwiseDiT, feeds: Sequence[Any], **options: Any) -> Any:
         answer = run(self, feeds, **options)
         counts.append(len(feeds))
         return answer
 
-    monkeypatch.setattr(StreamedDiT, "run", counted)
+    monkeypatch.setattr(BlockwiseDiT, "run", counted)
     return counts
 
 
@@ -155,15 +155,15 @@ def test_layers_that_share_an_input_are_watched_once(model: Model) -> None:
 
 def interrupt_step(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """Stop before the denoiser runs a step, when ``after`` steps have run."""
-    run, calls = StreamedDiT.run, []
+    run, calls = BlockwiseDiT.run, []
 
-    def stopping(self: StreamedDiT, *arguments: Any, **options: Any) -> Any:
+    def stopping(self: BlockwiseDiT, *arguments: Any, **options: Any) -> Any:
         if len(calls) == after:
             raise KeyboardInterrupt
         calls.append(1)
         return run(self, *arguments, **options)
 
-    monkeypatch.setattr(StreamedDiT, "run", stopping)
+    monkeypatch.setattr(BlockwiseDiT, "run", stopping)
 
 
 def interrupting_progress(after: int) -> Callable[..., None]:

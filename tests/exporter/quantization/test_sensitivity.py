@@ -17,7 +17,7 @@ from tests.support.small_models import loaded, record_inputs, small_model
 from wanx.bundle.golden_steps import Golden, GoldenStep
 from wanx.checkpoints.checkpoint import Checkpoint
 from wanx.errors import WanxError
-from wanx.exporter.calibration.blockwise_dit import StreamedDiT
+from wanx.exporter.calibration.blockwise_dit import BlockwiseDiT
 from wanx.exporter.calibration.observers import Observers
 from wanx.exporter.calibration.options import CalibrationOptions
 from wanx.exporter.quantization.choose_recipe import choose_recipe
@@ -25,7 +25,7 @@ from wanx.exporter.quantization.recipe import Recipe, dit_candidates, shared_inp
 from wanx.exporter.quantization.scheme import SCHEMES, QuantizeOptions
 from wanx.exporter.quantization.sensitivity import decide
 from wanx.models.dit.model import WanDiT
-from wanx.progress import silent
+from wanx.progress import no_progress
 
 LENGTHS = (37, 300)  # the second is longer than what is compared of it
 ANY = -1000.0  # a gate that every layer passes
@@ -53,7 +53,7 @@ class Case:
         candidates = dit_candidates(self.checkpoint.config.dit, options)
         if only is not None:
             candidates = only, {}
-        streamed = StreamedDiT(
+        streamed = BlockwiseDiT(
             self.checkpoint.config.dit, self.checkpoint.components["dit"].tensors
         )
         return decide(
@@ -405,7 +405,7 @@ def test_an_input_that_was_never_seen(case: Case) -> None:
 
 def test_progress_counts_blocks(case: Case) -> None:
     told: list[tuple[int, int]] = []
-    streamed = StreamedDiT(case.checkpoint.config.dit, case.checkpoint.components["dit"].tensors)
+    streamed = BlockwiseDiT(case.checkpoint.config.dit, case.checkpoint.components["dit"].tensors)
     decide(
         streamed, case.golden, case.observers, SCHEMES["int8"], QuantizeOptions(layer_gate_db=ANY),
         (["blocks.0.ffn.0"], {}), on_block=lambda *numbers: told.append(numbers),
@@ -423,9 +423,9 @@ def test_choosing_again_measures_nothing_that_is_known(
         prompts=1, steps=2, width=32, height=32, frames=5, golden_steps=0
     )
     runs: list[int] = []
-    run = StreamedDiT.run
+    run = BlockwiseDiT.run
     monkeypatch.setattr(
-        StreamedDiT, "run", lambda self, *a, **k: runs.append(1) or run(self, *a, **k)
+        BlockwiseDiT, "run", lambda self, *a, **k: runs.append(1) or run(self, *a, **k)
     )
 
     def choose(scheme: str, **options: Any) -> tuple[Recipe, Golden, int]:
@@ -433,7 +433,7 @@ def test_choosing_again_measures_nothing_that_is_known(
         before = len(runs)
         recipe, golden = choose_recipe(
             checkpoint, bundle, SCHEMES[scheme], QuantizeOptions(layer_gate_db=ANY, **options),
-            replace(calibration, fresh=fresh), silent,
+            replace(calibration, fresh=fresh), no_progress,
         )  # fmt: skip
         return recipe, golden, len(runs) - before
 

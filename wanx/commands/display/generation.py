@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from wanx.bundle.reader import Bundle, FileCheck
-from wanx.interruption import undone_by_interrupt
+from wanx.interruption import cleanup_on_sigint
 from wanx.progress import Progress as Report
-from wanx.progress import Unit, silent
+from wanx.progress import Unit, no_progress
 
 if TYPE_CHECKING:
     from wanx.exporter.estimate import Estimate
@@ -66,11 +66,11 @@ class _Amount(ProgressColumn):
 def bars(quiet: bool) -> Iterator[Report]:
     """Yield a progress function that draws one bar per stage, on a terminal only."""
     if quiet or not sys.stderr.isatty():
-        yield silent
+        yield no_progress
         return
     columns = (TextColumn("{task.description:<20}"), BarColumn(bar_width=30), _Amount())
     progress = Progress(*columns, console=Console(stderr=True))
-    with undone_by_interrupt(progress.stop), progress:
+    with cleanup_on_sigint(progress.stop), progress:
         tasks: dict[str, int] = {}
 
         def report(stage: str, done: int, total: int, unit: Unit) -> None:
@@ -96,7 +96,7 @@ class _Lines(logging.Handler):
 
 
 @contextmanager
-def memory_lines(quiet: bool) -> Iterator[None]:
+def show_memory_messages(quiet: bool) -> Iterator[None]:
     """Show what the runtime says of the GPU's memory before it computes."""
     logger = logging.getLogger("wanx.runtime")
     handler, level = _Lines(), logger.level

@@ -16,11 +16,11 @@ from wanx.checkpoints.weights import check_tensors
 from wanx.config.models import DiTConfig
 from wanx.errors import UsageError, WanxError
 from wanx.exporter.components import dit_spec
-from wanx.models.dit.model import StreamState, WanDiT
+from wanx.models.dit.model import DiTState, WanDiT
 
 Watch = Callable[[nn.Module, str], AbstractContextManager[object]]
 OnBlock = Callable[[int, int], None]
-Step = Callable[[StreamState, int], StreamState]
+Step = Callable[[DiTState, int], DiTState]
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _STACKS = ("vace_blocks", "blocks")
@@ -41,7 +41,7 @@ def read_fp32(source: TensorSource, out: Tensor) -> None:
     assert end == len(flat)
 
 
-class StreamedDiT:
+class BlockwiseDiT:
     """The denoiser in fp32, equal to :class:`wanx.models.dit.model.WanDiT` with the weights loaded.
 
     Args:
@@ -102,7 +102,7 @@ class StreamedDiT:
         total, done = sum(len(getattr(dit, stack, ())) for stack in _STACKS), 0
         with torch.inference_mode():
             states = self._embed(feeds)
-            for stack, step in zip(_STACKS, (dit.advance_control, dit.advance), strict=True):
+            for stack, step in zip(_STACKS, (dit.run_control_block, dit.advance), strict=True):
                 for _ in self._pass(stack, step, states, watch):
                     done += 1
                     if on_block is not None:
@@ -115,7 +115,7 @@ class StreamedDiT:
                     velocities.append(velocity.cpu().numpy())
         return velocities
 
-    def _embed(self, feeds: Sequence[Mapping[str, NDArray[np.float32]]]) -> list[StreamState]:
+    def _embed(self, feeds: Sequence[Mapping[str, NDArray[np.float32]]]) -> list[DiTState]:
         states = []
         with ExitStack() as loaded:
             for name, child in self._dit.named_children():
@@ -135,9 +135,7 @@ class StreamedDiT:
     def _tensor(self, values: NDArray[np.float32]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self._device)
 
-    def _pass(
-        self, stack: str, step: Step, states: list[StreamState], watch: Watch
-    ) -> Iterator[None]:
+    def _pass(self, stack: str, step: Step, states: list[DiTState], watch: Watch) -> Iterator[None]:
         """Let all samples pass each block of a stack in turn, changing ``states`` in place."""
         storage: dict[str, Tensor] = {}
         for block_index, block in enumerate(getattr(self._dit, stack, ())):
@@ -167,7 +165,7 @@ class StreamedDiT:
             part.load_state_dict(empty, assign=True)
 
 
-def _tensors_of(state: StreamState) -> list[Tensor]:
+def _tensors_of(state: DiTState) -> list[Tensor]:
     known = (state.x, state.modulation, *state.rope, state.text, *state.hints[-1:])
     return [*known, *(value for value in (state.image, state.control) if value is not None)]
 

@@ -18,11 +18,11 @@ from torch import nn
 from wanx.bundle.golden_steps import Golden, GoldenStep
 from wanx.bundle.reader import Bundle
 from wanx.checkpoints.checkpoint import Checkpoint
-from wanx.exporter.calibration.blockwise_dit import StreamedDiT
+from wanx.exporter.calibration.blockwise_dit import BlockwiseDiT
 from wanx.exporter.calibration.observers import Observers
 from wanx.exporter.calibration.options import CalibrationOptions, golden_only, planned_runs
 from wanx.exporter.calibration.state import Calibration, state_path
-from wanx.progress import Progress, silent
+from wanx.progress import Progress, no_progress
 from wanx.runtime.denoise import Trajectory
 from wanx.runtime.inputs.conditioning import condition
 from wanx.runtime.inputs.reading import Inputs
@@ -39,7 +39,7 @@ def calibrate(
     bundle: Bundle,
     options: CalibrationOptions,
     points: Iterable[str] = (),
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Calibration:
     """Run trajectories over the denoiser of a checkpoint, watching ``points``.
 
@@ -67,7 +67,7 @@ def calibrate(
     for trajectory, velocities in zip(trajectories, state.history, strict=True):
         for velocity in velocities:
             trajectory.step_with(velocity)
-    dit = StreamedDiT(config.dit, checkpoint.components["dit"].tensors)
+    dit = BlockwiseDiT(config.dit, checkpoint.components["dit"].tensors)
     recorded = golden_numbers(options.steps, options.golden_steps)
     blocks = config.dit.num_layers + len(config.dit.vace_layers)
     watch = watching(state.observers, watched)
@@ -92,7 +92,10 @@ def calibrate(
 
 
 def record_golden(
-    checkpoint: Checkpoint, bundle: Bundle, options: CalibrationOptions, progress: Progress = silent
+    checkpoint: Checkpoint,
+    bundle: Bundle,
+    options: CalibrationOptions,
+    progress: Progress = no_progress,
 ) -> Golden:
     """Run one short trajectory of ``golden_steps`` steps over a checkpoint, and keep all of it.
 
@@ -116,7 +119,7 @@ def golden_numbers(steps: int, count: int) -> set[int]:
 
 
 def _answers(
-    dit: StreamedDiT,
+    dit: BlockwiseDiT,
     trajectories: Sequence[Trajectory],
     watch: Callable[[nn.Module, str], AbstractContextManager[None]],
     on_block: Callable[[int, int], None],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from wanx.checkpoints.weights import some_of
+from wanx.checkpoints.weights import abbreviate
 from wanx.errors import WanxError
 from wanx.files.safetensors import TensorRef
 
@@ -37,8 +37,8 @@ def attach(model: ir.Model, tensors: Mapping[str, TensorRef], root: Path) -> dic
     open_ends = {n: v for n, v in model.graph.initializers.items() if v.const_value is None}
     if missing := [name for name in open_ends if name not in tensors]:
         raise WanxError(
-            f"{model.graph.name} reads tensors that were not written: {some_of(missing)}; this is "
-            "a fault of wanx, please report it"
+            f"{model.graph.name} reads tensors that were not written: {abbreviate(missing)}; this "
+            "is a fault of wanx, please report it"
         )
     for name, value in open_ends.items():
         ref = tensors[name]

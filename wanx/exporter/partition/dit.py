@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from wanx.config.models import DiTConfig
 from wanx.exporter.components import ComponentSpec, GraphInput
-from wanx.exporter.partition.segments import Cut, Cutter, Segment
+from wanx.exporter.partition.segments import Partition, PartitionBuilder, Segment
 from wanx.models.dit.block import Block
 from wanx.models.dit.fused_block import FusedBlock
 from wanx.models.dit.model import WanDiT
 
 
-def cut_dit(model: WanDiT, spec: ComponentSpec, dtype: torch.dtype) -> Cut:
+def partition_dit(model: WanDiT, spec: ComponentSpec, dtype: torch.dtype) -> Partition:
     """Cut a denoiser on the meta device, which is taken apart.
 
     See :func:`wanx.exporter.partition.partition.cut`.
@@ -35,13 +35,13 @@ def cut_dit(model: WanDiT, spec: ComponentSpec, dtype: torch.dtype) -> Cut:
         control, model.vace_blocks = _blocks(model.vace_blocks), nn.ModuleList()
     head = model.head
     del model.head
-    cutter = Cutter({"B": 2, **spec.axes})
-    cutter.add(_entry(model, graph))
+    builder = PartitionBuilder({"B": 2, **spec.axes})
+    builder.add(_entry(model, graph))
     read = ["modulation", "rope_cos", "rope_sin", "text"]
     for index, block in enumerate(control):
         segment = _control_block(FusedBlock(block), [values[n] for n in ("x", *read)], values)
         names = ("control", "x", *read, f"scale_{index}")
-        cutter.add(
+        builder.add(
             segment, f"vace_blocks.{index}.", inputs=names, outputs=("control", f"hint_{index}")
         )
     if config.image_dim is not None:
@@ -50,15 +50,15 @@ def cut_dit(model: WanDiT, spec: ComponentSpec, dtype: torch.dtype) -> Cut:
         hint = config.vace_layers.index(index) if index in config.vace_layers else None
         segment = _block(FusedBlock(block), [values[n] for n in ("x", *read)], hint is not None)
         names = ("x", *read, *(() if hint is None else (f"hint_{hint}",)))
-        cutter.add(segment, f"blocks.{index}.", inputs=names)
-    cutter.add(
+        builder.add(segment, f"blocks.{index}.", inputs=names)
+    builder.add(
         Segment(
             name="head", module=head, call=lambda m, x, time: (m(x, time),),
             inputs=(values["x"], values["time"]), outputs=spec.outputs,
         ),
         "head.",
     )  # fmt: skip
-    return cutter.finish()
+    return builder.finish()
 
 
 def _blocks(stack: nn.ModuleList) -> list[Block]:

@@ -73,7 +73,7 @@ class Segment:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
+class Partition:
     """A component as segments by name, the steps that run them, and the sizes to trace with."""
 
     segments: dict[str, Segment]
@@ -101,7 +101,7 @@ class Cut:
         return given
 
 
-class Cutter:
+class PartitionBuilder:
     """Collects steps, and one segment for each structure among them."""
 
     def __init__(self, axes: dict[str, int]) -> None:
@@ -133,6 +133,6 @@ class Cutter:
         )
         self._steps.append(step)
 
-    def finish(self) -> Cut:
+    def finish(self) -> Partition:
         """All that was added."""
-        return Cut(segments=self._segments, steps=tuple(self._steps), axes=self._axes)
+        return Partition(segments=self._segments, steps=tuple(self._steps), axes=self._axes)

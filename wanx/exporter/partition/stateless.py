@@ -12,7 +12,7 @@ from wanx.exporter.components import GraphInput, split_axis
 from wanx.exporter.partition.segments import Segment
 
 
-class Functional(nn.Module):
+class StatelessSegment(nn.Module):
     """A segment whose weights are its last arguments. Its module is hidden from the tracer."""
 
     def __init__(self, segment: Segment, device: torch.device) -> None:
@@ -53,7 +53,7 @@ def export_segment(
         axes: sizes to trace with; those of an axis called B may be 1 later.
         device: that it is traced for.
     """
-    functional = Functional(segment, device).eval()
+    functional = StatelessSegment(segment, device).eval()
     with FakeTensorMode(allow_non_fake_inputs=True):
         shapes = [_dynamic(item, axes) for item in segment.inputs]
         shapes += [None] * len(segment.parameters)

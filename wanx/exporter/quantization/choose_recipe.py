@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from wanx.bundle.golden_steps import Golden
 from wanx.bundle.reader import Bundle
 from wanx.checkpoints.checkpoint import Checkpoint
-from wanx.exporter.calibration.blockwise_dit import StreamedDiT
+from wanx.exporter.calibration.blockwise_dit import BlockwiseDiT
 from wanx.exporter.calibration.calibrate import calibrate
 from wanx.exporter.calibration.options import CalibrationOptions
 from wanx.exporter.quantization.recipe import Recipe, dit_candidates, shared_input
@@ -65,7 +65,7 @@ def choose_recipe(
     def on_block(done: int, total: int) -> None:
         progress("measure layers", done, total, "steps")
 
-    dit = StreamedDiT(config, checkpoint.components["dit"].tensors)
+    dit = BlockwiseDiT(config, checkpoint.components["dit"].tensors)
     recipe = decide(
         dit, state.golden, state.observers, scheme, options, candidates, attentions, on_block
     )

@@ -12,7 +12,7 @@ from wanx.exporter.quantization.recipe import Recipe, shared_input
 from wanx.exporter.quantization.scheme import WEIGHT_ONLY
 from wanx.models.quantized import (
     DynamicQuantLinear,
-    QuantAttend,
+    QuantAttentionOp,
     QuantEmbedding,
     QuantLinear,
     WeightOnlyLinear,
@@ -65,7 +65,7 @@ def quantize_module(module: nn.Module, recipe: Recipe) -> nn.Module:
     for name in recipe.attention.keys() & present:
         heads = module.get_submodule(name).num_heads
         assert isinstance(heads, int)
-        module.set_submodule(name, QuantAttend(heads))
+        module.set_submodule(name, QuantAttentionOp(heads))
     for name, vector in recipe.smooth.items():
         block, _, attribute = name.rpartition(".")
         if block in present:

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from wanx.checkpoints.weights import some_of
+from wanx.checkpoints.weights import abbreviate
 from wanx.errors import WanxError
 from wanx.exporter.quantization.recipe import Recipe
 from wanx.exporter.quantization.scheme import WEIGHT_ONLY
@@ -223,8 +223,8 @@ def require_recipe(component: str, graph: Path, root: Path, recipe: Recipe) -> d
     ]
     if wrong:
         raise WanxError(
-            f"{component} was not quantised as the recipe says: {some_of(wrong)}; this is a fault "
-            "of wanx, please report it"
+            f"{component} was not quantised as the recipe says: {abbreviate(wrong)}; this is a "
+            "fault of wanx, please report it"
         )
     return dict(Counter(layer.kind for layer in found.values()))
 

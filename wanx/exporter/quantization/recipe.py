@@ -98,7 +98,7 @@ class Recipe:
         )  # fmt: skip
 
 
-def recorded_recipe(record: Quantization, stored: Mapping[str, tuple[int, ...]]) -> Recipe:
+def recipe_from_manifest(record: Quantization, stored: Mapping[str, tuple[int, ...]]) -> Recipe:
     """The recipe behind a manifest's record, as far as a network's structure depends on it.
 
     Args:

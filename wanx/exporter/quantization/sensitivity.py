@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from wanx.bundle.golden_steps import Golden
 from wanx.errors import WanxError
-from wanx.exporter.calibration.blockwise_dit import StreamedDiT
+from wanx.exporter.calibration.blockwise_dit import BlockwiseDiT
 from wanx.exporter.calibration.observers import Observer, Observers, input_scale
 from wanx.exporter.quantization.recipe import SMOOTHED, Recipe, shared_input, smoothing_of
 from wanx.exporter.quantization.scheme import QuantizeOptions, Scheme
@@ -177,7 +177,7 @@ def _rows(output: Tensor) -> Tensor:
 
 
 def decide(
-    dit: StreamedDiT,
+    dit: BlockwiseDiT,
     golden: Golden,
     observers: Observers,
     scheme: Scheme,

@@ -20,8 +20,8 @@ from wanx.bundle.engine_schedule import PLAN, Plan, Program
 from wanx.bundle.manifest import Component
 from wanx.errors import EnvironmentMismatchError, WanxError
 from wanx.exporter.components import ComponentSpec
-from wanx.exporter.partition.partition import cut
-from wanx.exporter.partition.segments import STORED, Cut, Segment
+from wanx.exporter.partition.partition import partition
+from wanx.exporter.partition.segments import STORED, Partition, Segment
 from wanx.exporter.partition.stateless import export_segment
 from wanx.kernels.timing import interleaved, medians
 
@@ -83,7 +83,7 @@ def build(spec: ComponentSpec, dtype: torch.dtype, folder: Path) -> Plan:
         WanxError: a program does not compile.
     """
     device = device_name()
-    parts = cut(spec, dtype)
+    parts = partition(spec, dtype)
     folder.mkdir(parents=True)
     programs = {}
     for name, segment in parts.segments.items():
@@ -102,7 +102,7 @@ def build(spec: ComponentSpec, dtype: torch.dtype, folder: Path) -> Plan:
     return plan
 
 
-def _batch_limit(parts: Cut, device: str, folder: Path) -> int:
+def _batch_limit(parts: Partition, device: str, folder: Path) -> int:
     """Up to how many tokens a block is faster on two batch entries at once than in turn."""
     segment = parts.segments.get("block")
     if segment is None or "B" not in (item.shape[0] for item in segment.inputs if item.shape):

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from wanx.kernels.attention import cudnn_fp8, eight_bit, fa3, flash
 from wanx.kernels.launch import sm_of, unsupported_tensors
-from wanx.kernels.launch_config import provider_order
+from wanx.kernels.launch_config import backend_ranking
 
 Run = Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Provider:
+class AttentionBackend:
     """One implementation.
 
     Attributes:
@@ -78,61 +78,63 @@ def _torch_run(attend: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> Run
 
 
 _ALL = (
-    Provider(
+    AttentionBackend(
         name="cudnn",
         bits=16,
         unsupported_reason=_torch_reason(128, 80),
         run=_torch_run(_cudnn),
     ),
-    Provider(
+    AttentionBackend(
         name="flash",
         bits=16,
         unsupported_reason=_torch_reason(256, 80),
         run=_torch_run(_flash),
     ),
-    Provider(
+    AttentionBackend(
         name="triton",
         bits=16,
         unsupported_reason=flash.unsupported_reason,
         run=flash.launch_attention,
     ),
-    Provider(
+    AttentionBackend(
         name="fa3",
         bits=16,
         unsupported_reason=fa3.unsupported_reason,
         run=fa3.attention_fa3,
     ),
-    Provider(
+    AttentionBackend(
         name="triton-8bit",
         bits=8,
         unsupported_reason=eight_bit.unsupported_reason,
         run=eight_bit.launch_attention_8bit,
     ),
-    Provider(
+    AttentionBackend(
         name="cudnn-fp8",
         bits=8,
         unsupported_reason=cudnn_fp8.unsupported_reason,
         run=cudnn_fp8.attention_cudnn_fp8,
     ),
 )
-PROVIDERS = {provider.name: provider for provider in _ALL}
+BACKENDS = {provider.name: provider for provider in _ALL}
 
 
-def ranked(sm: int, *, bits: int, keys: int) -> list[Provider]:
+def ranked_backends(sm: int, *, bits: int, keys: int) -> list[AttentionBackend]:
     """Providers that keep at least ``bits``, in the order in which they are tried.
 
     Where 8 bits are enough, those of 16 bits come last, unless the table ranks them.
     """
-    names = provider_order(sm, bits=bits, keys=keys)
+    names = backend_ranking(sm, bits=bits, keys=keys)
     if bits == 8:
-        names += provider_order(sm, bits=16, keys=keys)
-    return [PROVIDERS[name] for name in dict.fromkeys(names)]
+        names += backend_ranking(sm, bits=16, keys=keys)
+    return [BACKENDS[name] for name in dict.fromkeys(names)]
 
 
-def choose(q: Tensor, k: Tensor, v: Tensor, num_heads: int, bits: int) -> Provider | str:
+def choose_backend(
+    q: Tensor, k: Tensor, v: Tensor, num_heads: int, bits: int
+) -> AttentionBackend | str:
     """The fastest provider that keeps at least ``bits``, or why there is none."""
     reasons: dict[str, str] = {}
-    for provider in ranked(sm_of(q), bits=bits, keys=k.shape[1]):
+    for provider in ranked_backends(sm_of(q), bits=bits, keys=k.shape[1]):
         reason = provider.unsupported_reason(q, k, v, num_heads)
         if reason is None:
             return provider

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.library import triton_op
 from torch.nn import functional as F
 
-from wanx.kernels.attention.backends import Provider, choose
+from wanx.kernels.attention.backends import AttentionBackend, choose_backend
 from wanx.kernels.launch import runs_reference
 from wanx.kernels.registry import DOMAIN, needs_gradient, register
 
@@ -44,8 +44,8 @@ def BiasedAttention(q, k, v, bias, num_heads: int, scale: float):  # type: ignor
 
 @triton_op("wanx::attention", mutates_args=())
 def _attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Tensor:
-    provider = choose(q, k, v, num_heads, bits=16)
-    if isinstance(provider, Provider):
+    provider = choose_backend(q, k, v, num_heads, bits=16)
+    if isinstance(provider, AttentionBackend):
         return provider.run(q, k, v, num_heads, scale)
     runs_reference("attention", provider, q)
     return attention_reference(q, k, v, None, num_heads, scale)

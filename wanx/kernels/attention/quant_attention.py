@@ -22,7 +22,7 @@ from onnxscript import script
 from torch import Tensor
 from torch.library import triton_op
 
-from wanx.kernels.attention.backends import Provider, choose
+from wanx.kernels.attention.backends import AttentionBackend, choose_backend
 from wanx.kernels.launch import runs_reference
 from wanx.kernels.quantize import E4M3_MAX, quantize_reference
 from wanx.kernels.registry import DOMAIN, register
@@ -92,8 +92,8 @@ def _quant_attention(
     num_heads: int,
     scale: float,
 ) -> Tensor:
-    provider = choose(q, k, v, num_heads, bits=8)
-    if isinstance(provider, Provider):
+    provider = choose_backend(q, k, v, num_heads, bits=8)
+    if isinstance(provider, AttentionBackend):
         return provider.run(q, k, v, num_heads, scale)
     runs_reference("quant_attention", provider, q)
     return quant_attention_reference(q, k, v, q_scale, k_scale, v_scale, num_heads, scale)

@@ -26,9 +26,17 @@ from torch.utils._pytree import tree_leaves
 
 from wanx.errors import EnvironmentMismatchError, UsageError, WanxError
 from wanx.kernels.launch import PROGRAMS_HAVE_TMA, sm_of
-from wanx.kernels.launch_config import TABLE, Choice, Entry, dump, load, merged, use
+from wanx.kernels.launch_config import (
+    TABLE,
+    Choice,
+    Entry,
+    dump_table,
+    load_table,
+    merge_entries,
+    set_table,
+)
 from wanx.kernels.timing import ROUNDS, interleaved
-from wanx.kernels.tuning.workloads import OPS, PROVIDER_BITS, RANKED, Candidate, Workload, workloads
+from wanx.kernels.tuning.workloads import BACKEND_BITS, OPS, RANKED, Candidate, Workload, workloads
 
 # Seconds of each call, round by round.
 Timer = Callable[[Sequence[Callable[[], object]]], list[list[float]]]
@@ -186,9 +194,9 @@ def run(ops: Sequence[str], output: Path, rounds: int) -> None:
 
     def timer_of(op: str) -> Timer:
         # Providers synchronise as they like, and keep what they plan at their first call.
-        return partial(_on_gpu, device=device, rounds=rounds, as_graph=op not in PROVIDER_BITS)
+        return partial(_on_gpu, device=device, rounds=rounds, as_graph=op not in BACKEND_BITS)
 
-    table = load(output if output.exists() else TABLE)
+    table = load_table(output if output.exists() else TABLE)
     fill(table, ops, output, sm, machine, device, timer_of)
 
 
@@ -207,9 +215,11 @@ def fill(
         for workload in workloads(op, device):
             report, entry = tune(workload, sm, machine, timer)
             print(report, flush=True)
-            table = merged(table, [entry] if entry else [])
-        dump(table, output)
-        use(table)  # so that providers run with what their kernels were found to run best with
+            table = merge_entries(table, [entry] if entry else [])
+        dump_table(table, output)
+        set_table(
+            table
+        )  # so that providers run with what their kernels were found to run best with
 
 
 def main() -> None:

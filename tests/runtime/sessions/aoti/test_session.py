@@ -18,7 +18,7 @@ from wanx.benchmarks.speed.suite import BenchOptions
 from wanx.bundle.engine_schedule import PLAN, Plan, read_plan
 from wanx.bundle.publish import record_files, write_manifest
 from wanx.bundle.reader import Bundle, open_bundle
-from wanx.bundle.trust import note_built
+from wanx.bundle.trust import mark_trusted
 from wanx.errors import CorruptInputError, EnvironmentMismatchError
 from wanx.exporter.calibration.options import CalibrationOptions
 from wanx.runtime.options import RunOptions
@@ -183,7 +183,7 @@ def changed(compiled: Bundle, folder: Path, **update: object) -> Bundle:
     (folder / engine).write_text(plan.model_dump_json())
     manifest = compiled.manifest.model_copy(update={"files": record_files(folder)})
     write_manifest(folder, manifest)
-    note_built(engine, manifest.files)
+    mark_trusted(engine, manifest.files)
     return open_bundle(folder)
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from tests.support.fake_gpu import INVALID, OUT_OF_MEMORY, FakeCuda, FakeTensorRT, engine_file
 from wanx.bundle.engine_schedule import PLAN, Plan, Program, Step, Weight
-from wanx.commands.display.generation import memory_lines
+from wanx.commands.display.generation import show_memory_messages
 from wanx.errors import UsageError, WanxError
 from wanx.files.safetensors import SafetensorsWriter
 from wanx.runtime.sessions import open_session
@@ -369,7 +369,7 @@ def test_targets_without_streaming() -> None:
 def test_memory_is_said_once_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     log = logging.getLogger("wanx.runtime")
     for quiet, wanted in ((True, ""), (False, "dit: 1\n")):
-        with memory_lines(quiet):
+        with show_memory_messages(quiet):
             for _ in range(2):
                 log.info("dit: %d", 1)
         log.info("after")

@@ -31,8 +31,8 @@ from wanx.errors import EnvironmentMismatchError, UsageError, WanxError
 from wanx.exporter.build import as_stored
 from wanx.exporter.components import ComponentSpec, component_specs
 from wanx.exporter.graph.attach import IR_TYPES
-from wanx.exporter.partition.partition import cut
-from wanx.exporter.partition.segments import Cut, Segment
+from wanx.exporter.partition.partition import partition
+from wanx.exporter.partition.segments import Partition, Segment
 from wanx.exporter.targets.tensorrt.comparable import BATCH, comparable
 from wanx.exporter.targets.tensorrt.graph import OUTPUT, WEIGHT, segment_graph
 from wanx.runtime.sessions.base import Array
@@ -66,7 +66,7 @@ def write_step(bundle: Bundle, component: str, step: str, folder: Path) -> Path:
     if component not in specs:
         raise UsageError(f"--component {component}: there is none; choose {', '.join(specs)}")
     spec = as_stored(specs[component], bundle.root, bundle.manifest)
-    parts, high = cut(spec, torch.float32), cut(spec, torch.bfloat16)
+    parts, high = partition(spec, torch.float32), partition(spec, torch.bfloat16)
     names = [each.prefix.rstrip(".") or each.program for each in parts.steps]
     if step not in names:
         raise UsageError(f"--step {step}: there is none; choose from {', '.join(names)}")
@@ -88,7 +88,7 @@ def write_step(bundle: Bundle, component: str, step: str, folder: Path) -> Path:
     return folder
 
 
-def _layout(bundle: Bundle, spec: ComponentSpec, parts: Cut) -> list[StepWeights]:
+def _layout(bundle: Bundle, spec: ComponentSpec, parts: Partition) -> list[StepWeights]:
     """Where the weights of each step lie in the bundle."""
     programs = {
         name: Program(file=f"{name}.engine", weights=segment.weights)
@@ -117,7 +117,9 @@ def _weights(step: StepWeights, segment: Segment) -> dict[str, TensorProto]:
     return found
 
 
-def _inputs_of(bundle: Bundle, spec: ComponentSpec, parts: Cut, number: int) -> dict[str, Array]:
+def _inputs_of(
+    bundle: Bundle, spec: ComponentSpec, parts: Partition, number: int
+) -> dict[str, Array]:
     """Run all steps before, in fp32 on the processor; what the step is given then."""
     values = _feeds(bundle, spec)
     layout = _layout(bundle, spec, parts)

@@ -26,7 +26,7 @@ import torch
 from wanx.bundle.engine_schedule import PLAN, Plan, Program
 from wanx.errors import WanxError
 from wanx.exporter.components import ComponentSpec
-from wanx.exporter.partition.partition import cut
+from wanx.exporter.partition.partition import partition
 from wanx.exporter.partition.segments import Segment
 from wanx.exporter.targets.tensorrt import worker
 from wanx.exporter.targets.tensorrt.flavour import Flavour
@@ -34,8 +34,8 @@ from wanx.exporter.targets.tensorrt.graph import segment_graph
 from wanx.exporter.targets.tensorrt.ranges import Range
 from wanx.exporter.targets.tensorrt.tuning import BY_ITSELF, Tuning
 from wanx.exporter.targets.tensorrt.worker import DISK_FULL, REQUEST
-from wanx.interruption import undone_by_interrupt
-from wanx.models.quantized import DynamicQuantLinear, QuantAttend, QuantLinear
+from wanx.interruption import cleanup_on_sigint
+from wanx.models.quantized import DynamicQuantLinear, QuantAttentionOp, QuantLinear
 from wanx.runtime.sessions.tensorrt.library import MODULES
 
 _EIGHT_BIT = (QuantLinear, DynamicQuantLinear)  # weight and input
@@ -69,7 +69,7 @@ def build(
         WanxError: an engine does not build, or is not what was asked for.
     """
     flavour.module()
-    parts = cut(spec, dtype)
+    parts = partition(spec, dtype)
     folder.mkdir(parents=True)
     programs = {}
     with tempfile.TemporaryDirectory(dir=folder) as name:
@@ -128,7 +128,7 @@ def _work(folder: Path, request: Mapping[str, Any], tell: Callable[[float], None
     with log.open("wb") as errors, subprocess.Popen(
         [sys.executable, "-m", worker.__name__, str(folder)],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True,
-    ) as child, undone_by_interrupt(child.kill):  # fmt: skip
+    ) as child, cleanup_on_sigint(child.kill):  # fmt: skip
         try:
             assert child.stdout is not None
             for line in child.stdout:
@@ -190,7 +190,7 @@ def require_layers(segment: Segment, layers: Mapping[str, int]) -> None:
         WanxError: says how many there are.
     """
     modules = list(segment.module.modules())
-    attends = [module for module in modules if isinstance(module, QuantAttend)]
+    attends = [module for module in modules if isinstance(module, QuantAttentionOp)]
     if layers.get("attention FP8", 0) < len(attends):
         raise WanxError(
             "its attention in FP8 did not become one kernel, and would hold all weights of softmax "
