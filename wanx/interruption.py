@@ -16,17 +16,17 @@ from types import FrameType
 INTERRUPTED = "interrupted: nothing partial was left behind"
 EXIT_CODE = 130
 
-_undos: list[Callable[[], object]] = []
+_cleanups: list[Callable[[], object]] = []
 
 
 @contextmanager
-def cleanup_on_sigint(undo: Callable[[], object]) -> Iterator[None]:
-    """Have ``undo`` called if Ctrl-C ends the process inside the block."""
-    _undos.append(undo)
+def cleanup_on_sigint(cleanup: Callable[[], object]) -> Iterator[None]:
+    """Have ``cleanup`` called if Ctrl-C ends the process inside the block."""
+    _cleanups.append(cleanup)
     try:
         yield
     finally:
-        _undos.remove(undo)
+        _cleanups.remove(cleanup)
 
 
 @contextmanager
@@ -44,9 +44,9 @@ def exit_on_sigint() -> Iterator[None]:
 
 def _end(number: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for undo in reversed(_undos):
+    for cleanup in reversed(_cleanups):
         with suppress(Exception):
-            undo()
+            cleanup()
     with suppress(OSError):
         sys.stdout.flush()
         os.write(sys.stderr.fileno(), f"{INTERRUPTED}\n".encode())

@@ -24,7 +24,7 @@ _CLOSED_FOLDERS = ("graphs", "weights", "engines")  # a file here that nobody li
 _MAX_GRAPH_BYTES = (1 << 31) - 1  # protobuf's limit
 
 
-def problems(
+def find_problems(
     root: Path,
     manifest: Manifest,
     verify: Verify,
@@ -36,7 +36,7 @@ def problems(
     The arguments are those of ``wanx.bundle.reader.open_bundle``.
     """
     files = manifest.files
-    sound: list[str] = []
+    whole: list[str] = []
     for name, record in files.items():
         problem = regular_file_problem(root, name, allow_hard_links) or _size_problem(
             root, name, record
@@ -44,26 +44,26 @@ def problems(
         if problem:
             yield name, problem
         else:
-            sound.append(name)
+            whole.append(name)
     for name in _unlisted(root, files):
         yield name, f"{name!r} is not in the manifest, so not part of this bundle: delete it"
 
     damaged: set[str] = set()
     if verify != "size":
-        stamps = DigestCache(root)
+        cache = DigestCache(root)
         try:
-            for name in sound:
+            for name in whole:
                 record = files[name]
-                problem = _hash_problem(root, name, record, stamps, verify == "auto", on_bytes)
+                problem = _hash_problem(root, name, record, cache, verify == "auto", on_bytes)
                 if problem:
                     damaged.add(name)
                     yield name, problem
         finally:
-            stamps.save()
+            cache.save()
 
     for component in manifest.components.values():
         for graph in (component.graph, *component.engines.values()):
-            if graph in sound and graph not in damaged and graph.endswith(".onnx"):
+            if graph in whole and graph not in damaged and graph.endswith(".onnx"):
                 problem = _graph_problem(root, graph, component, files)
                 if problem:
                     yield graph, problem
@@ -75,19 +75,19 @@ def regular_file_problem(root: Path, name: str, allow_hard_links: bool) -> str |
     for part in PurePosixPath(name).parts:
         path /= part
         try:
-            found = path.lstat()
+            status = path.lstat()
         except (FileNotFoundError, NotADirectoryError):
             return f"{name} is missing: {RECOPY_HINT}"
         except OSError as error:
             return _unreadable(name, error)
-        if stat.S_ISLNK(found.st_mode):
+        if stat.S_ISLNK(status.st_mode):
             link = path.relative_to(root).as_posix()
             return f"{link} is a symbolic link: make a copy with real files (cp -RL) and use that"
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         return f"{name} is not a file: {RECOPY_HINT}"
-    if found.st_nlink > 1 and not allow_hard_links:
+    if status.st_nlink > 1 and not allow_hard_links:
         return (
-            f"{name} has {found.st_nlink} hard links, so it can change from outside the bundle: "
+            f"{name} has {status.st_nlink} hard links, so it can change from outside the bundle: "
             "make a real copy (cp -R) and use that"
         )
     return None
@@ -104,17 +104,17 @@ def _hash_problem(
     root: Path,
     name: str,
     record: FileRecord,
-    stamps: DigestCache,
-    trust_stamps: bool,
+    cache: DigestCache,
+    trust_cache: bool,
     on_bytes: Callable[[int], None] | None,
 ) -> str | None:
     path = root / name
     try:
         before = path.stat()
-        digest = stamps.digest(name, before) if trust_stamps else None
+        digest = cache.digest(name, before) if trust_cache else None
         if digest is None:
             digest = sha256_file(path, on_bytes)
-            stamps.record(name, before, path.stat(), digest)
+            cache.record(name, before, path.stat(), digest)
         elif on_bytes:
             on_bytes(record.size)
     except OSError as error:

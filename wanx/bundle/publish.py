@@ -60,8 +60,8 @@ def publish_bundle(
         preflight_space(target, needed_bytes)
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target, timeout=0):
-            _clean(target)
-            _refuse_taken(target, force)
+            _clean_up(target)
+            _refuse_existing(target, force)
             with cleanup_on_sigint(lambda: _abandon(target, folder)):
                 try:
                     # Here too, while the disk is still full.
@@ -70,7 +70,7 @@ def publish_bundle(
                         yield folder
                         _commit(folder, target, force)
                 except BaseException:
-                    _clean(target)
+                    _clean_up(target)
                     raise
 
 
@@ -121,12 +121,12 @@ def add_engines(target: str | Path) -> Iterator[tuple[Path, Callable[[Manifest],
         _locked(target, timeout=0),
         cleanup_on_sigint(lambda: _abandon(target, folder)),
     ):
-        _clean(target)
+        _clean_up(target)
         try:
             folder.mkdir()
             yield folder, commit
         finally:
-            _clean(target)
+            _clean_up(target)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -172,10 +172,10 @@ def recover(target: Path) -> None:
     if os.path.lexists(target) or not old.is_dir():
         return
     with translate_disk_errors(target, old, 0), _locked(target, timeout=_RECOVERY_SECONDS):
-        _clean(target)
+        _clean_up(target)
 
 
-def _clean(target: Path) -> None:
+def _clean_up(target: Path) -> None:
     """Remove what dead exports left; the caller holds the lock, so no other is alive."""
     for name in _partials(target):
         shutil.rmtree(target.parent / name, ignore_errors=True)
@@ -184,7 +184,7 @@ def _clean(target: Path) -> None:
         if not os.path.lexists(target):
             os.rename(old, target)
             sync(target.parent)
-        elif _is_bundle(target):
+        elif _is_wanx_bundle(target):
             _discard(old)
 
 
@@ -192,7 +192,7 @@ def _abandon(target: Path, folder: Path) -> None:
     """Remove ``folder`` while other threads may write into it: they know it by its old name."""
     with suppress(OSError):
         os.rename(folder, _sibling(target, "wanx-0.partial"))
-    _clean(target)
+    _clean_up(target)
 
 
 def _commit(folder: Path, target: Path, force: bool) -> None:
@@ -201,9 +201,9 @@ def _commit(folder: Path, target: Path, force: bool) -> None:
         for name in names:
             sync(Path(parent, name))
         sync(Path(parent))
-    _refuse_taken(target, force)
+    _refuse_existing(target, force)
     old = _sibling(target, _OLD)
-    if _is_bundle(target):
+    if _is_wanx_bundle(target):
         os.rename(target, old)
     elif target.is_dir():
         target.rmdir()
@@ -234,18 +234,18 @@ def _refuse_unsuitable(target: Path) -> None:
         raise UsageError(f"{target} is a mount point: choose a folder inside it")
 
 
-def _refuse_taken(target: Path, force: bool) -> None:
+def _refuse_existing(target: Path, force: bool) -> None:
     """Refuse a target that must not be replaced; the caller holds the lock."""
     _refuse_unsuitable(target)
     if not target.exists():
         return
-    if not _is_bundle(target) and any(target.iterdir()):
+    if not _is_wanx_bundle(target) and any(target.iterdir()):
         raise UsageError(f"{target} exists and is not a wanx bundle: choose another name")
     if not force:
         raise UsageError(f"{target} exists: choose another name, or replace it with --force")
 
 
-def _is_bundle(folder: Path) -> bool:
+def _is_wanx_bundle(folder: Path) -> bool:
     """True if ``folder`` is wanx's own: other programs have a manifest.json too."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
@@ -261,7 +261,7 @@ def _locked(target: Path, timeout: float) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        pids = [found[1] for name in _partials(target) if (found := re.search(r"-(\d+)\.", name))]
+        pids = [match[1] for name in _partials(target) if (match := re.search(r"-(\d+)\.", name))]
         who = f" (pid {pids[0]})" if pids else ""
         raise UsageError(
             f"another export is writing {target}{who}: wait for it or choose another name"

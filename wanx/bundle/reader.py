@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from wanx.bundle.integrity import RECOPY_HINT, Verify, problems, regular_file_problem
+from wanx.bundle.integrity import RECOPY_HINT, Verify, find_problems, regular_file_problem
 from wanx.bundle.manifest import (
     MANIFEST,
     TOKENIZER,
@@ -118,7 +118,9 @@ def open_bundle(
         EnvironmentMismatchError: a newer wanx wrote the bundle.
     """
     bundle = read_bundle(path)
-    for _, problem in problems(bundle.root, bundle.manifest, verify, on_bytes, allow_hard_links):
+    for _, problem in find_problems(
+        bundle.root, bundle.manifest, verify, on_bytes, allow_hard_links
+    ):
         if read_bundle(path).hash != bundle.hash:  # replaced by an export while it was checked
             return open_bundle(
                 path, verify=verify, on_bytes=on_bytes, allow_hard_links=allow_hard_links
@@ -139,11 +141,13 @@ def verify_bundle(
         UsageError, CorruptInputError, EnvironmentMismatchError: the manifest cannot be used.
     """
     bundle = read_bundle(path)
-    found: dict[str, str] = {}
-    for name, problem in problems(bundle.root, bundle.manifest, "full", on_bytes, allow_hard_links):
-        found.setdefault(name, problem)
-    names = sorted({*bundle.manifest.files, *found})
-    return [FileCheck(name, found.get(name)) for name in names]
+    problem_by_file: dict[str, str] = {}
+    for name, problem in find_problems(
+        bundle.root, bundle.manifest, "full", on_bytes, allow_hard_links
+    ):
+        problem_by_file.setdefault(name, problem)
+    names = sorted({*bundle.manifest.files, *problem_by_file})
+    return [FileCheck(name, problem_by_file.get(name)) for name in names]
 
 
 def read_bundle(path: str | Path) -> Bundle:

@@ -136,10 +136,10 @@ class JoinedTensor(TensorSource):
         if len({(part.dtype, len(part.shape), part.shape[1:]) for part in parts}) > 1 or not all(
             part.shape for part in parts
         ):
-            found = ", ".join(f"{part.dtype} {list(part.shape)}" for part in parts)
+            descriptions = ", ".join(f"{part.dtype} {list(part.shape)}" for part in parts)
             raise CorruptInputError(
-                f"{first.file}: the tensors {name} are {found} and do not make one; download the "
-                "file again"
+                f"{first.file}: the tensors {name} are {descriptions} and do not make one; "
+                "download the file again"
             )
         return cls(
             name=name,

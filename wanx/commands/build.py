@@ -50,7 +50,7 @@ def build(
 
     require_packages()
     from wanx.bundle.reader import open_bundle
-    from wanx.commands.display.generation import bars, print_bundle
+    from wanx.commands.display.generation import print_bundle, progress_bars
     from wanx.exporter.build import EngineOptions
     from wanx.exporter.build import build as run_build
     from wanx.exporter.targets.tensorrt.tuning import parse_tuning
@@ -68,7 +68,7 @@ def build(
             f"{bundle} is built in and stays as it is; `wanx export {bundle} --target {target}` "
             "makes a bundle of it"
         )
-    with exit_on_sigint(), bars(quiet) as progress:
+    with exit_on_sigint(), progress_bars(quiet) as progress:
         built = run_build(open_bundle(folder), target, progress, options)
     if as_json:
         print_json(bundle_facts(built))

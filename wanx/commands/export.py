@@ -101,7 +101,7 @@ def export(
     require_packages()
     import wanx
     from wanx.commands.display.accuracy import print_quantization
-    from wanx.commands.display.generation import bars, print_bundle, print_estimate
+    from wanx.commands.display.generation import print_bundle, print_estimate, progress_bars
     from wanx.exporter.calibration.options import CalibrationOptions
     from wanx.exporter.quantization.scheme import QUANTIZED, QuantizeOptions
     from wanx.runtime.sizes import parse_size
@@ -136,7 +136,7 @@ def export(
         else:
             print_estimate(resolved, needs)
         return
-    with exit_on_sigint(), bars(quiet) as progress:
+    with exit_on_sigint(), progress_bars(quiet) as progress:
         bundle = wanx.export(**options, progress=progress)
     if as_json:
         print_json(bundle_facts(bundle))

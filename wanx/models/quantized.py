@@ -52,7 +52,7 @@ def _frozen(*shape: int, dtype: torch.dtype, fill: float = 0) -> nn.Parameter:
     return nn.Parameter(torch.full(shape, fill, dtype=dtype), requires_grad=False)
 
 
-class _Linear8(nn.Module):
+class _QuantLinearBase(nn.Module):
     """Base of the linear layers: ``weight``, ``weight_scale`` and ``bias``."""
 
     bias: nn.Parameter | None
@@ -75,7 +75,7 @@ class _Linear8(nn.Module):
         )
 
 
-class QuantLinear(_Linear8):
+class QuantLinear(_QuantLinearBase):
     """A linear layer whose input and weight are 8-bit, with a static scale for the input.
 
     Args:
@@ -98,14 +98,16 @@ class QuantLinear(_Linear8):
     ) -> None:
         super().__init__(in_features, out_features, dtype=dtype, per_tensor=per_tensor)
         # In a tuple, so that the other layer does not become a child of this one.
-        self._owner: tuple[QuantLinear] = (self,) if same_input is None else same_input._owner
+        self._scale_owner: tuple[QuantLinear] = (
+            (self,) if same_input is None else same_input._scale_owner
+        )
         if same_input is None:
             self.input_scale = _frozen(dtype=torch.float32, fill=1)
 
     @property
     def shared_scale(self) -> Tensor:
         """The static scale of the input ``[]`` in fp32, its own or that of ``same_input``."""
-        return self._owner[0].input_scale
+        return self._scale_owner[0].input_scale
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform ``x`` ``[..., K]`` to ``[..., N]``."""
@@ -116,7 +118,7 @@ class QuantLinear(_Linear8):
         return y.to(x.dtype)
 
 
-class DynamicQuantLinear(_Linear8):
+class DynamicQuantLinear(_QuantLinearBase):
     """A linear layer in e4m3 that finds the scale of each row of its input as it comes.
 
     Args:
@@ -138,7 +140,7 @@ class DynamicQuantLinear(_Linear8):
         return y.to(x.dtype)
 
 
-class WeightOnlyLinear(_Linear8):
+class WeightOnlyLinear(_QuantLinearBase):
     """A linear layer whose weight alone is 8-bit; takes what :class:`torch.nn.Linear` takes."""
 
     def forward(self, x: Tensor) -> Tensor:

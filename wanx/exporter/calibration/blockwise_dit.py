@@ -102,7 +102,7 @@ class BlockwiseDiT:
         total, done = sum(len(getattr(dit, stack, ())) for stack in _STACKS), 0
         with torch.inference_mode():
             states = self._embed(feeds)
-            for stack, step in zip(_STACKS, (dit.run_control_block, dit.advance), strict=True):
+            for stack, step in zip(_STACKS, (dit.run_control_block, dit.run_block), strict=True):
                 for _ in self._pass(stack, step, states, watch):
                     done += 1
                     if on_block is not None:

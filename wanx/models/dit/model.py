@@ -48,7 +48,7 @@ class WanDiT(nn.Module):
     """Tokens, timestep and text to velocity.
 
     ``forward`` is :meth:`embed`, :meth:`run_control_block` for each block of the control branch,
-    :meth:`advance` for each block, and ``head``.
+    :meth:`run_block` for each block, and ``head``.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -107,7 +107,7 @@ class WanDiT(nn.Module):
             for index in range(len(self.vace_blocks)):
                 state = self.run_control_block(state, index)
         for index in range(len(self.blocks)):
-            state = self.advance(state, index)
+            state = self.run_block(state, index)
         out: Tensor = self.head(state.x, state.time)
         return out
 
@@ -148,7 +148,7 @@ class WanDiT(nn.Module):
         hint = block.after_proj(control.to(dtype)).float() * state.scale[index]
         return replace(state, control=control, hints=(*state.hints, hint))
 
-    def advance(self, state: DiTState, index: int) -> DiTState:
+    def run_block(self, state: DiTState, index: int) -> DiTState:
         """Pass block ``index``, and add the hint that it receives."""
         x = self.blocks[index](state.x, state.modulation, state.rope, state.text, state.image)
         if state.hints and index in self.config.vace_layers:

@@ -58,7 +58,7 @@ def parse_tuning(workspace: str | None, opt_level: int | None) -> Tuning:
     """
     size = None
     if workspace is not None:
-        size = parse_memory(workspace, plain="M")  # as in trtexec
+        size = parse_memory(workspace, default_unit="M")  # as in trtexec
         if not size:
             raise UsageError(f"--workspace {workspace} is not a size; give one such as 4G or 512M")
     return Tuning(workspace=size, opt_level=opt_level)
