@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=PRESETS)
     parser.add_argument("--precision", choices=("bf16", "int8", "fp8"), default="fp8")
-    parser.add_argument("--attention", choices=("high", "fp8"), default="high")
+    parser.add_argument("--attention", choices=("none", "fp8"), default="none")
     parser.add_argument("--target", default="rtx:sm89")
     asked = parser.parse_args()
     asked_target = flavour.parse_target(asked.target)

@@ -119,7 +119,7 @@ def make_recipe(
         scheme=SCHEMES[scheme],
         options=options,
         layers={name: scale(name) for name in names},
-        kept=dict.fromkeys(kept, "test"),
+        unquantized_layers=dict.fromkeys(kept, "test"),
         smooth=smooth,
         attention=attention,  # type: ignore[arg-type]
     )

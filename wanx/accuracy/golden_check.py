@@ -61,6 +61,6 @@ def require_golden(agreements: tuple[Agreement, ...], gates: Gates) -> None:
         raise GateError(
             f"{len(below_gate)} of {len(agreements)} golden steps are below the gate: cosine "
             f"{worst_step.cosine:.5f} ({worst_step.sqnr_db:.1f} dB) at step {worst_step.step} "
-            f"({worst_step.branch}), and {gates.dit:g} is needed; keep more layers high with "
-            "--keep-high, or export at a higher precision"
+            f"({worst_step.branch}), and {gates.dit:g} is needed; leave more layers out with "
+            "--skip-layers, or export at a higher precision"
         )

@@ -547,7 +547,7 @@ RECIPE = Recipe(
     scheme=SCHEMES["fp8"],
     options=QuantizeOptions(smooth=0.5, attention="fp8"),
     layers={"blocks.1.ffn.0": 0.1, "blocks.0.ffn.2": None},
-    kept={"blocks.0.ffn.0": "SQNR 3.0 dB, below 25"},
+    unquantized_layers={"blocks.0.ffn.0": "SQNR 3.0 dB, below 25"},
     sqnr_db={"blocks.1.ffn.0": 1 / 3, "blocks.0.ffn.0": 3.0},
     smooth={"blocks.1.ffn_smooth": torch.tensor([0.1, 7.0])},
     attention={"blocks.0.self_attn.attend": (0.1, 0.2, 1 / 7)},

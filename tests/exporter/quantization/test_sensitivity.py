@@ -246,9 +246,9 @@ QKV = {f"blocks.0.self_attn.{letter}" for letter in "qkv"}
 def test_a_layer_with_an_outlier_channel_stays_high(outlier: Case) -> None:
     recipe = outlier.decide("int8", QuantizeOptions())
     assert outlier.observers["blocks.0.self_attn.q"].outliers().worst == 7
-    assert recipe.kept.keys() == QKV
+    assert recipe.unquantized_layers.keys() == QKV
     for name in QKV:
-        assert recipe.kept[name] == f"SQNR {recipe.sqnr_db[name]:.1f} dB, below 24"
+        assert recipe.unquantized_layers[name] == f"SQNR {recipe.sqnr_db[name]:.1f} dB, below 24"
         assert recipe.sqnr_db[name] < 20
     assert recipe.layers.keys() | QKV == set(
         dit_candidates(outlier.checkpoint.config.dit, QuantizeOptions())[0]
@@ -259,7 +259,7 @@ def test_a_layer_with_an_outlier_channel_stays_high(outlier: Case) -> None:
 def test_smoothing_rescues_it(outlier: Case) -> None:
     plain = outlier.decide("int8", QuantizeOptions())
     recipe = outlier.decide("int8", QuantizeOptions(smooth=0.5))
-    assert recipe.kept == {}
+    assert recipe.unquantized_layers == {}
     assert recipe.is_repeated("blocks", 2)
     for name in QKV:
         assert recipe.sqnr_db[name] > max(24, plain.sqnr_db[name] + 10)
@@ -267,12 +267,12 @@ def test_smoothing_rescues_it(outlier: Case) -> None:
 
 def test_the_gate_is_the_users(outlier: Case) -> None:
     everything = outlier.decide("int8", QuantizeOptions(layer_gate_db=ANY))
-    assert everything.kept == {}
+    assert everything.unquantized_layers == {}
     gate = sorted(everything.sqnr_db.values())[15] - 0.01
     recipe = outlier.decide("int8", QuantizeOptions(layer_gate_db=gate))
     low = {name for name, value in everything.sqnr_db.items() if value < gate}
     assert len(low) == 15
-    assert recipe.kept == {
+    assert recipe.unquantized_layers == {
         name: f"SQNR {everything.sqnr_db[name]:.1f} dB, below {gate:g}" for name in low
     }
     assert recipe.layers == {n: s for n, s in everything.layers.items() if n not in low}
@@ -280,9 +280,15 @@ def test_the_gate_is_the_users(outlier: Case) -> None:
 
 
 def test_what_was_kept_before_stays_kept(outlier: Case) -> None:
-    recipe = outlier.decide("int8", QuantizeOptions(keep_high=("*.ffn.2", "blocks.0.self_attn.v")))
-    assert recipe.kept["blocks.1.ffn.2"] == recipe.kept["blocks.0.self_attn.v"] == "--keep-high"
-    assert recipe.kept["blocks.0.self_attn.q"].startswith("SQNR")
+    recipe = outlier.decide(
+        "int8", QuantizeOptions(skip_layers=("*.ffn.2", "blocks.0.self_attn.v"))
+    )
+    assert (
+        recipe.unquantized_layers["blocks.1.ffn.2"]
+        == recipe.unquantized_layers["blocks.0.self_attn.v"]
+        == "--skip-layers"
+    )
+    assert recipe.unquantized_layers["blocks.0.self_attn.q"].startswith("SQNR")
     assert "blocks.0.self_attn.v" not in recipe.sqnr_db
 
 
@@ -293,11 +299,11 @@ def test_a_smoothed_group_falls_back_together(case: Case) -> None:
     worst, second, best = sorted(group, key=lambda name: sqnr[name])
     gate = (sqnr[worst] + sqnr[second]) / 2
     recipe = case.decide("int8", replace(options, layer_gate_db=gate))
-    assert recipe.kept[worst] == f"SQNR {sqnr[worst]:.1f} dB, below {gate:g}"
+    assert recipe.unquantized_layers[worst] == f"SQNR {sqnr[worst]:.1f} dB, below {gate:g}"
     for partner in (second, best):
         assert sqnr[partner] > gate
-        assert recipe.kept[partner] == "shares a smoothed input with one that failed"
-    failed = {smoothing_of(name) for name in recipe.kept}
+        assert recipe.unquantized_layers[partner] == "shares a smoothed input with one that failed"
+    failed = {smoothing_of(name) for name in recipe.unquantized_layers}
     assert "blocks.0.attn_smooth" in failed
     left = {vector for name in recipe.layers if (vector := smoothing_of(name))}
     assert recipe.smooth.keys() == left
@@ -305,7 +311,7 @@ def test_a_smoothed_group_falls_back_together(case: Case) -> None:
 
 
 def test_a_group_with_a_layer_kept_high_is_not_smoothed(case: Case) -> None:
-    options = QuantizeOptions(smooth=0.5, layer_gate_db=ANY, keep_high=("blocks.0.self_attn.v",))
+    options = QuantizeOptions(smooth=0.5, layer_gate_db=ANY, skip_layers=("blocks.0.self_attn.v",))
     recipe = case.decide("int8", options)
     assert "blocks.0.attn_smooth" not in recipe.smooth
     assert "blocks.1.attn_smooth" in recipe.smooth
@@ -346,7 +352,7 @@ def test_an_attention_falls_back_alone(case: Case) -> None:
     gate = (sqnr[worst] + sqnr[best]) / 2
     recipe = case.decide("fp8", replace(options, layer_gate_db=gate), ATTENTIONS)
     assert recipe.attention.keys() == {best}
-    assert recipe.kept[worst] == f"SQNR {sqnr[worst]:.1f} dB, below {gate:g}"
+    assert recipe.unquantized_layers[worst] == f"SQNR {sqnr[worst]:.1f} dB, below {gate:g}"
     assert recipe.layers
 
 
@@ -378,11 +384,11 @@ def test_an_input_that_is_always_zero(
     kept: list[str] = []
     while len(kept) < len(layers) + 1:
         try:
-            chosen = QuantizeOptions(keep_high=tuple(kept), layer_gate_db=ANY, **options)
+            chosen = QuantizeOptions(skip_layers=tuple(kept), layer_gate_db=ANY, **options)
             recipe = case.decide("int8", chosen)
             break
         except WanxError as error:
-            message, _, layer = str(error).partition("--keep-high ")
+            message, _, layer = str(error).partition("--skip-layers ")
             assert "was always 0 while calibrating" in message
             assert layer not in kept
             assert f"the input of {layer}" in message
@@ -447,7 +453,7 @@ def test_choosing_again_measures_nothing_that_is_known(
         ("fp8", {}),
         ("fp8", {"attention": "fp8", "smooth": 0.5}),
         ("int8", {"smooth": 0.5}),
-        ("int8", {"keep_high": ("blocks.0.*",)}),
+        ("int8", {"skip_layers": ("blocks.0.*",)}),
         ("int8", {"percentile": 99.0}),
     ):
         recipe, _, count = choose(scheme, **options)

@@ -27,14 +27,14 @@ def print_quantization(bundle: Bundle) -> None:
         recipe = component.quantization
         if recipe is None:
             continue
-        counts = ", ".join(f"{count} {kind}" for kind, count in recipe.found.items())
+        counts = ", ".join(f"{count} {kind}" for kind, count in recipe.verified_counts.items())
         kernels = ", ".join(f"{count} {kernel}" for kernel, count in recipe.kernels.items())
         STDOUT.print(
             f"{name}: {counts} layers, read back from the graph"
             + (f"; the target ran {kernels}" if kernels else "")
         )
-        for reason, count in Counter(recipe.kept.values()).most_common(_MAX_LISTED):
-            layers = [layer for layer, why in recipe.kept.items() if why == reason]
+        for reason, count in Counter(recipe.unquantized_layers.values()).most_common(_MAX_LISTED):
+            layers = [layer for layer, why in recipe.unquantized_layers.items() if why == reason]
             more = "" if count == 1 else f" and {count - 1} more"
             STDOUT.print(f"  kept high: {layers[0]}{more}, {reason}")
         sqnr_by_layer = {n: layer.sqnr_db for n, layer in recipe.layers.items()}

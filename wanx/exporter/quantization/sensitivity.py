@@ -220,7 +220,7 @@ def decide(
         scheme=scheme,
         options=options,
         layers={name: measured.layers[name] for name in wanted},
-        kept=kept,
+        unquantized_layers=kept,
         sqnr_db=sqnr,
         smooth=measured.smooth,
         attention={n: s for n, s in measured.attention.items() if n not in failed},

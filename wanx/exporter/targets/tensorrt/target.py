@@ -194,7 +194,7 @@ def require_layers(segment: Segment, layers: Mapping[str, int]) -> None:
     if layers.get("attention FP8", 0) < len(attends):
         raise WanxError(
             "its attention in FP8 did not become one kernel, and would hold all weights of softmax "
-            "at once; export with --attention high"
+            "at once; export with --attention none"
         )
     layers_8bit = [module for module in modules if isinstance(module, _EIGHT_BIT)]
     for dtype, called in ((torch.float8_e4m3fn, "FP8"), (torch.int8, "Int8")):
