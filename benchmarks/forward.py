@@ -30,7 +30,7 @@ from wanx.exporter.calibration.calibrate import watching
 from wanx.exporter.calibration.observers import Observers, input_scale
 from wanx.exporter.component_writer import save_graph
 from wanx.exporter.components import dit_spec
-from wanx.exporter.graph.attach import attach
+from wanx.exporter.graph.attach import attach_weights
 from wanx.exporter.graph.trace import trace
 from wanx.exporter.quantization.quantize import quantize_weights, scale_tensors
 from wanx.exporter.quantization.quantized_spec import quantized_spec
@@ -71,7 +71,7 @@ def export(sources: dict[str, SafetensorsTensor], folder: Path) -> Path:
     """Write the graph in fp32 as wanx would; return its path."""
     graph = trace(dit_spec(CONFIG))
     refs = {n: read_header(source.file).entries[n] for n, source in sources.items()}
-    attach(graph, refs, folder)
+    attach_weights(graph, refs, folder)
     target.specialise(graph)
     save_graph(graph, folder / "dit.onnx")
     return folder / "dit.onnx"
@@ -102,7 +102,7 @@ def export_int8(
         for value in extra.values():
             writer.write(value.float().contiguous().numpy().tobytes())
     graph = trace(quantized_spec(dit_spec(CONFIG), recipe))
-    attach(graph, refs | writer.header.entries, folder)
+    attach_weights(graph, refs | writer.header.entries, folder)
     target.specialise(graph)
     save_graph(graph, folder / "int8.onnx")
     return folder / "int8.onnx"

@@ -18,7 +18,7 @@ from wanx.checkpoints.weights import ComponentWeights
 from wanx.config.models import DiTConfig
 from wanx.exporter.component_writer import save_graph
 from wanx.exporter.components import ComponentSpec, dit_spec
-from wanx.exporter.graph.attach import attach
+from wanx.exporter.graph.attach import attach_weights
 from wanx.exporter.graph.trace import trace
 from wanx.exporter.quantization.quantize import quantize_weights, scale_tensors
 from wanx.exporter.quantization.quantized_spec import quantized_spec
@@ -219,7 +219,7 @@ def build(
     spec = dit_spec(config)
     if graphs:
         model = trace_once(quantized_spec(spec, traced or recipe))
-        attach(model, written, folder)
+        attach_weights(model, written, folder)
         save_graph(model, folder / "dit.onnx")
         target.specialise(model)
         save_graph(model, folder / "engine.onnx")

@@ -17,7 +17,7 @@ from wanx.exporter.calibration.calibrate import record_golden
 from wanx.exporter.calibration.options import CalibrationOptions
 from wanx.exporter.component_writer import save_graph
 from wanx.exporter.components import dit_spec
-from wanx.exporter.graph.attach import attach
+from wanx.exporter.graph.attach import attach_weights
 from wanx.exporter.source import open_source
 from wanx.files.safetensors import read_header
 
@@ -82,7 +82,7 @@ def _write_vace(checkpoint: Checkpoint, folder: Path) -> None:
     shutil.copy(checkpoint.source / "dit.safetensors", weights)
     spec = dit_spec(config.dit)
     graph = trace_once(spec)
-    storage = attach(graph, read_header(weights).entries, folder)
+    storage = attach_weights(graph, read_header(weights).entries, folder)
     save_graph(graph, folder / "graphs" / "dit.onnx")
     names = tuple(item.name for item in spec.inputs)
     changes = {"engines": {}, "storage": storage, "inputs": names}

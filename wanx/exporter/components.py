@@ -230,14 +230,16 @@ def vae_decoder_specs(config: VAEConfig) -> list[ComponentSpec]:
     )  # fmt: skip
 
 
-Part = tuple[GraphInput, Callable[[], nn.Module]]
+ChunkGraph = tuple[GraphInput, Callable[[], nn.Module]]
 
 
-def _chunked_specs(name: str, output: str, first: Part, rest: Part) -> list[ComponentSpec]:
+def _chunked_specs(
+    name: str, output: str, first: ChunkGraph, rest: ChunkGraph
+) -> list[ComponentSpec]:
     """Describe a graph for the first chunk and one for each later chunk, with caches between."""
     axes = {"h": 6, "w": 10}
     with FakeTensorMode():
-        kept = first[1]()(first[0].example(axes))[1:]
+        first_caches = first[1]()(first[0].example(axes))[1:]
     caches = tuple(
         GraphInput(
             name=f"cache_{i}",
@@ -247,7 +249,7 @@ def _chunked_specs(name: str, output: str, first: Part, rest: Part) -> list[Comp
                 _scaled(past.shape[4] // axes["w"], "w"),
             ),
         )
-        for i, past in enumerate(kept)
+        for i, past in enumerate(first_caches)
     )
     outputs = (output, *(f"{cache.name}_next" for cache in caches))
     return [

@@ -161,10 +161,10 @@ def _runs(
 
 def _eight_bit(checkpoint: Checkpoint, options: QuantizeOptions) -> dict[str, frozenset[str]]:
     config = checkpoint.config
-    wanted, kept = dit_candidates(config.dit, options)
-    require_matches(options.skip_layers, (*wanted, *kept))
+    candidates, unquantized = dit_candidates(config.dit, options)
+    require_matches(options.skip_layers, (*candidates, *unquantized))
     tensors = {
-        "dit": frozenset(f"{layer}.weight" for layer in wanted),
+        "dit": frozenset(f"{layer}.weight" for layer in candidates),
         "text_encoder": text_recipe(config.text_encoder).weights,
     }
     return {group: names for group, names in tensors.items() if group in options.components}

@@ -2,7 +2,7 @@
 
 The table is ``tuned.json`` beside this file. Each of its entries has an op, a GPU by its SM, the
 sizes that it stands for, and what was found best there: the meta-parameters of the op's kernel, or
-the order of providers of attention, fastest first. What was measured says on which machine, in
+the ranking of backends of attention, fastest first. What was measured says on which machine, in
 microseconds; ``null`` marks what follows from registers and shared memory alone, or from
 experience elsewhere. Entries with no SM are for GPUs that have none of their own.
 
@@ -35,7 +35,7 @@ class Entry:
         op: the op.
         sm: the GPU, such as 90; None for those without entries of the op.
         shape: sizes by name; one that is missing does not matter.
-        choice: meta-parameters by name, or the order of providers.
+        choice: meta-parameters by name, or the ranking of backends.
         measured: GPU, versions and times; None where nothing was measured.
     """
 
@@ -63,9 +63,9 @@ def dump_table(entries: Iterable[Entry], path: Path) -> None:
     path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
-def merge_entries(table: Iterable[Entry], found: Iterable[Entry]) -> list[Entry]:
-    """The table with what was found, which replaces entries for the same op, GPU and shape."""
-    return list({entry.key: entry for entry in (*table, *found)}.values())
+def merge_entries(table: Iterable[Entry], new_entries: Iterable[Entry]) -> list[Entry]:
+    """Add entries to a table; they replace those for the same op, GPU and shape."""
+    return list({entry.key: entry for entry in (*table, *new_entries)}.values())
 
 
 def nearest_entry(table: Iterable[Entry], op: str, sm: int, shape: Mapping[str, int]) -> Entry:
@@ -79,9 +79,9 @@ def nearest_entry(table: Iterable[Entry], op: str, sm: int, shape: Mapping[str, 
         KeyError: the table does not know the op.
     """
     known = [entry for entry in table if entry.op == op]
-    found = [entry for entry in known if entry.sm == sm]
-    found = found or [entry for entry in known if entry.sm is None]
-    if not found:
+    candidates = [entry for entry in known if entry.sm == sm]
+    candidates = candidates or [entry for entry in known if entry.sm is None]
+    if not candidates:
         raise KeyError(f"{TABLE.name} has no entry of {op} for SM{sm}, nor one for unknown GPUs")
 
     def distance(entry: Entry) -> tuple[Any, ...]:
@@ -91,7 +91,7 @@ def nearest_entry(table: Iterable[Entry], op: str, sm: int, shape: Mapping[str, 
         )
         return (*ratios, entry.measured is None, -sum(entry.shape.values()))
 
-    return min(found, key=distance)
+    return min(candidates, key=distance)
 
 
 def set_table(table: Iterable[Entry]) -> None:
@@ -132,7 +132,7 @@ def config(op: str, sm: int, **shape: int) -> dict[str, int]:
 
 
 def backend_ranking(sm: int, *, bits: int, keys: int) -> list[str]:
-    """Providers of attention whose operands have ``bits``, or more, from fast to slow.
+    """Backends of attention whose operands have ``bits``, or more, from fast to slow.
 
     Args:
         sm: the GPU, such as 90.
@@ -157,7 +157,7 @@ def ranking(op: str, sm: int, **shape: int) -> list[str]:
 
 @contextmanager
 def with_ranking(op: str, names: list[str]) -> Iterator[None]:
-    """Within it, these are all the implementations that ``op`` has."""
+    """Let ``op`` have these implementations alone, inside the block."""
     before = dict(_rankings)
     _rankings[op] = names
     try:
@@ -169,7 +169,7 @@ def with_ranking(op: str, names: list[str]) -> Iterator[None]:
 
 @contextmanager
 def with_config(op: str, choice: dict[str, int]) -> Iterator[None]:
-    """Within it, ``op`` runs with these meta-parameters everywhere."""
+    """Run ``op`` with these meta-parameters everywhere, inside the block."""
     before = dict(_overrides)
     _overrides[op] = choice
     try:

@@ -27,7 +27,7 @@ from wanx.config.models import DiTConfig
 from wanx.exporter.component_writer import save_graph
 from wanx.exporter.components import dit_spec, text_encoder_spec
 from wanx.exporter.graph import trace as trace_module
-from wanx.exporter.graph.attach import attach
+from wanx.exporter.graph.attach import attach_weights
 from wanx.exporter.graph.trace import trace
 from wanx.exporter.quantization.quantize import scale_tensors
 from wanx.exporter.quantization.quantized_spec import quantize_module, quantized_spec
@@ -201,7 +201,7 @@ def test_a_text_encoder(tmp_path: Path) -> None:
         for _, tensor in rows:
             writer.write(tensor.contiguous().numpy().tobytes())
     model = trace_once(spec)
-    attach(model, writer.header.entries, tmp_path)
+    attach_weights(model, writer.header.entries, tmp_path)
     save_graph(model, tmp_path / "portable.onnx")
     assert specialise(model)
     save_graph(model, tmp_path / "engine.onnx")

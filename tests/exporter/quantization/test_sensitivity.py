@@ -23,7 +23,7 @@ from wanx.exporter.calibration.options import CalibrationOptions
 from wanx.exporter.quantization.choose_recipe import choose_recipe
 from wanx.exporter.quantization.recipe import Recipe, dit_candidates, shared_input, smoothing_of
 from wanx.exporter.quantization.scheme import SCHEMES, QuantizeOptions
-from wanx.exporter.quantization.sensitivity import decide
+from wanx.exporter.quantization.sensitivity import select_layers
 from wanx.models.dit.model import WanDiT
 from wanx.progress import no_progress
 
@@ -56,7 +56,7 @@ class Case:
         streamed = BlockwiseDiT(
             self.checkpoint.config.dit, self.checkpoint.components["dit"].tensors
         )
-        return decide(
+        return select_layers(
             streamed, self.golden, self.observers, SCHEMES[scheme], options, candidates, attentions
         )
 
@@ -412,7 +412,7 @@ def test_an_input_that_was_never_seen(case: Case) -> None:
 def test_progress_counts_blocks(case: Case) -> None:
     told: list[tuple[int, int]] = []
     streamed = BlockwiseDiT(case.checkpoint.config.dit, case.checkpoint.components["dit"].tensors)
-    decide(
+    select_layers(
         streamed, case.golden, case.observers, SCHEMES["int8"], QuantizeOptions(layer_gate_db=ANY),
         (["blocks.0.ffn.0"], {}), on_block=lambda *numbers: told.append(numbers),
     )  # fmt: skip

@@ -21,7 +21,7 @@ from wanx.kernels.attention import backends
 from wanx.kernels.launch_config import config, load_table
 from wanx.kernels.timing import interleaved
 from wanx.kernels.tuning import tune
-from wanx.kernels.tuning.tune import fill, main, measure, run
+from wanx.kernels.tuning.tune import main, measure, run, tune_ops
 from wanx.kernels.tuning.workloads import (
     GRIDS,
     LENGTHS,
@@ -187,7 +187,7 @@ def test_real_kernels_from_candidates_to_the_table(op: str, tmp_path: Path) -> N
 
     output = tmp_path / "tuned.json"
     table = load_table(launch_config.TABLE)
-    fill(table, [op], output, 90, MACHINE, torch.device(DEVICE), lambda _: last_is_fastest)
+    tune_ops(table, [op], output, 90, MACHINE, torch.device(DEVICE), lambda _: last_is_fastest)
     found = [entry for entry in load_table(output) if entry not in table]
     assert len(found) == (2 if op == "attention_8bit" else 1)
     for entry in found:

@@ -31,7 +31,7 @@ def partition(spec: ComponentSpec, dtype: torch.dtype) -> Partition:
                 return _partition_image_encoder(module, spec, dtype)
             case WanVAE():
                 _drop_unused_half(module, "encoder" if "encoder" in spec.name else "decoder")
-    return _whole(module, spec, dtype)
+    return _single_segment(module, spec, dtype)
 
 
 @contextmanager
@@ -44,21 +44,21 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _drop_unused_half(vae: WanVAE, kept: str) -> None:
+def _drop_unused_half(vae: WanVAE, direction: str) -> None:
     """Leave out the weights that one direction does not read."""
-    unused = ("decoder", "conv2") if kept == "encoder" else ("encoder", "conv1")
+    unused = ("decoder", "conv2") if direction == "encoder" else ("encoder", "conv1")
     for name in unused:
         delattr(vae, name)
 
 
-def _whole(module: nn.Module, spec: ComponentSpec, dtype: torch.dtype) -> Partition:
+def _single_segment(module: nn.Module, spec: ComponentSpec, dtype: torch.dtype) -> Partition:
     """One segment: the convolutions of a VAE differ from layer to layer."""
     caches = tuple(replace(cache, dtype=dtype) for cache in spec.caches)
 
     def call(module: nn.Module, *inputs: Tensor) -> tuple[Tensor, ...]:
         count = len(spec.inputs)
-        given = (*inputs[:count], list(inputs[count:])) if spec.caches else inputs
-        out: tuple[Tensor, ...] = module(*given)
+        arguments = (*inputs[:count], list(inputs[count:])) if spec.caches else inputs
+        out: tuple[Tensor, ...] = module(*arguments)
         return out
 
     builder = PartitionBuilder(spec.axes)

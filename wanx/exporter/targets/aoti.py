@@ -92,7 +92,7 @@ def build(spec: ComponentSpec, dtype: torch.dtype, folder: Path) -> Plan:
     plan = Plan(
         compiler=compiler(),
         device=device,
-        types=parts.types,
+        types=parts.input_dtypes,
         batched=parts.batched,
         batch_limit=_batch_limit(parts, device, folder),
         programs=programs,

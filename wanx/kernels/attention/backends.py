@@ -1,4 +1,4 @@
-"""Implementations of attention on GPUs, and which of them runs.
+"""Backends of attention on GPUs, and the choice among them.
 
 Each takes q ``[B, Lq, H·d]``, k and v ``[B, Lk, H·d]`` in bf16 or fp16 and returns o like q. Those
 of 16 bits round like a product in that type; those of 8 bits keep a cosine of 0.999 with it, and
@@ -40,15 +40,15 @@ class AttentionBackend:
     run: Run
 
 
-def _torch_reason(largest_head: int, oldest_sm: int) -> Callable[..., str | None]:
+def _torch_reason(max_head: int, oldest_sm: int) -> Callable[..., str | None]:
     def reason(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> str | None:
-        if found := unsupported_tensors(q, k, v, triton=False):
-            return found
+        if problem := unsupported_tensors(q, k, v, triton=False):
+            return problem
         if q.dtype not in flash.HALVES:
             return f"q is {q.dtype}"
         head = q.shape[-1] // num_heads
-        if head > largest_head or head % 8:
-            return f"heads of {head} are no multiple of 8 up to {largest_head}"
+        if head > max_head or head % 8:
+            return f"heads of {head} are no multiple of 8 up to {max_head}"
         sm = sm_of(q)
         return f"it needs SM{oldest_sm} or newer, this GPU is SM{sm}" if sm < oldest_sm else None
 
@@ -115,11 +115,11 @@ _ALL = (
         run=cudnn_fp8.attention_cudnn_fp8,
     ),
 )
-BACKENDS = {provider.name: provider for provider in _ALL}
+BACKENDS = {backend.name: backend for backend in _ALL}
 
 
 def ranked_backends(sm: int, *, bits: int, keys: int) -> list[AttentionBackend]:
-    """Providers that keep at least ``bits``, in the order in which they are tried.
+    """Backends that keep at least ``bits``, in the order in which they are tried.
 
     Where 8 bits are enough, those of 16 bits come last, unless the table ranks them.
     """
@@ -132,11 +132,11 @@ def ranked_backends(sm: int, *, bits: int, keys: int) -> list[AttentionBackend]:
 def choose_backend(
     q: Tensor, k: Tensor, v: Tensor, num_heads: int, bits: int
 ) -> AttentionBackend | str:
-    """The fastest provider that keeps at least ``bits``, or why there is none."""
+    """The fastest backend that keeps at least ``bits``, or why there is none."""
     reasons: dict[str, str] = {}
-    for provider in ranked_backends(sm_of(q), bits=bits, keys=k.shape[1]):
-        reason = provider.unsupported_reason(q, k, v, num_heads)
+    for backend in ranked_backends(sm_of(q), bits=bits, keys=k.shape[1]):
+        reason = backend.unsupported_reason(q, k, v, num_heads)
         if reason is None:
-            return provider
-        reasons.setdefault(reason, provider.name)
+            return backend
+        reasons.setdefault(reason, backend.name)
     return "; ".join(f"{name}: {reason}" for reason, name in reasons.items())

@@ -5,7 +5,7 @@
 q and o ``[B, Lq, H·d]``, k and v ``[B, Lk, H·d]``, all of one floating dtype; ``bias`` (optional)
 broadcasts to ``[B, H, Lq, Lk]``. ``scale`` is 1/√d unless given. Softmax runs in fp32.
 
-On a GPU the fastest provider of :mod:`wanx.kernels.attention.backends` runs, without a bias.
+On a GPU the fastest backend of :mod:`wanx.kernels.attention.backends` runs, without a bias.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def BiasedAttention(q, k, v, bias, num_heads: int, scale: float):  # type: ignor
 
 @triton_op("wanx::attention", mutates_args=())
 def _attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Tensor:
-    provider = choose_backend(q, k, v, num_heads, bits=16)
-    if isinstance(provider, AttentionBackend):
-        return provider.run(q, k, v, num_heads, scale)
-    runs_reference("attention", provider, q)
+    backend = choose_backend(q, k, v, num_heads, bits=16)
+    if isinstance(backend, AttentionBackend):
+        return backend.run(q, k, v, num_heads, scale)
+    runs_reference("attention", backend, q)
     return attention_reference(q, k, v, None, num_heads, scale)
 
 

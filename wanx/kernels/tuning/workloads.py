@@ -20,7 +20,7 @@ from wanx.kernels.attention.backends import BACKENDS, ranked_backends
 from wanx.kernels.attention.eight_bit import launch_attention_8bit
 from wanx.kernels.attention.flash import launch_attention
 from wanx.kernels.gated_residual import launch_gated_residual
-from wanx.kernels.launch import OLDEST_TMA, sm_of
+from wanx.kernels.launch import MIN_SM_TMA, sm_of
 from wanx.kernels.launch_config import config, with_config, with_ranking
 from wanx.kernels.quant_linear import candidate
 from wanx.kernels.quantize import launch_quantize
@@ -76,8 +76,8 @@ class Candidate:
     """One way to run an op.
 
     Attributes:
-        name: of the provider, or of the meta-parameters.
-        choice: the meta-parameters; empty for a provider.
+        name: of the backend, or of the meta-parameters.
+        choice: the meta-parameters; empty for a backend.
         call: runs it, and returns a tensor or several.
     """
 
@@ -95,7 +95,7 @@ class Workload:
         shape: what the op asks the table with.
         tolerance: by how much results may differ from the first candidate's, in relative RMS.
         prepare: makes inputs and candidates. The first one has the right result: meta-parameters
-            that are in use, or the first provider of 16 bits.
+            that are in use, or the first backend of 16 bits.
     """
 
     op: str
@@ -111,7 +111,7 @@ def workloads(op: str, device: torch.device) -> Iterator[Workload]:
         sizes.append((LENGTHS[0], TEXT))
     if op in PRODUCTS:  # which are asked for by the sides of the weight alone
         sizes = sizes[:1]
-    # The order of providers is asked for by the number of keys alone.
+    # The ranking of backends is asked for by the number of keys alone.
     for model in MODELS[-1:] if op in BACKEND_BITS else MODELS:
         for length, keys in sizes:
             yield workload(op, model, length, keys, device)
@@ -144,7 +144,7 @@ def workload(
 
     def prepare() -> list[Candidate]:
         if op in BACKEND_BITS:
-            return _providers(BACKEND_BITS[op], *_attention_inputs(model, length, keys, device))
+            return _backends(BACKEND_BITS[op], *_attention_inputs(model, length, keys, device))
         if op in PRODUCTS:
             return _products(op, model, length, device)
         call, sm = _launch(op, model, length, keys, device)
@@ -166,7 +166,7 @@ def _differs(choice: dict[str, int], sm: int) -> bool:
         return not choice.get("WARP_SPECIALIZE")
     # Triton's warps do not specialise without TMA, nor on Hopper in other groups than of 4.
     hopper = sm // 10 == 9
-    return sm >= OLDEST_TMA and not (
+    return sm >= MIN_SM_TMA and not (
         choice["WARP_SPECIALIZE"] and hopper and choice["num_warps"] != 4
     )
 
@@ -190,7 +190,7 @@ def configured(
     ]
 
 
-def _providers(
+def _backends(
     bits: int, q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float
 ) -> list[Candidate]:
     """Those that run on these tensors; the first of 16 bits first, as it is the most exact."""

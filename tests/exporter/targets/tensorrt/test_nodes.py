@@ -121,14 +121,20 @@ def test_nodes_without_a_kernel_keep_their_bodies(monkeypatch: pytest.MonkeyPatc
 def test_one_kernel_is_compiled_for_equal_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     value = Value(dtype="bf16", shape=("a",))
     variant = Variant(
-        sm=89, function="f", size=4, warps=1, shared=0, arguments=(), grid=((1,), (1,), (1,))
+        sm=89,
+        function="f",
+        size=4,
+        warps=1,
+        shared=0,
+        example_arguments=(),
+        grid=((1,), (1,), (1,)),
     )
     description = Description(op="f", inputs=(value,), outputs=(value,), variants=(variant,))
     kernel = CarriedKernel(description=description, code=b"\x7fELF")
     asked: list[tuple[Any, ...]] = []
 
-    def carry(*arguments: Any) -> CarriedKernel:
-        asked.append(arguments)
+    def carry(*example_arguments: Any) -> CarriedKernel:
+        asked.append(example_arguments)
         return kernel
 
     monkeypatch.setattr(nodes, "carry", carry)

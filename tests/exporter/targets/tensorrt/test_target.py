@@ -147,8 +147,8 @@ def test_the_vae_in_bf16() -> None:
     parts = partition(spec, torch.bfloat16)
     (segment,) = parts.segments.values()
     assert {item.dtype for item in segment.inputs} == {torch.float32, torch.bfloat16}
-    assert parts.types["latent"] == "F32"
-    assert {kind for name, kind in parts.types.items() if name != "latent"} == {"BF16"}
+    assert parts.input_dtypes["latent"] == "F32"
+    assert {kind for name, kind in parts.input_dtypes.items() if name != "latent"} == {"BF16"}
     _, found = layers_of(segment, parts.axes, (89,), ranges(PRESETS["tiny"]))
     convolutions = {n: c for n, c in found.items() if n.startswith(("conv", "corr"))}
     module = segment.module

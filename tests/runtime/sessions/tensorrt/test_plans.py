@@ -76,7 +76,8 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, dict[str,
             write_engine(folder / f"{name}.engine", key, segment)
             programs[name] = Program(file=f"{name}.engine", weights=segment.weights)
         plan = Plan(
-            compiler="tensorrt 99.0", device="sm89", types=parts.types, batched=parts.batched,
+            compiler="tensorrt 99.0", device="sm89", types=parts.input_dtypes,
+            batched=parts.batched,
             batch_limit=BATCH_LIMIT, programs=programs, steps=parts.steps,
         )  # fmt: skip
         (folder / PLAN).write_text(plan.model_dump_json())

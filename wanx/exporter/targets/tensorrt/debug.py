@@ -95,7 +95,11 @@ def _layout(bundle: Bundle, spec: ComponentSpec, parts: Partition) -> list[StepW
         for name, segment in parts.segments.items()
     }
     plan = Plan(
-        compiler="none", device="cpu", types=parts.types, programs=programs, steps=parts.steps
+        compiler="none",
+        device="cpu",
+        types=parts.input_dtypes,
+        programs=programs,
+        steps=parts.steps,
     )
     files = [bundle.root / file for file in bundle.manifest.components[spec.name].weights]
     return lay_out(plan, files, spec.name)

@@ -95,7 +95,7 @@ def build(
     plan = Plan(
         compiler=flavour.compiler(),
         device=flavour.device,
-        types=parts.types,
+        types=parts.input_dtypes,
         batched=parts.batched,
         programs=programs,
         steps=parts.steps,
