@@ -14,11 +14,11 @@ from onnxscript import OnnxFunction
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from tests.support.interpreter import DEVICE, repair
+from tests.support.interpreter import DEVICE, patch_interpreter
 from wanx.kernels.launch import capture_launches, sm_of
 from wanx.kernels.registry import NODES
 
-repair()
+patch_interpreter()
 
 TYPES = {
     torch.float32: TensorProto.FLOAT,

@@ -60,7 +60,9 @@ def run_torch(model: nn.Module, feeds: Feeds) -> Tensor:
         return model(**{name: torch.from_numpy(value) for name, value in feeds.items()})
 
 
-def seen(config: DiTConfig, weights: Mapping[str, Tensor], feeds: Feeds) -> dict[str, Tensor]:
+def linear_and_attention_inputs(
+    config: DiTConfig, weights: Mapping[str, Tensor], feeds: Feeds
+) -> dict[str, Tensor]:
     """The input of every linear, and q, k and v of every attention, in one plain forward."""
     model = WanDiT(config)
     model.load_state_dict({name: weight.float() for name, weight in weights.items()})
@@ -90,7 +92,7 @@ def make_recipe(
 ) -> Recipe:
     """Every layer but ``kept``, with the scales of one forward."""
     options = options or QuantizeOptions()
-    inputs = seen(config, weights, feeds)
+    inputs = linear_and_attention_inputs(config, weights, feeds)
     names = [name for name in dit_candidates(config, options)[0] if name not in kept]
     smooth = {}
     if options.smooth:
@@ -236,7 +238,9 @@ def _stored(tensor: Tensor) -> str:
     return next(name for name, dtype in _TORCH.items() if dtype == tensor.dtype)
 
 
-def oracle(config: DiTConfig, weights: Mapping[str, Tensor], built: Built, feeds: Feeds) -> Tensor:
+def quantized_reference(
+    config: DiTConfig, weights: Mapping[str, Tensor], built: Built, feeds: Feeds
+) -> Tensor:
     """The same arithmetic by hooks on the plain network: rounded inputs, dequantised weights."""
     model = WanDiT(config).requires_grad_(False)
     model.load_state_dict({name: weight.float() for name, weight in weights.items()})
@@ -247,7 +251,9 @@ def oracle(config: DiTConfig, weights: Mapping[str, Tensor], built: Built, feeds
         linear.weight.copy_(tensors[f"{name}.weight"].float() * steps)
         smooth = recipe.smooth.get(smoothing_of(name) or "", torch.ones(()))
         linear.register_forward_pre_hook(
-            lambda _, args, scale=scale, smooth=smooth: (_rounded(args[0] / smooth, scale, recipe),)
+            lambda _, args, scale=scale, smooth=smooth: (
+                _quantize_dequantize(args[0] / smooth, scale, recipe),
+            )
         )
     for name, scales in recipe.attention.items():
         attend = model.get_submodule(name)
@@ -255,18 +261,21 @@ def oracle(config: DiTConfig, weights: Mapping[str, Tensor], built: Built, feeds
 
         def attention(q: Tensor, k: Tensor, v: Tensor, s=scales, heads=heads) -> Tensor:
             q, k, v = (
-                _rounded(x, scale, recipe).unflatten(-1, (heads, -1)).transpose(1, 2).double()
+                _quantize_dequantize(x, scale, recipe)
+                .unflatten(-1, (heads, -1))
+                .transpose(1, 2)
+                .double()
                 for x, scale in zip((q, k, v), s, strict=True)
             )
             scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
-            out = _rounded(scores.softmax(-1).float(), 1 / 448, recipe).double() @ v
+            out = _quantize_dequantize(scores.softmax(-1).float(), 1 / 448, recipe).double() @ v
             return out.transpose(1, 2).flatten(-2).float()
 
         attend.forward = attention  # type: ignore[method-assign]
     return run_torch(model, feeds)
 
 
-def _rounded(x: Tensor, scale: float | None, recipe: Recipe) -> Tensor:
+def _quantize_dequantize(x: Tensor, scale: float | None, recipe: Recipe) -> Tensor:
     """``x`` as 8 bits hold it."""
     step = x.abs().amax(-1, keepdim=True) / 448 if scale is None else torch.tensor(scale)
     if recipe.scheme.dtype == torch.int8:
@@ -274,7 +283,7 @@ def _rounded(x: Tensor, scale: float | None, recipe: Recipe) -> Tensor:
     return (x / step).clamp(-448, 448).to(torch.float8_e4m3fn).float() * step
 
 
-def edit(graph: Path, change: Callable[[ir.Model], None]) -> None:
+def edit_graph_file(graph: Path, change: Callable[[ir.Model], None]) -> None:
     """Alter a graph on disk; its weights stay where they are."""
     model = ir.load(graph)
     change(model)

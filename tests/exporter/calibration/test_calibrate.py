@@ -18,7 +18,7 @@ from torch import Tensor
 import wanx
 import wanx.exporter.calibration.state as calibration_state
 from tests.support.peers import relative_error
-from tests.support.small_models import Task, loaded, record_inputs, small_model
+from tests.support.small_models import Task, load_dit, record_inputs, small_model
 from wanx.bundle.reader import Bundle
 from wanx.checkpoints.checkpoint import Checkpoint
 from wanx.config.models import PRESETS
@@ -79,7 +79,7 @@ def by_hand(
     checkpoint: Checkpoint, bundle: Bundle, options: CalibrationOptions
 ) -> tuple[dict[str, list[Tensor]], list[list[dict[str, Any]]]]:
     """Everything that the linears of the whole network see, and each step of each run."""
-    config, dit = checkpoint.config, loaded(checkpoint)
+    config, dit = checkpoint.config, load_dit(checkpoint)
     seen, history = record_inputs(dit), []
     for run, inputs in planned_runs(options, config):
         with open_session(bundle, "text_encoder") as session:

@@ -16,7 +16,7 @@ from tests.support.eightbit import (
     SMALL,
     build,
     make_recipe,
-    oracle,
+    quantized_reference,
     random_feeds,
     random_weights,
     run_torch,
@@ -98,7 +98,7 @@ def test_a_quantised_denoiser(case: str, tmp_path: Path) -> None:
     weights, feeds = random_weights(config), random_feeds(config)
     recipe = make_recipe(config, weights, feeds, scheme, options)
     built = build(tmp_path, config, weights, recipe, graphs=False)
-    expected = oracle(config, weights, built, feeds)
+    expected = quantized_reference(config, weights, built, feeds)
     plain = WanDiT(config)
     plain.load_state_dict(weights)
     allowed = 0.03 * relative_error(run_torch(plain, feeds), expected)
@@ -115,7 +115,7 @@ def test_blocks_that_differ(kept: tuple[str, ...], tmp_path: Path) -> None:
     weights, feeds = random_weights(SMALL), random_feeds(SMALL)
     recipe = make_recipe(SMALL, weights, feeds, "int8", kept=kept)
     built = build(tmp_path, SMALL, weights, recipe, graphs=False)
-    expected = oracle(SMALL, weights, built, feeds)
+    expected = quantized_reference(SMALL, weights, built, feeds)
     parts = partition(quantized_spec(dit_spec(SMALL), recipe), torch.float32)
     assert list(parts.segments) == ["embed", "block", "block_2", "block_3", "head"]
     plain = WanDiT(SMALL)

@@ -16,7 +16,7 @@ from tests.support.eightbit import (
     SMALL,
     build,
     make_recipe,
-    oracle,
+    quantized_reference,
     random_feeds,
     random_weights,
     run_torch,
@@ -86,7 +86,7 @@ def require_equal(
     feeds = random_feeds(config)
     recipe = make_recipe(config, weights, feeds, scheme, options, kept)
     built = build(folder, config, weights, recipe)
-    expected = oracle(config, weights, built, feeds)
+    expected = quantized_reference(config, weights, built, feeds)
     allowed = 0.03 * noise(config, weights, feeds, expected)
     assert relative_error(built.run(feeds, engine=False), expected) <= allowed
     assert relative_error(built.run(feeds), expected) <= allowed

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.support.small_models import loaded, record_inputs, small_model
+from tests.support.small_models import load_dit, record_inputs, small_model
 from wanx.bundle.golden_steps import Golden, GoldenStep
 from wanx.checkpoints.checkpoint import Checkpoint
 from wanx.errors import WanxError
@@ -83,7 +83,7 @@ def make_case(folder: Path, change: Change | None = None) -> Case:
         contexts={"conditional": context, "unconditional": context[:, ::-1].copy() / 3},
         steps=steps,
     )
-    dit = loaded(checkpoint)
+    dit = load_dit(checkpoint)
     seen = record_inputs(dit)
     for _, _, feeds in golden.samples():
         dit(**{name: torch.from_numpy(value) for name, value in feeds.items()})
