@@ -1,4 +1,4 @@
-"""Golden steps: what the denoiser is fed at a few steps of a real run, and what it must answer.
+"""Golden steps: inputs of the denoiser at a few steps of a real run, and its right outputs.
 
 They travel with the bundle, so that its accuracy can be checked on any machine later. The answers
 come from the source weights in PyTorch in fp32, not from the bundle's own graphs.
@@ -125,7 +125,7 @@ def golden_from_tensors(tensors: dict[str, Array], run: dict[str, str]) -> Golde
 
 
 def _padded_context(used: Array, shape: object) -> Array:
-    """Give text features back the rows of zeros that were left out."""
+    """Pad text features with the rows of zeros that were left out."""
     match used.shape, shape:
         case (1, rows, columns), [1, int(length), int(width)] if (
             0 < rows <= length and 0 < columns == width and length * width <= _MAX_TEXT

@@ -18,7 +18,7 @@ from wanx.errors import CorruptInputError, UsageError
 
 
 def infer_task(names: Iterable[str]) -> Task:
-    """Tell the task of a DiT from its original tensor names."""
+    """Infer the task of a DiT from its original tensor names."""
     names = list(names)
     if any(name.startswith("vace_blocks.") for name in names):
         return "vace"

@@ -62,7 +62,7 @@ def open_component(
 
 
 def _as_original(weights: ComponentWeights) -> ComponentWeights:
-    """Give the tensors of the Diffusers layout the shapes of the original."""
+    """Reshape and concatenate tensors of the Diffusers layout to those of the original."""
     tensors = dict(weights.tensors)
     for name, axes in key_maps.LEADING_AXES.get(weights.component, {}).items():
         if name in tensors:

@@ -180,7 +180,7 @@ def _generation_facts(result: Generation, pipeline: Pipeline) -> dict[str, Any]:
 
 
 def _bundle_and_prompt(first: str | None, second: str | None) -> tuple[Path | None, str | None]:
-    """Tell a bundle from a prompt when only one of the two was given."""
+    """Distinguish a bundle from a prompt where only one of the two is there."""
     from wanx.builtin import BUILTIN, find_bundle
 
     if first is None:

@@ -75,7 +75,7 @@ class ComponentSpec:
     stack: str = "blocks"
 
     def module(self, blocks: int | None = None) -> nn.Module:
-        """Build the module, with fewer ``blocks`` where that is asked for."""
+        """Build the module, with all blocks or the first ``blocks``."""
         return self.build(blocks or self.blocks) if self.blocks else self.build()
 
 

@@ -245,7 +245,7 @@ class _Build:
 
 @contextmanager
 def _short_switch_interval() -> Iterator[None]:
-    """Let the writer have the interpreter when its disk is ready, not 5 ms of tracing later."""
+    """Lower the GIL's switch interval, so that tracing does not starve the writer."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(2e-4)
     try:

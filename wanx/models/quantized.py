@@ -185,7 +185,7 @@ def replace_linears(
     make: Callable[[str, nn.Linear], nn.Module | None],
     prefix: str = "",
 ) -> None:
-    """Put other modules in the place of the linear layers inside ``module``.
+    """Replace the linear layers inside ``module``.
 
     Args:
         module: changed in place.

@@ -27,7 +27,7 @@ SIZES = [
     (1, 1, 128, 80, 376),
     (1, 1, 32, 120, 1),
 ]
-NARROW = [(1, 2, 32, 5, 7), *SIZES[1:]]  # 8 bits need heads of 32
+NARROW_FEATURES = [(1, 2, 32, 5, 7), *SIZES[1:]]  # 8 bits need heads of 32
 HALVES = [torch.bfloat16, torch.float16]
 # What tuning tables may hold for Hopper.
 TMA = {"BLOCK_Q": 128, "BLOCK_K": 128, "TMA": 1, "WARP_SPECIALIZE": 0, "num_warps": 8}
@@ -86,14 +86,14 @@ def test_sixteen_bits(size: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("size", NARROW)
+@pytest.mark.parametrize("size", NARROW_FEATURES)
 def test_eight_bits(size: tuple[int, ...], dtype: torch.dtype) -> None:
     check_eight_bits(size, dtype)
 
 
 @no_tma
 @pytest.mark.parametrize("choice", [TMA, SPECIALIZED], ids=["tma", "specialized"])
-@pytest.mark.parametrize(("size", "narrow"), list(zip(SIZES, NARROW, strict=True)))
+@pytest.mark.parametrize(("size", "narrow"), list(zip(SIZES, NARROW_FEATURES, strict=True)))
 def test_blocks_that_tma_moves(
     size: tuple[int, ...], narrow: tuple[int, ...], choice: dict[str, int]
 ) -> None:

@@ -103,12 +103,12 @@ class BlockwiseDiT:
         with torch.inference_mode():
             states = self._embed(feeds)
             for stack, step in zip(_STACKS, (dit.run_control_block, dit.run_block), strict=True):
-                for _ in self._pass(stack, step, states, watch):
+                for _ in self._run_stack(stack, step, states, watch):
                     done += 1
                     if on_block is not None:
                         on_block(done, total)
             velocities = []
-            with self._loaded(dit.head, "head", {}):
+            with self._weights_loaded(dit.head, "head", {}):
                 for index, state in enumerate(states):
                     velocity = dit.head(state.x, state.time)
                     _require_finite([velocity], "the head", index, len(states))
@@ -120,7 +120,7 @@ class BlockwiseDiT:
         with ExitStack() as loaded:
             for name, child in self._dit.named_children():
                 if name not in (*_STACKS, "head"):
-                    loaded.enter_context(self._loaded(child, name, {}))
+                    loaded.enter_context(self._weights_loaded(child, name, {}))
             for index, feed in enumerate(feeds):
                 if missing := [name for name in self._inputs if name not in feed]:
                     raise UsageError(
@@ -135,20 +135,24 @@ class BlockwiseDiT:
     def _tensor(self, values: NDArray[np.float32]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self._device)
 
-    def _pass(self, stack: str, step: Step, states: list[DiTState], watch: Watch) -> Iterator[None]:
-        """Let all samples pass each block of a stack in turn, changing ``states`` in place."""
+    def _run_stack(
+        self, stack: str, step: Step, states: list[DiTState], watch: Watch
+    ) -> Iterator[None]:
+        """Run each block of a stack on all samples in turn, changing ``states`` in place."""
         storage: dict[str, Tensor] = {}
         for block_index, block in enumerate(getattr(self._dit, stack, ())):
             name = f"{stack}.{block_index}"
-            with self._loaded(block, name, storage), watch(block, name):
+            with self._weights_loaded(block, name, storage), watch(block, name):
                 for index, state in enumerate(states):
                     states[index] = state = step(state, block_index)
                     _require_finite(_tensors_of(state), name, index, len(states))
             yield
 
     @contextmanager
-    def _loaded(self, part: nn.Module, prefix: str, storage: dict[str, Tensor]) -> Iterator[None]:
-        """Give ``part`` its weights for a while.
+    def _weights_loaded(
+        self, part: nn.Module, prefix: str, storage: dict[str, Tensor]
+    ) -> Iterator[None]:
+        """Load the weights of ``part`` for the block.
 
         They lie in ``storage``, by their names in the part. Equal parts share one, because the
         first touch of new memory takes several times as long as reading and converting a weight.

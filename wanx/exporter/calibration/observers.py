@@ -190,7 +190,7 @@ class Observers:
             self[name].merge(point)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that was seen, for a safetensors file, on the CPU.
+        """Statistics as tensors for a safetensors file, on the CPU.
 
         Returns:
             For each point ``<name>.channel_amax`` float32 [K], and of the bins that are not empty

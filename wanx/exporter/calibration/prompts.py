@@ -1,4 +1,4 @@
-"""The prompts and images that a model is calibrated on: the user's own, or the ones shipped."""
+"""Prompts and images of a calibration: the user's own, or the shipped ones."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ IR_TYPES = {
 
 
 def attach_weights(model: ir.Model, tensors: Mapping[str, TensorRef], root: Path) -> dict[str, int]:
-    """Give every initialiser without data its place in a safetensors file, in place.
+    """Point every initialiser without data at its bytes in a safetensors file, in place.
 
     A tensor stored in a narrower type than the graph computes in passes through a Cast, so the
     same file serves graphs of any precision. Locations are relative to ``root``, the bundle:

@@ -87,7 +87,7 @@ def _boundary_values(config: DiTConfig, dtype: torch.dtype) -> dict[str, GraphIn
 
 
 def _embed_segment(model: WanDiT, graph: Mapping[str, GraphInput]) -> Segment:
-    """Everything before the first block. Weights of hints leave one by one."""
+    """Embeddings before the first block; the weights of hints are outputs one by one."""
     inputs = [item for name, item in graph.items() if not name.startswith("rope")]
     names = [item.name for item in inputs]
     count = len(model.config.vace_layers)

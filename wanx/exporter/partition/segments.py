@@ -55,7 +55,7 @@ class Segment:
 
     @property
     def weights(self) -> tuple[Weight, ...]:
-        """The same, as the schedule records it."""
+        """Weights as the schedule records them."""
         return tuple(
             Weight(
                 sources=self.sources.get(name, (name,)),
@@ -87,7 +87,7 @@ class Partition:
 
     @property
     def batched(self) -> tuple[str, ...]:
-        """Those of them whose first axis is the batch."""
+        """Inputs of the graph whose first axis is the batch."""
         return tuple(n for n, item in self._graph_inputs().items() if item.shape[:1] == ("B",))
 
     def _graph_inputs(self) -> dict[str, GraphInput]:
@@ -134,5 +134,5 @@ class PartitionBuilder:
         self._steps.append(step)
 
     def finish(self) -> Partition:
-        """All that was added."""
+        """Partition of all that was added."""
         return Partition(segments=self._segments, steps=tuple(self._steps), axes=self._axes)

@@ -1,4 +1,4 @@
-"""From a checkpoint to the recipe of its denoiser: calibrate, measure, decide."""
+"""Choice of a denoiser's recipe: calibrate, measure each layer, apply the gate."""
 
 from __future__ import annotations
 

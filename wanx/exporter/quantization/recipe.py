@@ -20,7 +20,7 @@ from wanx.exporter.quantization.scheme import SCHEMES, WEIGHT_ONLY, QuantizeOpti
 from wanx.models.dit.model import WanDiT
 from wanx.models.text_encoder import UMT5Encoder
 
-NARROW = 512  # features; narrower layers gain nothing and lose most
+NARROW_FEATURES = 512  # features; narrower layers gain nothing and lose most
 
 # Layers of a block that read the same input, and so share its scale: their GEMMs can be one.
 SHARED_INPUTS = (
@@ -155,14 +155,14 @@ def smoothing_of(layer: str) -> str | None:
 def dit_candidates(config: DiTConfig, options: QuantizeOptions) -> tuple[list[str], dict[str, str]]:
     """List the linears of a denoiser that are to be 8-bit, and those kept high with the reason.
 
-    Layers with ``NARROW`` features or fewer are kept, unless the model itself is that narrow.
+    Layers with ``NARROW_FEATURES`` features or fewer are kept, unless the model itself is that narrow.
 
     Raises:
         UsageError: a pattern matches no layer, or none is left.
     """
     with torch.device("meta"):
         model = WanDiT(config)
-    narrow = min(NARROW, config.dim - 1)
+    narrow = min(NARROW_FEATURES, config.dim - 1)
     return _candidates(_linears(model, ("blocks", "vace_blocks")), narrow, options.skip_layers)
 
 

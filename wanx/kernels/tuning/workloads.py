@@ -193,7 +193,7 @@ def configured(
 def _backends(
     bits: int, q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float
 ) -> list[Candidate]:
-    """Those that run on these tensors; the first of 16 bits first, as it is the most exact."""
+    """Backends that run on these tensors; the first of 16 bits first, as it is the most exact."""
     known = [*ranked_backends(sm_of(q), bits=16, keys=k.shape[1]), *BACKENDS.values()]
     return [
         Candidate(name=p.name, choice={}, call=partial(p.run, q, k, v, heads, scale))
