@@ -150,7 +150,7 @@ def wait_for_trials(folder: Path, count: int, child: subprocess.Popen[bytes]) ->
 def workers_of(pid: int) -> list[int]:
     found = []
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        with suppress(FileNotFoundError):  # it has ended
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
             if b"speed.worker" in Path(f"/proc/{child}/cmdline").read_bytes():
                 found.append(int(child))
     return found
@@ -187,6 +187,7 @@ def test_a_trial_that_is_killed_is_named_and_the_others_go_on(tmp_path: Path) ->
     deadline = time.monotonic() + 60
     while not (workers := workers_of(bench.pid)):
         assert time.monotonic() < deadline
+        time.sleep(0.01)
     os.kill(workers[0], signal.SIGKILL)
     _, error = bench.communicate(timeout=60)
     assert bench.returncode == 1

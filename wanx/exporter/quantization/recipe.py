@@ -155,7 +155,7 @@ def smoothing_of(layer: str) -> str | None:
 def dit_candidates(config: DiTConfig, options: QuantizeOptions) -> tuple[list[str], dict[str, str]]:
     """List the linears of a denoiser that are to be 8-bit, and those kept high with the reason.
 
-    Layers with ``NARROW_FEATURES`` features or fewer are kept, unless the model itself is that narrow.
+    Layers with ``NARROW_FEATURES`` or fewer are kept, unless the model itself is that narrow.
 
     Raises:
         UsageError: a pattern matches no layer, or none is left.

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import wanx
+from wanx.benchmarks.accuracy.compare import CompareOptions, compare
 from wanx.benchmarks.speed.suite import BenchOptions
 from wanx.bundle.engine_schedule import PLAN, Plan, read_plan
 from wanx.bundle.publish import record_files, write_manifest
@@ -153,12 +154,22 @@ def test_a_benchmark_of_programs(compiled: Bundle, tmp_path: Path) -> None:
     assert note in (tmp_path / "report.md").read_text()
 
 
+def test_every_network_at_every_step(compiled: Bundle) -> None:
+    """Teacher-forced: free-running videos diverge with the processor's rounding of bf16."""
+    options = CompareOptions(run=RunOptions(prompt=PROMPT, seed=3, steps=6), clips=False)
+    comparison = compare(compiled, on_cpu(compiled), options)
+    (run,) = comparison.runs
+    assert {part.component for part in run.parts} == {"text_encoder", "vae_decoder"}
+    assert {name: len(steps) for name, steps in run.branches.items()} == {
+        "conditional": 6,
+        "unconditional": 6,
+    }
+    assert comparison.problems == []
+
+
 def test_a_whole_video(compiled: Bundle) -> None:
-    videos = [
-        Pipeline(bundle)(PROMPT, seed=3, steps=6).frames.astype(np.float64)
-        for bundle in (compiled, on_cpu(compiled))
-    ]
-    assert ((videos[0] - videos[1]) ** 2).mean() < 255**2 / 10 ** (30 / 10)
+    frames = Pipeline(compiled)(PROMPT, seed=3, steps=2).frames
+    assert frames.shape == (17, 64, 64, 3)
 
 
 def test_building_again_builds_nothing(
