@@ -26,12 +26,12 @@ from wanx.checkpoints.tensor_source import SafetensorsTensor
 from wanx.checkpoints.weights import ComponentWeights
 from wanx.config.models import DiTConfig
 from wanx.config.number_formats import BY_SAFETENSORS
-from wanx.exporter.calibration.blockwise_dit import StreamedDiT
+from wanx.exporter.calibration.blockwise_dit import BlockwiseDiT
 from wanx.exporter.calibration.calibrate import watching
 from wanx.exporter.calibration.observers import Observers, input_scale
 from wanx.exporter.component_writer import save_graph
 from wanx.exporter.components import dit_spec
-from wanx.exporter.graph.attach import attach
+from wanx.exporter.graph.attach import attach_weights
 from wanx.exporter.graph.trace import trace
 from wanx.exporter.quantization.quantize import quantize_weights, scale_tensors
 from wanx.exporter.quantization.quantized_spec import quantized_spec
@@ -72,7 +72,7 @@ def export(sources: dict[str, SafetensorsTensor], folder: Path) -> Path:
     """Write the graph in fp32 as wanx would; return its path."""
     graph = trace(dit_spec(CONFIG))
     refs = {n: read_header(source.file).entries[n] for n, source in sources.items()}
-    attach(graph, refs, folder)
+    attach_weights(graph, refs, folder)
     target.optimize_for_ort(graph)
     save_graph(graph, folder / "dit.onnx")
     return folder / "dit.onnx"
@@ -85,7 +85,7 @@ def export_int8(
     layers, _ = dit_candidates(CONFIG, QuantizeOptions())
     observers = Observers()
     watch = watching(observers, {shared_input(layer) for layer in layers})
-    StreamedDiT(CONFIG, sources).run([feeds], watch=watch)
+    BlockwiseDiT(CONFIG, sources).run([feeds], watch=watch)
     scales = {n: input_scale(observers[shared_input(n)], 127) for n in layers}
     recipe = Recipe(scheme=SCHEMES["int8"], layers=scales)
     weights = ComponentWeights(component="dit", tensors=dict(sources), files=())
@@ -103,7 +103,7 @@ def export_int8(
         for value in extra.values():
             writer.write(value.float().contiguous().numpy().tobytes())
     graph = trace(quantized_spec(dit_spec(CONFIG), recipe))
-    attach(graph, refs | writer.header.entries, folder)
+    attach_weights(graph, refs | writer.header.entries, folder)
     target.optimize_for_ort(graph)
     save_graph(graph, folder / "int8.onnx")
     return folder / "int8.onnx"

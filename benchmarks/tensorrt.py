@@ -18,7 +18,7 @@ import torch
 
 from wanx.config.models import PRESETS
 from wanx.exporter.components import ComponentSpec, component_specs
-from wanx.exporter.partition.partition import cut
+from wanx.exporter.partition.partition import partition
 from wanx.exporter.quantization.quantized_spec import quantized_spec
 from wanx.exporter.quantization.recipe import Recipe, dit_candidates, text_recipe
 from wanx.exporter.quantization.scheme import SCHEMES, QuantizeOptions
@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=PRESETS)
     parser.add_argument("--precision", choices=("bf16", "int8", "fp8"), default="fp8")
-    parser.add_argument("--attention", choices=("high", "fp8"), default="high")
+    parser.add_argument("--attention", choices=("none", "fp8"), default="none")
     parser.add_argument("--target", default="rtx:sm89")
     asked = parser.parse_args()
     target = parse_target(asked.target)
@@ -66,7 +66,7 @@ def main() -> None:
             folder = Path(name) / spec.name
             sizes = ranges(config, fp8_attention=asked.attention == "fp8")
             builder = TensorRTBuilder(target=target, ranges=sizes)
-            schedule = builder.build(spec.name, cut(built, torch.bfloat16), folder)
+            schedule = builder.build(spec.name, partition(built, torch.bfloat16), folder)
             seconds = time.perf_counter() - begun
             for program in schedule.programs.values():
                 size = (folder / program.file).stat().st_size

@@ -85,13 +85,13 @@ def export_quickly() -> Export:
     import wanx.exporter.export as exporter
     from wanx.exporter.options import ExportOptions
     from wanx.exporter.source import open_source
-    from wanx.progress import silent
+    from wanx.progress import no_progress
 
     traced: list[tuple[object, ir.Model]] = []
     trace = exporter._trace
 
     def export(
-        source: Path, output: Path, *, progress: Progress = silent, **options: Any
+        source: Path, output: Path, *, progress: Progress = no_progress, **options: Any
     ) -> Bundle:
         def trace_once(spec: ComponentSpec, recipe: Recipe | None) -> ir.Model:
             config = getattr(open_source(source).config, spec.weights)

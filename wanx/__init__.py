@@ -20,7 +20,7 @@ from wanx.errors import (
     UsageError,
     WanxError,
 )
-from wanx.progress import Progress, silent
+from wanx.progress import Progress, no_progress
 from wanx.version import __version__
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def export(
     gate: bool = False,
     quantize: QuantizeOptions | None = None,
     calibration: CalibrationOptions | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Bundle:
     """Export a checkpoint to a bundle; see :class:`wanx.exporter.options.ExportOptions`.
 
@@ -163,7 +163,7 @@ def verify(
     *,
     golden: bool = True,
     threads: int | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Verification:
     """Hash every file of a bundle and run its golden steps.
 
@@ -181,7 +181,7 @@ def build(
     bundle: str | Path,
     *,
     target: str = "aoti",
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     **options: Any,
 ) -> Bundle:
     """Build the engines of another target into a bundle, which runs on them from then on.
@@ -223,7 +223,7 @@ def compare(
     prompts: str | Path | None = None,
     clips: bool = True,
     threads: int | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     **options: Any,
 ) -> Comparison:
     """Measure the accuracy of a bundle against another one of the same model.
@@ -261,7 +261,7 @@ def bench(
     options: BenchOptions | None = None,
     extras: Extras | None = None,
     command: str = "wanx.bench(...)",
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Results:
     """Measure how fast bundles are, and write ``report.json``, ``.html`` and ``.md``.
 

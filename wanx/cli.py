@@ -30,7 +30,7 @@ class _Group(TyperGroup):
     """Turns what wanx raises into one line and an exit code."""
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
-        """Run the command that was asked for."""
+        """Run the command."""
         try:
             return super().invoke(ctx)
         except WanxError as error:

@@ -12,10 +12,10 @@ class Progress(Protocol):
     """Called with the work done so far; ``done == total`` ends a stage."""
 
     def __call__(self, stage: str, done: int, total: int, unit: Unit) -> None:
-        """Take note that ``done`` of ``total`` units of ``stage`` are finished."""
+        """Record that ``done`` of ``total`` units of ``stage`` are finished."""
 
 
-def silent(stage: str, done: int, total: int, unit: Unit) -> None:
+def no_progress(stage: str, done: int, total: int, unit: Unit) -> None:
     """Report to nobody."""
 
 
@@ -33,7 +33,7 @@ def step_counter(progress: Progress, stage: str, total: int) -> Callable[[], Non
 
 
 def byte_counter(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
-    """Turn a progress function into one that is told portions of bytes."""
+    """Adapt a progress function to portions of bytes."""
     done = 0
 
     def count(portion: int) -> None:

@@ -14,7 +14,7 @@ from benchmarks.gpu.report import Found, Goal, Row, Times
 from benchmarks.gpu.rounds import Call, take_turns
 from benchmarks.gpu.sizes import Model, Size
 from wanx.benchmarks.speed.roofline.gpu_peaks import BF16, FP8
-from wanx.kernels.attention.backends import PROVIDERS, Provider
+from wanx.kernels.attention.backends import BACKENDS, AttentionBackend
 
 OURS = "triton"
 PROBES = 128  # rows whose right answer is computed
@@ -36,7 +36,7 @@ def attention(bench: Bench, model: Model, size: Size) -> Iterator[Found]:
 
     trials: dict[str, Trial] = {}
     calls: dict[str, Call] = {}
-    for name, provider in PROVIDERS.items():
+    for name, provider in BACKENDS.items():
         reason = provider.unsupported_reason(q, k, v, heads)
         if reason is not None:
             trials[name] = Trial(error=reason)
@@ -62,7 +62,7 @@ def rows(
     shape = {"L": tokens, "heads": heads}
     best = _fastest(times, 16)
     for name, trial in trials.items():
-        provider = PROVIDERS[name]
+        provider = BACKENDS[name]
         what = f"attention, {provider.bits} bits"
         if name not in times:
             yield Row(what=what, by=name, shape=shape, error=trial.error)
@@ -100,7 +100,7 @@ def goals(trials: dict[str, Trial], times: dict[str, Times]) -> Iterator[Goal]:
 
 
 def _fastest(times: dict[str, Times], bits: int) -> str | None:
-    known: dict[str, Provider] = PROVIDERS
+    known: dict[str, AttentionBackend] = BACKENDS
     names = [name for name in times if known[name].bits == bits]
     return min(names, key=lambda name: times[name].median, default=None)
 

@@ -117,7 +117,7 @@ def main() -> None:
     """Compile one transformer for the GPU of this machine."""
     from benchmarks.gpu.random_dit import recipe_of, shallow
     from wanx.exporter.components import dit_spec
-    from wanx.exporter.partition.partition import cut
+    from wanx.exporter.partition.partition import partition
     from wanx.exporter.quantization.quantized_spec import quantized_spec
     from wanx.exporter.targets.aoti import AotiBuilder
 
@@ -130,7 +130,7 @@ def main() -> None:
         spec = quantized_spec(spec, recipe_of(config, precision == "fp8-attention"))
     # Whole or not at all: who looks for the plan must not find half of it.
     building = Path(f"{folder}.building")
-    AotiBuilder().build(spec.name, cut(spec, torch.bfloat16), building)
+    AotiBuilder().build(spec.name, partition(spec, torch.bfloat16), building)
     building.rename(folder)
 
 

@@ -82,7 +82,7 @@ def recipe_of(
     attends = [f"blocks.{i}.self_attn.attend" for i in range(config.num_layers) if attention]
     return Recipe(
         scheme=SCHEMES["fp8"],
-        options=QuantizeOptions(attention="fp8" if attention else "high"),
+        options=QuantizeOptions(attention="fp8" if attention else "none"),
         layers={name: scale(name) for name in layers},
         attention={n: (scale(f"{n}.q"), scale(f"{n}.k"), scale(f"{n}.v")) for n in attends},
     )

@@ -19,8 +19,8 @@ from wanx.bundle.engine_schedule import SCHEDULE, EngineSchedule, Step, Weight, 
 from wanx.checkpoints.key_maps import DIT
 from wanx.config.models import DiTConfig
 from wanx.exporter.components import ComponentSpec
-from wanx.exporter.partition.partition import cut
-from wanx.exporter.partition.segments import Cut, Segment
+from wanx.exporter.partition.partition import partition
+from wanx.exporter.partition.segments import Partition, Segment
 from wanx.runtime.sessions.aoti.engine import TYPES, ScheduleRunner
 
 # From the inputs of a branch and a number of blocks to the velocity, and the stream before the head
@@ -81,7 +81,7 @@ class Uncompiled:
 
     def __init__(self, spec: ComponentSpec, dtype: torch.dtype, weights: Weights) -> None:
         """Take what would be compiled, and weights by the names of a bundle."""
-        self._parts: Cut = cut(spec, dtype)
+        self._parts: Partition = partition(spec, dtype)
         self._weights = weights
         self._calls: dict[str, Call] = {}
 

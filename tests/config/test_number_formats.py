@@ -105,9 +105,9 @@ def test_the_range_that_is_quantised_to() -> None:
 @pytest.mark.parametrize("row", QUANTIZED, ids=lambda row: row.name)
 def test_the_numbers_in_kernels_are_those_of_the_table(row: NumberFormat) -> None:
     """Triton wants them as literals."""
-    from tests.support.interpreter import DEVICE, repair
+    from tests.support.interpreter import DEVICE, patch_interpreter
 
-    repair()
+    patch_interpreter()
     x = torch.tensor([[1e30, -1e30, row.largest, 0.0]], device=DEVICE)
     one = torch.ones((), device=DEVICE)
     q, _ = launch_quantize(x, one, dtype_of(row))

@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.support.interpreter import DEVICE
 from wanx.kernels.aot_compile import record
 from wanx.kernels.gemm_8bit import launch_gemm_8bit
-from wanx.kernels.launch_config import config, overridden
+from wanx.kernels.launch_config import config, with_config
 from wanx.kernels.tuning.workloads import GEMMS
 
 E4M3 = torch.float8_e4m3fn
@@ -80,7 +80,7 @@ def _launch_small(*values: Tensor, **following: Any) -> Tensor:
     """The kernel in small blocks, of which even small products have several."""
     with ExitStack() as stack:
         for op in (*GEMMS, "gemm_unaligned"):
-            stack.enter_context(overridden(op, SMALL))
+            stack.enter_context(with_config(op, SMALL))
         return launch_gemm_8bit(*values, **following)
 
 
@@ -238,7 +238,7 @@ def test_every_variant_asks_for_its_own_entry() -> None:
         "gemm_fp8_residual": {"residual": residual, "gate": gate},
     }
     for op, following in variants.items():
-        with overridden(op, SMALL):
+        with with_config(op, SMALL):
             used = {
                 name: record(90, launch_gemm_8bit, *values, **how)[0].constants["BLOCK_M"]
                 for name, how in variants.items()

@@ -87,21 +87,22 @@ class QuantizedLayer(_Record):
 
 
 class Quantization(_Record):
-    """The recipe of a component, and what its built graph was found to hold.
+    """The recipe of a component, and what its built graph holds.
 
-    ``kept`` gives, for each layer that could be 8-bit and is not, the reason. ``found`` counts the
-    8-bit layers by kind, read back from the graph; ``kernels`` what the target ran for one
-    forward, by operator.
+    ``unquantized_layers`` gives, for each layer that could be 8-bit and is not, the reason.
+    ``verified_counts`` counts the 8-bit layers by kind, read back from the graph; ``kernels`` what
+    the target ran for one forward, by operator.
     """
 
     scheme: Scheme
     weight_scale: Literal["channel", "tensor"]
     activation_scale: Literal["static", "dynamic", "none"]
     smooth: Annotated[float, Field(ge=0, le=1)] = 0.0
-    attention: Literal["high", "fp8"] = "high"
+    # Written as "high", which every version reads; the option is called none.
+    attention: Literal["high", "none", "fp8"] = "high"
     layers: dict[Text, QuantizedLayer]
-    kept: dict[Text, Text]
-    found: dict[Text, Count]
+    unquantized_layers: Annotated[dict[Text, Text], Field(alias="kept")]
+    verified_counts: Annotated[dict[Text, Count], Field(alias="found")]
     kernels: dict[Text, Count] = {}
 
 
@@ -177,7 +178,7 @@ class Manifest(_Record):
 
     def to_json(self) -> bytes:
         """The bytes of ``manifest.json``; their SHA-256 identifies the bundle."""
-        return self.model_dump_json(indent=1).encode() + b"\n"
+        return self.model_dump_json(indent=1, by_alias=True).encode() + b"\n"
 
 
 def parse_manifest(data: bytes, path: Path) -> Manifest:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from wanx.commands.options import BundlePath, Json, Quiet, bundle_facts, option, print_json
-from wanx.interruption import ends_at_interrupt
+from wanx.interruption import exit_on_sigint
 
 
 def build(
@@ -45,11 +45,11 @@ def build(
 ) -> None:
     """Build the engines of another target into a bundle, from the bundle alone."""
     import wanx
-    from wanx.commands.display.generation import bars, log_lines, print_bundle
+    from wanx.commands.display.generation import log_lines, print_bundle, progress_bars
     from wanx.exporter.targets.options import parse_workspace
     from wanx.runtime.sizes import parse_size
 
-    with ends_at_interrupt(), bars(quiet) as progress, log_lines(quiet, "wanx.exporter"):
+    with exit_on_sigint(), progress_bars(quiet) as progress, log_lines(quiet, "wanx.exporter"):
         built = wanx.build(
             bundle,
             target=target,

@@ -48,7 +48,7 @@ def compare(
     import wanx
     from wanx.benchmarks.report.files import prepare_folder, write_accuracy
     from wanx.commands.display.accuracy import print_comparison
-    from wanx.commands.display.generation import bars
+    from wanx.commands.display.generation import progress_bars
     from wanx.runtime.sizes import parse_size
 
     if prompt is not None and prompts is not None:
@@ -56,7 +56,7 @@ def compare(
     if output is not None:
         prepare_folder(output)
     width, height = (None, None) if size is None else parse_size(size)
-    with bars(quiet) as progress:
+    with progress_bars(quiet) as progress:
         comparison = wanx.compare(
             candidate, reference, prompts=prompts, clips=clips, threads=threads, progress=progress,
             prompt=prompt, width=width, height=height, frames=frames, steps=steps, seed=seed,

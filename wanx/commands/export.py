@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from wanx.commands.options import Json, Quiet, bundle_facts, option, print_json
-from wanx.interruption import ends_at_interrupt
+from wanx.interruption import exit_on_sigint
 
 
 def export(
@@ -43,12 +43,15 @@ def export(
             help="Component to quantise: dit, text_encoder; may be repeated.", show_default="both"
         ),
     ] = None,
-    keep_high: Annotated[
+    skip_layers: Annotated[
         list[str] | None,
         option(
             metavar="<pattern>",
             help="Layers of the DiT that stay as they are, such as 'blocks.0.*'; may be repeated.",
         ),
+    ] = None,
+    keep_high: Annotated[
+        list[str] | None, option(hidden=True, help="Old name of --skip-layers.")
     ] = None,
     weight_scale: Annotated[
         str, option(help="fp8: a scale per channel or per tensor.")
@@ -59,9 +62,13 @@ def export(
     smooth: Annotated[
         float, option(help="SmoothQuant's strength: 0 (off) to 1, such as 0.5.")
     ] = 0.0,
-    attention: Annotated[str, option(help="Self-attention: high, or fp8 with --precision fp8.")] = (
-        "high"
-    ),
+    attention: Annotated[
+        str,
+        option(
+            help="8-bit self-attention: none, or fp8 with --precision fp8.",
+            callback=lambda value: "none" if value == "high" else value,  # its old name
+        ),
+    ] = "none",
     layer_gate: Annotated[
         float | None,
         option(help="Least SQNR of a layer in dB, below which it stays high.", show_default="auto"),
@@ -101,7 +108,7 @@ def export(
     require_packages()
     import wanx
     from wanx.commands.display.accuracy import print_quantization
-    from wanx.commands.display.generation import bars, print_bundle, print_estimate
+    from wanx.commands.display.generation import print_bundle, print_estimate, progress_bars
     from wanx.exporter.calibration.options import CalibrationOptions
     from wanx.exporter.quantization.scheme import QUANTIZED, QuantizeOptions
     from wanx.runtime.sizes import parse_size
@@ -111,7 +118,8 @@ def export(
         "source": source, "output": output, "precision": precision, "target": target,
         "task": task, "force": force, "gate": gate,
         "quantize": QuantizeOptions(
-            components=tuple(quantize or QUANTIZED), keep_high=tuple(keep_high or ()),
+            components=tuple(quantize or QUANTIZED),
+            skip_layers=(*(skip_layers or ()), *(keep_high or ())),
             weight_scale=weight_scale,  # type: ignore[arg-type]
             activation_scale=activation_scale,  # type: ignore[arg-type]
             smooth=smooth,
@@ -136,7 +144,7 @@ def export(
         else:
             print_estimate(resolved, needs)
         return
-    with ends_at_interrupt(), bars(quiet) as progress:
+    with exit_on_sigint(), progress_bars(quiet) as progress:
         bundle = wanx.export(**options, progress=progress)
     if as_json:
         print_json(bundle_facts(bundle))

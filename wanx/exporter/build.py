@@ -9,17 +9,17 @@ from pathlib import Path, PurePosixPath
 
 from wanx.bundle.engine_schedule import SCHEDULE
 from wanx.bundle.manifest import Manifest
-from wanx.bundle.publish import extending, record_files
+from wanx.bundle.publish import add_engines, record_files
 from wanx.bundle.reader import Bundle, open_bundle
-from wanx.bundle.trust import note_built
+from wanx.bundle.trust import mark_trusted
 from wanx.exporter.components import ComponentSpec, component_specs
 from wanx.exporter.engine_key import engine_key
-from wanx.exporter.partition.partition import cut
+from wanx.exporter.partition.partition import partition
 from wanx.exporter.quantization.quantized_spec import quantized_like_bundle
 from wanx.exporter.targets.base import Target
 from wanx.exporter.targets.options import DEFAULT_OPTIONS, BuilderOptions
 from wanx.exporter.targets.registry import parse_target
-from wanx.progress import Progress, silent
+from wanx.progress import Progress, no_progress
 from wanx.version import __version__
 
 _log = logging.getLogger("wanx.exporter")
@@ -28,7 +28,7 @@ _log = logging.getLogger("wanx.exporter")
 def build(
     bundle: Bundle,
     target: str,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     options: BuilderOptions = DEFAULT_OPTIONS,
 ) -> Bundle:
     """Make ``target`` the one that runs a bundle; build its engines unless they are there.
@@ -39,7 +39,7 @@ def build(
     """
     parsed = parse_target(target)
     specs = component_specs(bundle.manifest.config)
-    with extending(bundle.root) as (folder, commit):
+    with add_engines(bundle.root) as (folder, commit):
         manifest = with_engines(
             bundle.root, bundle.manifest, parsed, specs, folder, progress, options
         )
@@ -53,7 +53,7 @@ def with_engines(
     target: Target,
     specs: Sequence[ComponentSpec],
     folder: Path,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     options: BuilderOptions = DEFAULT_OPTIONS,
 ) -> Manifest:
     """Write what a target needs beyond the portable graphs.
@@ -78,7 +78,7 @@ def with_engines(
     if builder is None:
         return manifest.model_copy(update={"target": target.name})
     partitions = {
-        spec.name: cut(
+        spec.name: partition(
             quantized_like_bundle(spec, root, manifest),
             builder.compute_dtype(spec.weights, manifest.components[spec.name]),
         )
@@ -117,7 +117,7 @@ def _manifest_with_engines(
     built = {p: r for p, r in record_files(folder).items() if PurePosixPath(p).parent in folders}
     files = dict(sorted((others | built).items()))
     for path in engines.values():
-        note_built(path, files)
+        mark_trusted(path, files)
     components = {
         name: component.model_copy(update={"engines": component.engines | {target: engines[name]}})
         for name, component in manifest.components.items()

@@ -6,12 +6,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 
-from wanx.exporter.partition.segments import Cut
+from wanx.exporter.partition.segments import Partition
 from wanx.kernels.launch_config import TABLE
 
 
 def engine_key(
-    partitions: Mapping[str, Cut],
+    partitions: Mapping[str, Partition],
     target: str,
     device: str,
     version: str,

@@ -21,14 +21,14 @@ from wanx.accuracy.gates import Gates
 from wanx.accuracy.golden_check import check_golden, require_golden
 from wanx.bundle.golden_steps import GOLDEN, write_golden
 from wanx.bundle.manifest import TOKENIZER, Component, Manifest, Provenance
-from wanx.bundle.publish import record_files, staging, write_manifest
+from wanx.bundle.publish import publish_bundle, record_files, write_manifest
 from wanx.bundle.reader import Bundle, open_bundle
 from wanx.checkpoints.checkpoint import Checkpoint
 from wanx.checkpoints.tokenizer_file import write_tokenizer
 from wanx.errors import CancelledError, WanxError
 from wanx.exporter.build import with_engines
 from wanx.exporter.calibration.calibrate import record_golden
-from wanx.exporter.component_writer import proven, write_graphs
+from wanx.exporter.component_writer import verified_component, write_graphs
 from wanx.exporter.components import ComponentSpec, component_specs, expected_tensors
 from wanx.exporter.estimate import Estimate, estimate
 from wanx.exporter.graph.trace import trace
@@ -39,7 +39,7 @@ from wanx.exporter.quantization.recipe import Recipe, text_recipe
 from wanx.exporter.source import open_source
 from wanx.exporter.targets.registry import parse_target
 from wanx.exporter.weights import WrittenWeights, combined_sha256, write_weights
-from wanx.progress import Progress, byte_counter, silent
+from wanx.progress import Progress, byte_counter, no_progress
 from wanx.version import __version__
 
 TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors", "numpy")
@@ -73,7 +73,7 @@ def plan(options: ExportOptions, checkpoint: Checkpoint | None = None) -> Export
     return ExportPlan(resolved=resolved, estimate=estimate(resolved))
 
 
-def export(options: ExportOptions, progress: Progress = silent) -> Bundle:
+def export(options: ExportOptions, progress: Progress = no_progress) -> Bundle:
     """Write a bundle and open it.
 
     Raises:
@@ -92,7 +92,7 @@ def check(resolved: ResolvedExport) -> None:
         resolved.checkpoint.components[group].check(shapes)
 
 
-def write_bundle(planned: ExportPlan, progress: Progress = silent) -> Bundle:
+def write_bundle(planned: ExportPlan, progress: Progress = no_progress) -> Bundle:
     """Write the bundle of a checked export and open it.
 
     It appears at its place only when it is complete. Memory stays that of the graph, or of one
@@ -103,7 +103,9 @@ def write_bundle(planned: ExportPlan, progress: Progress = silent) -> Bundle:
         WanxError: the weights or the disk do not allow it.
     """
     resolved, needed = planned.resolved, planned.estimate.bundle_bytes
-    with staging(resolved.output, force=resolved.options.force, needed_bytes=needed) as folder:
+    with publish_bundle(
+        resolved.output, force=resolved.options.force, needed_bytes=needed
+    ) as folder:
         _build(resolved, folder, progress)
     # Every file was hashed while it was written; the first run reads them back from the disk.
     return open_bundle(resolved.output, verify="size")
@@ -165,7 +167,7 @@ class _Build:
             component = write_graphs(spec, model, written[spec.weights], self._folder)
             recipe = recipes.get(spec.weights)
             if recipe is not None:
-                component = proven(spec, component, recipe, self._folder)
+                component = verified_component(spec, component, recipe, self._folder)
             self._components[spec.name] = component
 
     def bundle(self) -> Bundle:
@@ -199,7 +201,7 @@ class _Build:
         stop = threading.Event()
         groups = list(dict.fromkeys(spec.weights for spec in specs))
         traced: list[tuple[ComponentSpec, ir.Model]] = []
-        with _prompt_switching(), ThreadPoolExecutor(max_workers=1) as writer:
+        with _short_switch_interval(), ThreadPoolExecutor(max_workers=1) as writer:
             writing = writer.submit(self._write_groups, groups, recipes, stop)
             try:
                 for spec in specs:
@@ -244,8 +246,8 @@ class _Build:
 
 
 @contextmanager
-def _prompt_switching() -> Iterator[None]:
-    """Let the writer have the interpreter when its disk is ready, not 5 ms of tracing later."""
+def _short_switch_interval() -> Iterator[None]:
+    """Lower the GIL's switch interval, so that tracing does not starve the writer."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(2e-4)
     try:

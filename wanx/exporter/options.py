@@ -121,7 +121,7 @@ def resolve(options: ExportOptions, checkpoint: Checkpoint) -> ResolvedExport:
     """Decide what ``auto`` stands for, which tensors can be 8-bit, and what calibrates.
 
     Raises:
-        UsageError: a pattern of ``--keep-high`` matches no layer, or all of them.
+        UsageError: a pattern of ``--skip-layers`` matches no layer, or all of them.
         WanxError: as :func:`~wanx.exporter.calibration.options.planned_runs`.
     """
     scheme = SCHEMES.get(options.precision)
@@ -163,10 +163,10 @@ def _runs(
 
 def _eight_bit(checkpoint: Checkpoint, options: QuantizeOptions) -> dict[str, frozenset[str]]:
     config = checkpoint.config
-    wanted, kept = dit_candidates(config.dit, options)
-    require_matches(options.keep_high, (*wanted, *kept))
+    candidates, unquantized = dit_candidates(config.dit, options)
+    require_matches(options.skip_layers, (*candidates, *unquantized))
     tensors = {
-        "dit": frozenset(f"{layer}.weight" for layer in wanted),
+        "dit": frozenset(f"{layer}.weight" for layer in candidates),
         "text_encoder": text_recipe(config.text_encoder).weights,
     }
     return {group: names for group, names in tensors.items() if group in options.components}

@@ -1,4 +1,4 @@
-"""SHA-256 of files, and a memory of which files were already found good."""
+"""SHA-256 of files, and a cache of the digests of files that have not changed since."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def sha256_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> st
     return digest.hexdigest()
 
 
-class Stamps:
-    """Remembers, in the user's cache folder, the digest of the files under one folder.
+class DigestCache:
+    """Cache, in the user's cache folder, of the digests of the files under one folder.
 
-    A stamp holds as long as size, inode, mtime and ctime stay: ctime cannot be set back, so a file
+    An entry holds as long as size, inode, mtime and ctime stay: ctime cannot be set back, so a file
     that was written to is hashed again. Damage below the file system (a rotting disk) does not show
     here. Where the cache cannot be read or written, nothing is remembered and nothing fails.
     """
@@ -51,15 +51,15 @@ class Stamps:
         key = hashlib.sha256(os.fsencode(folder)).hexdigest()
         # Without a home folder the path stays relative, "~/.cache": it would land in the cwd.
         self._path = cache / "verified" / f"{key}.json" if cache.is_absolute() else None
-        self._stamps: dict[str, list[object]] = {}
+        self._entries: dict[str, list[object]] = {}
         self._changed = False
         with suppress(OSError, ValueError, RecursionError):
             loaded = json.loads(self._path.read_bytes()) if self._path else {}
-            self._stamps = loaded if isinstance(loaded, dict) else {}
+            self._entries = loaded if isinstance(loaded, dict) else {}
 
     def digest(self, name: str, stat: os.stat_result) -> str | None:
         """The digest recorded for ``name``, unless the file may have changed since."""
-        match self._stamps.get(name):
+        match self._entries.get(name):
             case [str(digest), *identity] if identity == _identity(stat):
                 return digest
         return None
@@ -69,7 +69,7 @@ class Stamps:
         stat = _identity(before)
         if stat != _identity(after) or time.time_ns() - before.st_ctime_ns < _SETTLED_NS:
             return  # it changed, or a later write within the clock's tick would go unseen
-        self._stamps[name] = [digest, *stat]
+        self._entries[name] = [digest, *stat]
         self._changed = True
 
     def save(self) -> None:
@@ -81,7 +81,7 @@ class Stamps:
             handle, temporary = tempfile.mkstemp(dir=self._path.parent)
             try:
                 with open(handle, "w", encoding="utf-8") as file:
-                    json.dump(self._stamps, file)
+                    json.dump(self._entries, file)
                 os.replace(temporary, self._path)
             except BaseException:
                 os.unlink(temporary)

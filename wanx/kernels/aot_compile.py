@@ -22,7 +22,7 @@ from torch import Tensor
 
 from wanx.config.number_formats import KERNEL_TENSORS
 from wanx.errors import UsageError
-from wanx.kernels.launch import recorded
+from wanx.kernels.launch import capture_launches
 from wanx.kernels.number_formats import FORMATS
 
 SPILL_BYTES = 200  # of a thread's stack: more is a kernel that does not fit its GPU
@@ -82,7 +82,7 @@ def record(sm: int, function: Callable[..., object], *args: Any, **kwargs: Any) 
             )
         )
 
-    with recorded(note, sm):
+    with capture_launches(note, sm):
         function(*args, **kwargs)
     return launches
 

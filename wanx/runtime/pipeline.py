@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from wanx.bundle.reader import Bundle
 from wanx.errors import CancelledError
-from wanx.progress import Progress, silent, step_counter
+from wanx.progress import Progress, no_progress, step_counter
 from wanx.runtime.denoise import DenoisingRun
 from wanx.runtime.inputs.conditioning import Conditioning
 from wanx.runtime.inputs.reading import read_inputs
@@ -88,7 +88,7 @@ class Pipeline:
         overwrite: bool = True,
         on_step: OnStep | None = None,
         cancelled: Callable[[], bool] = lambda: False,
-        progress: Progress = silent,
+        progress: Progress = no_progress,
     ) -> Generation:
         """Generate a video.
 

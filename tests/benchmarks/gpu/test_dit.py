@@ -27,7 +27,7 @@ from benchmarks.gpu.random_dit import (
 from benchmarks.gpu.subjects import Compiled, Diffusers, Uncompiled, bound, with_blocks
 from tests.support.gpu_bench import CONFIG, MODEL, SIZE, run_one, tiny_bench
 from wanx.exporter.components import dit_spec
-from wanx.exporter.partition.partition import cut
+from wanx.exporter.partition.partition import partition
 from wanx.exporter.quantization.quantized_spec import quantized_spec
 from wanx.exporter.targets import aoti
 from wanx.models.dit.model import WanDiT
@@ -101,7 +101,7 @@ def test_in_fp8_the_blocks_do_nearly_the_same(bench: Bench, attention: bool) -> 
 
 def fake_programs(monkeypatch: pytest.MonkeyPatch, spec: Any) -> None:
     """Let packages be the segments in PyTorch: compiling them takes minutes here."""
-    parts = cut(spec, torch.float32)
+    parts = partition(spec, torch.float32)
     monkeypatch.setattr(aoti, "_compile", lambda segment, axes, device, path, name: None)
 
     def load(path: str) -> Any:
@@ -133,7 +133,7 @@ def test_programs_run_any_number_of_blocks(bench: Bench, monkeypatch: pytest.Mon
     fake_programs(monkeypatch, spec)
     # Of one block, as the benchmark compiles it.
     alone = quantized_spec(dit_spec(shallow(CONFIG, 1)), recipe_of(shallow(CONFIG, 1), True))
-    plan = aoti.AotiBuilder().build("dit", cut(alone, torch.float32), bench.folder / "fp8")
+    plan = aoti.AotiBuilder().build("dit", partition(alone, torch.float32), bench.folder / "fp8")
     assert [s.program for s in with_blocks(plan, 5, 3).steps] == [
         *("embed", *["block"] * 5, "head"),
     ]

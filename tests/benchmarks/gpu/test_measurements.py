@@ -23,7 +23,7 @@ from tests.support.gpu_bench import CONFIG, MODEL, SIZE, run_one, tiny_bench
 from wanx.benchmarks.speed.roofline.gpu_peaks import COPY, EXACT_FP8, FP8
 from wanx.builtin import builtin_bundle
 from wanx.errors import EnvironmentMismatchError
-from wanx.kernels.attention.backends import Provider
+from wanx.kernels.attention.backends import AttentionBackend
 from wanx.kernels.attention.op import attention_reference
 
 
@@ -121,12 +121,14 @@ def test_a_reference_is_compiled_too(bench: Bench) -> None:
     assert record["rows"][0]["speedup"].keys() == {"torch", "torch.compile"}
 
 
-def provider(name: str, bits: int, reason: str | None = None, noise: float = 0.0) -> Provider:
+def provider(
+    name: str, bits: int, reason: str | None = None, noise: float = 0.0
+) -> AttentionBackend:
     def run(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Tensor:
         out = attention_reference(q, k, v, None, num_heads, scale)
         return out + noise * torch.randn_like(out)
 
-    return Provider(name=name, bits=bits, unsupported_reason=lambda *_: reason, run=run)
+    return AttentionBackend(name=name, bits=bits, unsupported_reason=lambda *_: reason, run=run)
 
 
 def test_attention(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +139,7 @@ def test_attention(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
         provider("absent", 16, reason="it is not installed"),
         provider("triton-8bit", 8, noise=1e-3),
     )
-    monkeypatch.setattr(attention, "PROVIDERS", {p.name: p for p in known})
+    monkeypatch.setattr(attention, "BACKENDS", {p.name: p for p in known})
     record = run_one(bench, partial(attention.attention, model=MODEL, size=SIZE))
     rows = {row["by"]: row for row in record["rows"]}
     assert rows["absent"]["error"] == "it is not installed"

@@ -18,12 +18,12 @@ from torch import Tensor
 import wanx
 import wanx.exporter.calibration.state as calibration_state
 from tests.support.peers import relative_error
-from tests.support.small_models import Task, loaded, record_inputs, small_model
+from tests.support.small_models import Task, load_dit, record_inputs, small_model
 from wanx.bundle.reader import Bundle
 from wanx.checkpoints.checkpoint import Checkpoint
 from wanx.config.models import PRESETS
 from wanx.errors import CorruptInputError, UsageError, WanxError
-from wanx.exporter.calibration.blockwise_dit import StreamedDiT
+from wanx.exporter.calibration.blockwise_dit import BlockwiseDiT
 from wanx.exporter.calibration.calibrate import calibrate, golden_numbers, record_golden
 from wanx.exporter.calibration.options import CalibrationOptions, planned_runs
 from wanx.exporter.calibration.state import Calibration, state_path
@@ -58,14 +58,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by the number of samples with every step that the denoiser runs."""
     counts: list[int] = []
-    run = StreamedDiT.run
+    run = BlockwiseDiT.run
 
-    def counted(self: StreamedDiT, feeds: Sequence[Any], **options: Any) -> Any:
+    def counted(self: BlockwiseDiT, feeds: Sequence[Any], **options: Any) -> Any:
         answer = run(self, feeds, **options)
         counts.append(len(feeds))
         return answer
 
-    monkeypatch.setattr(StreamedDiT, "run", counted)
+    monkeypatch.setattr(BlockwiseDiT, "run", counted)
     return counts
 
 
@@ -79,7 +79,7 @@ def by_hand(
     checkpoint: Checkpoint, bundle: Bundle, options: CalibrationOptions
 ) -> tuple[dict[str, list[Tensor]], list[list[dict[str, Any]]]]:
     """Everything that the linears of the whole network see, and each step of each run."""
-    config, dit = checkpoint.config, loaded(checkpoint)
+    config, dit = checkpoint.config, load_dit(checkpoint)
     seen, history = record_inputs(dit), []
     for run, inputs in planned_runs(options, config):
         with open_session(bundle, "text_encoder") as session:
@@ -158,15 +158,15 @@ def test_layers_that_share_an_input_are_watched_once(model: Model) -> None:
 
 def interrupt_step(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """Stop before the denoiser runs a step, when ``after`` steps have run."""
-    run, calls = StreamedDiT.run, []
+    run, calls = BlockwiseDiT.run, []
 
-    def stopping(self: StreamedDiT, *arguments: Any, **options: Any) -> Any:
+    def stopping(self: BlockwiseDiT, *arguments: Any, **options: Any) -> Any:
         if len(calls) == after:
             raise KeyboardInterrupt
         calls.append(1)
         return run(self, *arguments, **options)
 
-    monkeypatch.setattr(StreamedDiT, "run", stopping)
+    monkeypatch.setattr(BlockwiseDiT, "run", stopping)
 
 
 def interrupting_progress(after: int) -> Callable[..., None]:
@@ -550,7 +550,7 @@ RECIPE = Recipe(
     scheme=SCHEMES["fp8"],
     options=QuantizeOptions(smooth=0.5, attention="fp8"),
     layers={"blocks.1.ffn.0": 0.1, "blocks.0.ffn.2": None},
-    kept={"blocks.0.ffn.0": "SQNR 3.0 dB, below 25"},
+    unquantized_layers={"blocks.0.ffn.0": "SQNR 3.0 dB, below 25"},
     sqnr_db={"blocks.1.ffn.0": 1 / 3, "blocks.0.ffn.0": 3.0},
     smooth={"blocks.1.ffn_smooth": torch.tensor([0.1, 7.0])},
     attention={"blocks.0.self_attn.attend": (0.1, 0.2, 1 / 7)},

@@ -18,10 +18,10 @@ from tests.support.interpreter import DEVICE
 from wanx.errors import EnvironmentMismatchError, UsageError
 from wanx.kernels import launch_config
 from wanx.kernels.attention import backends
-from wanx.kernels.launch_config import config, load
+from wanx.kernels.launch_config import config, load_table
 from wanx.kernels.timing import interleaved
 from wanx.kernels.tuning import tune
-from wanx.kernels.tuning.tune import fill, main, measure, run
+from wanx.kernels.tuning.tune import main, measure, run, tune_ops
 from wanx.kernels.tuning.workloads import (
     GEMMS,
     GRIDS,
@@ -41,7 +41,7 @@ RIGHT = torch.linspace(-1, 1, 100)
 @pytest.fixture(autouse=True)
 def _own_table() -> Iterator[None]:
     yield
-    launch_config.use(load(launch_config.TABLE))
+    launch_config.set_table(load_table(launch_config.TABLE))
 
 
 def candidate(name: str, result: Any = RIGHT) -> Candidate:
@@ -187,9 +187,9 @@ def test_real_kernels_from_candidates_to_the_table(op: str, tmp_path: Path) -> N
         return [[1e-6 * (len(calls) - i)] for i in range(len(calls))]
 
     output = tmp_path / "tuned.json"
-    table = load(launch_config.TABLE)
-    fill(table, [op], output, 90, MACHINE, torch.device(DEVICE), lambda _: last_is_fastest)
-    found = [entry for entry in load(output) if entry not in table]
+    table = load_table(launch_config.TABLE)
+    tune_ops(table, [op], output, 90, MACHINE, torch.device(DEVICE), lambda _: last_is_fastest)
+    found = [entry for entry in load_table(output) if entry not in table]
     assert len(found) == (2 if op == "attention_8bit" else 1)
     for entry in found:
         fastest = grid(op, {}, 90)[-1]
@@ -200,7 +200,7 @@ def test_real_kernels_from_candidates_to_the_table(op: str, tmp_path: Path) -> N
         assert min(times.values()) == 1
         assert len(times) == 2
         assert config(op, 90, **entry.shape) == fastest
-    assert len(load(output)) == len(table) + len(found)
+    assert len(load_table(output)) == len(table) + len(found)
 
 
 def providers_workload(candidates: list[Candidate]) -> Workload:
@@ -238,10 +238,10 @@ def test_providers_of_16_bits_come_first(monkeypatch: pytest.MonkeyPatch) -> Non
     absent = ("fa3", "cudnn-fp8")
     fake = {
         name: replace(provider, unsupported_reason=lambda *_, n=name: "no" if n in absent else None)
-        for name, provider in backends.PROVIDERS.items()
+        for name, provider in backends.BACKENDS.items()
     }
-    monkeypatch.setattr(backends, "PROVIDERS", fake)
-    monkeypatch.setattr(workloads_module, "PROVIDERS", fake)
+    monkeypatch.setattr(backends, "BACKENDS", fake)
+    monkeypatch.setattr(workloads_module, "BACKENDS", fake)
     (first, *_) = workloads("attention_providers_8bit", torch.device("meta"))
     assert [found.name for found in first.prepare()] == ["cudnn", "flash", "triton", "triton-8bit"]
 
@@ -289,6 +289,6 @@ def test_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workloads_module, "LENGTHS", (2000,))
     output = tmp_path / "tuned.json"
     run(["quantize", "attention_providers_16bit"], output, 3)
-    found = [entry for entry in load(output) if entry.measured]
+    found = [entry for entry in load_table(output) if entry.measured]
     assert {entry.op for entry in found} == {"quantize", "attention_providers_16bit"}
     assert all(min(entry.measured["us"].values()) > 0 for entry in found if entry.measured)

@@ -29,7 +29,7 @@ from wanx.benchmarks.report.environment import environment
 from wanx.bundle.reader import Bundle, Manifest
 from wanx.config.models import ModelConfig
 from wanx.errors import UsageError, WanxError
-from wanx.progress import Progress, silent, step_counter
+from wanx.progress import Progress, no_progress, step_counter
 from wanx.runtime.batch import read_jobs
 from wanx.runtime.inputs.reading import Inputs, read_inputs
 from wanx.runtime.options import ResolvedRun, RunOptions
@@ -60,7 +60,7 @@ class CompareOptions:
 
 
 def compare(
-    candidate: Bundle, reference: Bundle, options: CompareOptions, progress: Progress = silent
+    candidate: Bundle, reference: Bundle, options: CompareOptions, progress: Progress = no_progress
 ) -> Comparison:
     """Measure how close a bundle is to another one of the same model.
 

@@ -18,7 +18,7 @@ from wanx.benchmarks.speed.roofline.analysis import require_packages, with_roofl
 from wanx.benchmarks.speed.suite import Suite, measure
 from wanx.benchmarks.speed.sweep import default_sizes, sweep
 from wanx.errors import CancelledError, WanxError
-from wanx.progress import Progress, silent
+from wanx.progress import Progress, no_progress
 
 DATA, PAGE, TABLE = "report.json", "report.html", "report.md"
 # Of the published models; what they take is predicted where a sweep fits it.
@@ -42,7 +42,9 @@ class Extras:
     sweep_sizes: Sequence[tuple[int, int, int]] = ()
 
 
-def bench(suite: Suite, folder: Path, extras: Extras, *, progress: Progress = silent) -> Results:
+def bench(
+    suite: Suite, folder: Path, extras: Extras, *, progress: Progress = no_progress
+) -> Results:
     """Measure, and write ``report.json``, ``report.html`` and ``report.md`` into ``folder``.
 
     The JSON is written after each trial, so that what was measured survives whatever happens.

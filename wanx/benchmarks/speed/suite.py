@@ -16,7 +16,7 @@ from wanx.benchmarks.speed.trial import run_trial
 from wanx.bundle.reader import Bundle
 from wanx.config.models import ModelConfig
 from wanx.errors import UsageError, WanxError
-from wanx.progress import Progress, Unit, silent
+from wanx.progress import Progress, Unit, no_progress
 from wanx.runtime.inputs.reading import read_inputs
 from wanx.runtime.options import RunOptions
 from wanx.runtime.resolve import resolve
@@ -126,7 +126,7 @@ def measure(
     folder: Path,
     *,
     on_trial: Callable[[Results], None] = lambda results: None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Results:
     """Run the trials.
 

@@ -17,7 +17,7 @@ import numpy as np
 from wanx.benchmarks.speed.feeds import dit_feeds
 from wanx.bundle.reader import Bundle
 from wanx.errors import UsageError
-from wanx.progress import Progress, silent
+from wanx.progress import Progress, no_progress
 from wanx.runtime.sessions import open_session
 from wanx.runtime.sizes import latent_shape
 from wanx.runtime.tokens import token_grid
@@ -134,7 +134,7 @@ def sweep(
     warm_up: int = 1,
     threads: int | None = None,
     predict: Sequence[tuple[int, int, int]] = (),
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Sweep:
     """Measure steps of several sizes, in turn so that drift hits all alike, and fit them.
 

@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 from wanx.benchmarks.speed.results import Memory, Peer
 from wanx.benchmarks.speed.telemetry import MemoryWatch
 from wanx.errors import WanxError
-from wanx.progress import Progress, silent
+from wanx.progress import Progress, no_progress
 from wanx.runtime.stages import Stage
 
 
@@ -35,7 +35,7 @@ def run_trial(
     name: str,
     peer: Peer | None = None,
     threads: int | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Outcome:
     """Make one video in a new process.
 

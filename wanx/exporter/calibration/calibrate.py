@@ -18,11 +18,11 @@ from torch import nn
 from wanx.bundle.golden_steps import Golden, GoldenStep
 from wanx.bundle.reader import Bundle
 from wanx.checkpoints.checkpoint import Checkpoint
-from wanx.exporter.calibration.blockwise_dit import StreamedDiT
+from wanx.exporter.calibration.blockwise_dit import BlockwiseDiT
 from wanx.exporter.calibration.observers import Observers
 from wanx.exporter.calibration.options import CalibrationOptions, golden_only, planned_runs
 from wanx.exporter.calibration.state import Calibration, state_path
-from wanx.progress import Progress, silent
+from wanx.progress import Progress, no_progress
 from wanx.runtime.denoise import DenoisingRun
 from wanx.runtime.options import ResolvedRun
 from wanx.runtime.run_parts import RunParts
@@ -36,7 +36,7 @@ def calibrate(
     bundle: Bundle,
     options: CalibrationOptions,
     points: Iterable[str] = (),
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Calibration:
     """Run trajectories over the denoiser of a checkpoint, watching ``points``.
 
@@ -64,8 +64,8 @@ def calibrate(
     for trajectory, velocities in zip(trajectories, state.history, strict=True):
         for velocity in velocities:
             trajectory.step(velocity)
-    dit = StreamedDiT(config.dit, checkpoint.components["dit"].tensors)
-    recorded = golden_numbers(options.steps, options.golden_steps)
+    dit = BlockwiseDiT(config.dit, checkpoint.components["dit"].tensors)
+    capture_launches = golden_numbers(options.steps, options.golden_steps)
     blocks = config.dit.num_layers + len(config.dit.vace_layers)
     watch = watching(state.observers, watched)
     first = trajectories[0]
@@ -77,7 +77,7 @@ def calibrate(
             progress(stage, done + count, first.steps * blocks, "steps")
 
         answers = _answers(dit, trajectories, watch, on_block)
-        if first.steps_done + 1 in recorded:
+        if first.steps_done + 1 in capture_launches:
             state.golden = _with_step(state.golden, runs[0][0], first, answers[0])
         for trajectory, answer, velocities in zip(
             trajectories, answers, state.history, strict=True
@@ -89,7 +89,10 @@ def calibrate(
 
 
 def record_golden(
-    checkpoint: Checkpoint, bundle: Bundle, options: CalibrationOptions, progress: Progress = silent
+    checkpoint: Checkpoint,
+    bundle: Bundle,
+    options: CalibrationOptions,
+    progress: Progress = no_progress,
 ) -> Golden:
     """Run one short trajectory of ``golden_steps`` steps over a checkpoint, and keep all of it.
 
@@ -113,7 +116,7 @@ def golden_numbers(steps: int, count: int) -> set[int]:
 
 
 def _answers(
-    dit: StreamedDiT,
+    dit: BlockwiseDiT,
     trajectories: Sequence[DenoisingRun],
     watch: Callable[[nn.Module, str], AbstractContextManager[None]],
     on_block: Callable[[int, int], None],

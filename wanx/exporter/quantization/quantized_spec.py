@@ -10,12 +10,12 @@ from torch import nn
 
 from wanx.bundle.manifest import Manifest
 from wanx.exporter.components import ComponentSpec
-from wanx.exporter.quantization.recipe import Recipe, recorded_recipe, shared_input
+from wanx.exporter.quantization.recipe import Recipe, recipe_from_manifest, shared_input
 from wanx.exporter.quantization.scheme import WEIGHT_ONLY
 from wanx.files.safetensors import read_header
 from wanx.models.quantized import (
     DynamicQuantLinear,
-    QuantAttend,
+    QuantAttentionOp,
     QuantEmbedding,
     QuantLinear,
     WeightOnlyLinear,
@@ -42,7 +42,7 @@ def quantized_like_bundle(spec: ComponentSpec, root: Path, manifest: Manifest) -
     shapes: dict[str, tuple[int, ...]] = {}
     for file in component.weights:
         shapes |= {name: ref.shape for name, ref in read_header(root / file).entries.items()}
-    return quantized_spec(spec, recorded_recipe(component.quantization, shapes))
+    return quantized_spec(spec, recipe_from_manifest(component.quantization, shapes))
 
 
 def quantize_module(module: nn.Module, recipe: Recipe) -> nn.Module:
@@ -79,7 +79,7 @@ def quantize_module(module: nn.Module, recipe: Recipe) -> nn.Module:
     for name in recipe.attention.keys() & present:
         heads = module.get_submodule(name).num_heads
         assert isinstance(heads, int)
-        module.set_submodule(name, QuantAttend(heads))
+        module.set_submodule(name, QuantAttentionOp(heads))
     for name, vector in recipe.smooth.items():
         block, _, attribute = name.rpartition(".")
         if block in present:

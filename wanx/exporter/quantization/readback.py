@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from wanx.checkpoints.weights import some_of
+from wanx.checkpoints.weights import abbreviate
 from wanx.config.number_formats import QUANTIZED
 from wanx.errors import WanxError
 from wanx.exporter.quantization.recipe import Recipe
@@ -90,8 +90,8 @@ def _layers(graph: Path, root: Path) -> dict[str, _Layer]:
             else:
                 _add_attention(attentions, node)
     for name, scales_of in attentions.items():
-        ordered = tuple(scales_of.get(letter, math.nan) for letter in "qkv")
-        found[name] = _Layer(kind=_ATTENTION, input_scales=ordered)
+        with_ranking = tuple(scales_of.get(letter, math.nan) for letter in "qkv")
+        found[name] = _Layer(kind=_ATTENTION, input_scales=with_ranking)
     return found
 
 
@@ -223,8 +223,8 @@ def require_recipe(component: str, graph: Path, root: Path, recipe: Recipe) -> d
     ]
     if wrong:
         raise WanxError(
-            f"{component} was not quantised as the recipe says: {some_of(wrong)}; this is a fault "
-            "of wanx, please report it"
+            f"{component} was not quantised as the recipe says: {abbreviate(wrong)}; this is a "
+            "fault of wanx, please report it"
         )
     return dict(Counter(layer.kind for layer in found.values()))
 

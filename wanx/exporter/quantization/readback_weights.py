@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wanx.checkpoints.tensor_source import SafetensorsTensor, TensorSource
-from wanx.checkpoints.weights import some_of
+from wanx.checkpoints.weights import abbreviate
 from wanx.errors import WanxError
 from wanx.exporter.quantization.quantize import FLOATS, TINY
 from wanx.exporter.quantization.recipe import Recipe, smoothing_of
@@ -45,13 +45,13 @@ def require_nearest(
     ]
     if wrong:
         raise WanxError(
-            f"these weights do not match their scales: {some_of(wrong)}; this is a fault "
+            f"these weights do not match their scales: {abbreviate(wrong)}; this is a fault "
             "of wanx or of the disk, export again and report it if it stays"
         )
     wrong = [name for name, v in recipe.smooth.items() if not torch.equal(_read(written[name]), v)]
     if wrong:
         raise WanxError(
-            f"these smoothing vectors are not those of the recipe: {some_of(wrong)}; this is a "
+            f"these smoothing vectors are not those of the recipe: {abbreviate(wrong)}; this is a "
             "fault of wanx or of the disk, export again and report it if it stays"
         )
 

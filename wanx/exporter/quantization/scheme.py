@@ -60,7 +60,7 @@ class QuantizeOptions:
 
     Attributes:
         components: which components get 8-bit layers.
-        keep_high: patterns (``blocks.0.*``, ``*.cross_attn.k``) of layers that stay as they are.
+        skip_layers: patterns (``blocks.0.*``, ``*.cross_attn.k``) of layers that stay as they are.
         weight_scale: one scale per output channel, or one per tensor (fp8 only).
         activation_scale: fixed by calibration, or found per token while running (fp8 only).
         smooth: SmoothQuant's α, how far outliers move from activations into weights; 0 is off.
@@ -71,11 +71,11 @@ class QuantizeOptions:
     """
 
     components: tuple[str, ...] = QUANTIZED
-    keep_high: tuple[str, ...] = ()
+    skip_layers: tuple[str, ...] = ()
     weight_scale: Literal["channel", "tensor"] = "channel"
     activation_scale: Literal["static", "dynamic"] = "static"
     smooth: float = 0.0
-    attention: Literal["high", "fp8"] = "high"
+    attention: Literal["none", "fp8"] = "none"
     layer_gate_db: float | None = None
     percentile: float = 100.0
 
@@ -105,7 +105,7 @@ class QuantizeOptions:
         choices = {
             "weight_scale": ("channel", "tensor"),
             "activation_scale": ("static", "dynamic"),
-            "attention": ("high", "fp8"),
+            "attention": ("none", "fp8"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -126,7 +126,7 @@ class QuantizeOptions:
         for flag, value, plain in (
             ("--weight-scale", self.weight_scale, "channel"),
             ("--activation-scale", self.activation_scale, "static"),
-            ("--attention", self.attention, "high"),
+            ("--attention", self.attention, "none"),
         ):
             if value != plain:
                 raise UsageError(f"{flag} {value} is for --precision fp8, not {scheme}")

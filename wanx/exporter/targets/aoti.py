@@ -19,7 +19,7 @@ from torch import Tensor
 from wanx.bundle.engine_schedule import SCHEDULE, EngineSchedule, Program
 from wanx.bundle.manifest import Component
 from wanx.errors import EnvironmentMismatchError, WanxError
-from wanx.exporter.partition.segments import STORED, Cut, Segment
+from wanx.exporter.partition.segments import STORED, Partition, Segment
 from wanx.exporter.partition.stateless import export_segment
 from wanx.exporter.targets.base import Builder, OnFraction, no_fraction
 from wanx.kernels.timing import interleaved, medians
@@ -80,7 +80,7 @@ class AotiBuilder(Builder):
         return max(wide, key=lambda dtype: component.storage.get(STORED[dtype], 0))
 
     def build(
-        self, component: str, parts: Cut, folder: Path, on_fraction: OnFraction = no_fraction
+        self, component: str, parts: Partition, folder: Path, on_fraction: OnFraction = no_fraction
     ) -> EngineSchedule:
         """Compile a component; see :meth:`Builder.build`.
 
@@ -96,7 +96,7 @@ class AotiBuilder(Builder):
         schedule = EngineSchedule(
             compiler=self.fingerprint,
             device=self.device,
-            input_dtypes=parts.types,
+            input_dtypes=parts.input_dtypes,
             batched=parts.batched,
             max_batched_tokens=_max_batched_tokens(parts, self.device, folder),
             programs=programs,
@@ -106,7 +106,7 @@ class AotiBuilder(Builder):
         return schedule
 
 
-def _max_batched_tokens(parts: Cut, device: str, folder: Path) -> int:
+def _max_batched_tokens(parts: Partition, device: str, folder: Path) -> int:
     """Measure up to how many tokens a block is faster on two batch entries than on each in turn."""
     segment = parts.segments.get("block")
     if segment is None or "B" not in (item.shape[0] for item in segment.inputs if item.shape):

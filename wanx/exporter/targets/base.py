@@ -11,7 +11,7 @@ import torch
 
 from wanx.bundle.engine_schedule import EngineSchedule
 from wanx.bundle.manifest import Component, Manifest
-from wanx.exporter.partition.segments import Cut
+from wanx.exporter.partition.segments import Partition
 from wanx.exporter.targets.options import BuilderOptions
 
 OnFraction = Callable[[float], None]  # told how much is done, from 0 to 1
@@ -45,7 +45,7 @@ class Builder(ABC):
 
     @abstractmethod
     def build(
-        self, component: str, parts: Cut, folder: Path, on_fraction: OnFraction = no_fraction
+        self, component: str, parts: Partition, folder: Path, on_fraction: OnFraction = no_fraction
     ) -> EngineSchedule:
         """Build the engines of a component, and write them and their schedule.
 

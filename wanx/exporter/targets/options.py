@@ -61,7 +61,7 @@ def parse_workspace(text: str | None) -> int | None:
     """
     if text is None:
         return None
-    size = parse_memory(text, plain="M")
+    size = parse_memory(text, default_unit="M")
     if not size:
         raise UsageError(f"--workspace {text} is not a size; give one such as 4G or 512M")
     return size

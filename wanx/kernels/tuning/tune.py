@@ -1,4 +1,4 @@
-"""Finds the fastest meta-parameters and providers on this GPU, and writes them to the table.
+"""Tuning: the fastest meta-parameters and backends on this GPU, written to the table.
 
     python -m wanx.kernels.tuning.tune --op attention -o tuned.json
 
@@ -26,9 +26,17 @@ from torch.utils._pytree import tree_leaves
 
 from wanx.errors import EnvironmentMismatchError, UsageError, WanxError
 from wanx.kernels.launch import PROGRAMS_HAVE_TMA, sm_of
-from wanx.kernels.launch_config import TABLE, Choice, Entry, dump, load, merged, use
+from wanx.kernels.launch_config import (
+    TABLE,
+    Choice,
+    Entry,
+    dump_table,
+    load_table,
+    merge_entries,
+    set_table,
+)
 from wanx.kernels.timing import ROUNDS, interleaved
-from wanx.kernels.tuning.workloads import OPS, PROVIDER_BITS, RANKED, Candidate, Workload, workloads
+from wanx.kernels.tuning.workloads import BACKEND_BITS, OPS, RANKED, Candidate, Workload, workloads
 
 # Seconds of each call, round by round.
 Timer = Callable[[Sequence[Callable[[], object]]], list[list[float]]]
@@ -57,9 +65,9 @@ def measure(candidates: Sequence[Candidate], tolerance: float, timer: Timer) -> 
         tolerance: by how much results may differ from it, in relative RMS.
         timer: times calls.
     """
-    alive: list[Candidate] = []
+    valid: list[Candidate] = []
     dropped: dict[str, str] = {}
-    right: list[Tensor] = []
+    reference: list[Tensor] = []
     for candidate in candidates:
         try:
             result = tree_leaves(candidate.call())
@@ -69,16 +77,16 @@ def measure(candidates: Sequence[Candidate], tolerance: float, timer: Timer) -> 
             if candidate is candidates[0]:
                 return Outcome(microseconds={}, dropped=dropped, first=candidate.name)
             continue
-        right = right or result
-        error = max(map(_difference, result, right))
+        reference = reference or result
+        error = max(map(_relative_error, result, reference))
         if error <= tolerance:
-            alive.append(candidate)
+            valid.append(candidate)
         else:
             dropped[candidate.name] = f"its result differs by {error:.2g}"
-    seconds = timer([candidate.call for candidate in alive])
+    seconds = timer([candidate.call for candidate in valid])
     medians = {
         candidate.name: 1e6 * statistics.median(taken)
-        for candidate, taken in zip(alive, seconds, strict=True)
+        for candidate, taken in zip(valid, seconds, strict=True)
     }
     fastest = dict(sorted(medians.items(), key=lambda item: item[1]))
     return Outcome(microseconds=fastest, dropped=dropped, first=candidates[0].name)
@@ -93,12 +101,12 @@ def _failures() -> tuple[type[Exception], ...]:
     return RuntimeError, TritonError
 
 
-def _difference(found: Tensor, right: Tensor) -> float:
+def _relative_error(result: Tensor, reference: Tensor) -> float:
     """Relative RMS of the difference; infinite where a number is not finite."""
-    if not right.numel():
+    if not reference.numel():
         return 0.0
-    off = torch.linalg.vector_norm(found.float() - right.float())
-    relative = (off / torch.linalg.vector_norm(right.float()).clamp_min(1e-30)).item()
+    error = torch.linalg.vector_norm(result.float() - reference.float())
+    relative = (error / torch.linalg.vector_norm(reference.float()).clamp_min(1e-30)).item()
     return relative if math.isfinite(relative) else math.inf
 
 
@@ -143,18 +151,18 @@ def tune(
     return "\n".join([report, *lines]), entry
 
 
-def _on_gpu(
+def _time_on_gpu(
     calls: Sequence[Callable[[], object]], device: torch.device, rounds: int, as_graph: bool
 ) -> list[list[float]]:
     """Time calls on a GPU, without the time that Python takes to launch them if ``as_graph``."""
     if as_graph:
         # Graphs that run one after the other can share their memory.
         pool = torch.cuda.graph_pool_handle()
-        calls = [_recorded(call, pool) for call in calls]
+        calls = [_cuda_graph(call, pool) for call in calls]
     return interleaved(calls, device, rounds=rounds)
 
 
-def _recorded(call: Callable[[], object], pool: Any) -> Callable[[], object]:
+def _cuda_graph(call: Callable[[], object], pool: Any) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         call()
@@ -185,14 +193,14 @@ def run(ops: Sequence[str], output: Path, rounds: int) -> None:
     }
 
     def timer_of(op: str) -> Timer:
-        # Providers synchronise as they like, and keep what they plan at their first call.
-        return partial(_on_gpu, device=device, rounds=rounds, as_graph=op not in PROVIDER_BITS)
+        # Backends synchronise as they like, and keep what they plan at their first call.
+        return partial(_time_on_gpu, device=device, rounds=rounds, as_graph=op not in BACKEND_BITS)
 
-    table = load(output if output.exists() else TABLE)
-    fill(table, ops, output, sm, machine, device, timer_of)
+    table = load_table(output if output.exists() else TABLE)
+    tune_ops(table, ops, output, sm, machine, device, timer_of)
 
 
-def fill(
+def tune_ops(
     table: list[Entry],
     ops: Sequence[str],
     output: Path,
@@ -201,15 +209,16 @@ def fill(
     device: torch.device,
     timer_of: Callable[[str], Timer],
 ) -> None:
-    """Measure ops, and write the table after each with what was found; arguments as of others."""
+    """Measure ops, and write the table with the new entries after each; arguments as of others."""
     for op in ops:
         timer = timer_of(op)
         for workload in workloads(op, device):
             report, entry = tune(workload, sm, machine, timer)
             print(report, flush=True)
-            table = merged(table, [entry] if entry else [])
-        dump(table, output)
-        use(table)  # so that providers run with what their kernels were found to run best with
+            table = merge_entries(table, [entry] if entry else [])
+        dump_table(table, output)
+        # So that backends run with what their kernels run best with.
+        set_table(table)
 
 
 def main() -> None:
@@ -218,9 +227,9 @@ def main() -> None:
     parser.add_argument("--op", action="append", help="one to measure; repeat for several")
     parser.add_argument("-o", "--output", type=Path, default=TABLE, help="the package's own table")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"{ROUNDS} unless given")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     try:
-        run(asked.op or OPS, asked.output, asked.rounds)
+        run(arguments.op or OPS, arguments.output, arguments.rounds)
     except WanxError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

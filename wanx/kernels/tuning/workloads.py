@@ -17,13 +17,13 @@ from torch import Tensor
 
 from wanx.config.number_formats import QUANTIZED
 from wanx.kernels.adaln import launch_adaln
-from wanx.kernels.attention.backends import PROVIDERS, ranked
+from wanx.kernels.attention.backends import BACKENDS, ranked_backends
 from wanx.kernels.attention.eight_bit import launch_attention_8bit
 from wanx.kernels.attention.flash import launch_attention
 from wanx.kernels.gated_residual import launch_gated_residual
 from wanx.kernels.gemm_8bit import launch_gemm_8bit
-from wanx.kernels.launch import OLDEST_TMA, sm_of
-from wanx.kernels.launch_config import config, ordered, overridden
+from wanx.kernels.launch import MIN_SM_TMA, sm_of
+from wanx.kernels.launch_config import config, with_config, with_ranking
 from wanx.kernels.quant_linear import candidate
 from wanx.kernels.quantize import launch_quantize
 from wanx.kernels.rms_norm_rope import launch_rms_norm_rope
@@ -79,10 +79,10 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
         "num_stages": (2, 3, 4),
     },
 }
-PROVIDER_BITS = {"attention_providers_16bit": 16, "attention_providers_8bit": 8}
+BACKEND_BITS = {"attention_providers_16bit": 16, "attention_providers_8bit": 8}
 PRODUCTS = ("quant_linear", "quant_linear_gelu_quantize", "quant_linear_residual")
 # What the table ranks implementations of, by name.
-RANKED = (*PROVIDER_BITS, *PRODUCTS)
+RANKED = (*BACKEND_BITS, *PRODUCTS)
 OPS = (*GRIDS, *RANKED)
 # By how much a right result may differ, in relative RMS: by another order of sums and steps of
 # rounding that they move; by all that 8 bits lose; by what rounding to 16 bits in between moves.
@@ -98,8 +98,8 @@ class Candidate:
     """One way to run an op.
 
     Attributes:
-        name: of the provider, or of the meta-parameters.
-        choice: the meta-parameters; empty for a provider.
+        name: of the backend, or of the meta-parameters.
+        choice: the meta-parameters; empty for a backend.
         call: runs it, and returns a tensor or several.
     """
 
@@ -117,7 +117,7 @@ class Workload:
         shape: what the op asks the table with.
         tolerance: by how much results may differ from the first candidate's, in relative RMS.
         prepare: makes inputs and candidates. The first one has the right result: meta-parameters
-            that are in use, or the first provider of 16 bits.
+            that are in use, or the first backend of 16 bits.
     """
 
     op: str
@@ -133,8 +133,8 @@ def workloads(op: str, device: torch.device) -> Iterator[Workload]:
         sizes.append((LENGTHS[0], TEXT))
     if op in PRODUCTS or op in GEMMS:  # which are asked for by the sides of the weight alone
         sizes = sizes[:1]
-    # The order of providers is asked for by the number of keys alone.
-    for model in MODELS[-1:] if op in PROVIDER_BITS else MODELS:
+    # The ranking of backends is asked for by the number of keys alone.
+    for model in MODELS[-1:] if op in BACKEND_BITS else MODELS:
         for length, keys in sizes:
             yield workload(op, model, length, keys, device)
 
@@ -152,7 +152,7 @@ def workload(
         device: where it runs.
     """
     dim, heads, inner = model
-    if op in PROVIDER_BITS:
+    if op in BACKEND_BITS:
         shape = {"keys": keys}
     elif op in PRODUCTS:
         n, k = _sides(op, model)
@@ -168,8 +168,8 @@ def workload(
         shape = {"dim": dim, "length": length}
 
     def prepare() -> list[Candidate]:
-        if op in PROVIDER_BITS:
-            return _providers(PROVIDER_BITS[op], *_attention_inputs(model, length, keys, device))
+        if op in BACKEND_BITS:
+            return _backends(BACKEND_BITS[op], *_attention_inputs(model, length, keys, device))
         if op in PRODUCTS:
             return _products(op, model, length, device)
         call, sm = _launch(op, model, length, keys, device)
@@ -191,7 +191,7 @@ def _differs(choice: dict[str, int], sm: int) -> bool:
         return not choice.get("WARP_SPECIALIZE")
     # Triton's warps do not specialise without TMA, nor on Hopper in other groups than of 4.
     hopper = sm // 10 == 9
-    return sm >= OLDEST_TMA and not (
+    return sm >= MIN_SM_TMA and not (
         choice["WARP_SPECIALIZE"] and hopper and choice["num_warps"] != 4
     )
 
@@ -202,7 +202,7 @@ def configured(
     """A candidate for each set of meta-parameters with which ``call`` runs the op's kernel."""
 
     def run(choice: dict[str, int]) -> Any:
-        with overridden(op, choice):
+        with with_config(op, choice):
             return call()
 
     return [
@@ -215,11 +215,11 @@ def configured(
     ]
 
 
-def _providers(
+def _backends(
     bits: int, q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float
 ) -> list[Candidate]:
-    """Those that run on these tensors; the first of 16 bits first, as it is the most exact."""
-    known = [*ranked(sm_of(q), bits=16, keys=k.shape[1]), *PROVIDERS.values()]
+    """Backends that run on these tensors; the first of 16 bits first, as it is the most exact."""
+    known = [*ranked_backends(sm_of(q), bits=16, keys=k.shape[1]), *BACKENDS.values()]
     return [
         Candidate(name=p.name, choice={}, call=partial(p.run, q, k, v, heads, scale))
         for p in dict.fromkeys(known)
@@ -244,7 +244,7 @@ def _products(
     run = getattr(torch.ops.wanx, op)
 
     def by(name: str) -> Any:
-        with ordered(op, [name]):
+        with with_ranking(op, [name]):
             return run(*values)
 
     return [

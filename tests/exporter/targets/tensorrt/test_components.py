@@ -16,7 +16,7 @@ from wanx.config.models import PRESETS
 from wanx.exporter.components import text_encoder_spec
 from wanx.exporter.quantization.quantized_spec import quantized_spec
 from wanx.exporter.quantization.recipe import text_recipe
-from wanx.exporter.partition.partition import cut
+from wanx.exporter.partition.partition import partition
 from wanx.exporter.targets.tensorrt.gpus import TensorRTTarget
 from wanx.exporter.targets.tensorrt.ranges import ranges
 from wanx.exporter.targets.tensorrt.target import TensorRTBuilder
@@ -35,7 +35,7 @@ for name, (spec, chosen) in jobs.items():
         folder = Path(place) / "engines"
         target = TensorRTTarget(name="rtx", sms=(89, 120))
         builder = TensorRTBuilder(target=target, ranges=ranges(tiny), plugins=chosen)
-        schedule = builder.build(spec.name, cut(spec, torch.bfloat16), folder)
+        schedule = builder.build(spec.name, partition(spec, torch.bfloat16), folder)
         assert schedule.device == "sm89+sm120"
         found[name] = {n: dict(program.layers) for n, program in schedule.programs.items()}
 """

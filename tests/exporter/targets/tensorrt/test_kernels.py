@@ -19,7 +19,7 @@ from wanx.bundle.plugin_kernel import Integer, PluginKernel, Real, read_plugin_k
 from wanx.errors import EnvironmentMismatchError, WanxError
 from wanx.exporter.targets.tensorrt.kernels import LaunchCapture, compile_plugin_kernel
 from wanx.exporter.targets.tensorrt.ops import OPS, Spec
-from wanx.kernels.launch import recorded
+from wanx.kernels.launch import capture_launches
 from wanx.runtime.sessions.tensorrt.launch import HIDDEN, Launcher
 
 SMS = (89, 120)
@@ -72,7 +72,7 @@ def launched(case: Case, sm: int, shapes: Sequence[tuple[int, ...]]) -> tuple[An
         for shape, spec in zip(shapes, case.inputs, strict=True)
     ]
     calls: list[tuple[Any, ...]] = []
-    with recorded(lambda *call: calls.append(call), sm):
+    with capture_launches(lambda *call: calls.append(call), sm):
         outputs = OPS[case.op].run(*tensors, **case.attributes)
     ((_, grid, values, meta),) = calls
     return grid, values, meta, [*tensors, *outputs]

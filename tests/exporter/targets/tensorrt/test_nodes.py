@@ -23,8 +23,8 @@ import onnx.inliner
 from tests.support.eightbit import SMALL
 from wanx.config.models import PRESETS
 from wanx.exporter.components import dit_spec
-from wanx.exporter.partition.partition import cut
-from wanx.exporter.partition.stateless import arguments, export_segment
+from wanx.exporter.partition.partition import partition
+from wanx.exporter.partition.stateless import example_arguments, export_segment
 from wanx.exporter.quantization.quantized_spec import quantized_spec
 from wanx.exporter.quantization.recipe import Recipe, dit_candidates
 from wanx.exporter.quantization.scheme import SCHEMES, QuantizeOptions
@@ -34,14 +34,14 @@ from wanx.kernels.registry import ONNX_FUNCTIONS, OpsAsNodes
 config = replace(PRESETS["t2v-1.3B"].dit, num_layers=1)
 layers_8bit, _ = dit_candidates(config, QuantizeOptions())
 recipe = Recipe(scheme=SCHEMES["fp8"], options=QuantizeOptions(), layers=dict.fromkeys(layers_8bit, 0.1))
-parts = cut(quantized_spec(dit_spec(config), recipe), torch.bfloat16)
+parts = partition(quantized_spec(dit_spec(config), recipe), torch.bfloat16)
 segment, cpu = parts.segments["block"], torch.device("cpu")
 with OpsAsNodes():
     program = export_segment(segment, parts.axes, cpu)
 names = [*(i.name for i in segment.inputs), *(f"weight.{n}" for n, _ in segment.parameters)]
 with FakeTensorMode(allow_non_fake_inputs=True):
     exported = torch.onnx.export(
-        program, arguments(segment, parts.axes, cpu), dynamo=True, optimize=False,
+        program, example_arguments(segment, parts.axes, cpu), dynamo=True, optimize=False,
         opset_version=23, input_names=names, output_names=["x_out"], verbose=False,
     ).model.clone
 functions = ONNX_FUNCTIONS | FUNCTION_BODIES
@@ -124,7 +124,13 @@ def test_nodes_without_a_kernel_keep_their_bodies(monkeypatch: pytest.MonkeyPatc
 def test_one_kernel_is_compiled_for_equal_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     value = Value(dtype="bf16", shape=("a",))
     variant = Variant(
-        sm=89, function="f", size=4, warps=1, shared=0, arguments=(), grid=((1,), (1,), (1,))
+        sm=89,
+        function="f",
+        size=4,
+        warps=1,
+        shared=0,
+        example_arguments=(),
+        grid=((1,), (1,), (1,)),
     )
     description = Description(op="f", inputs=(value,), outputs=(value,), variants=(variant,))
     kernel = PluginKernel(description=description, code=b"\x7fELF")

@@ -15,7 +15,7 @@ import torch
 from wanx.config.models import PRESETS
 from wanx.errors import UsageError, WanxError
 from wanx.exporter.components import dit_spec
-from wanx.exporter.partition.partition import cut
+from wanx.exporter.partition.partition import partition
 from wanx.exporter.targets.options import DEFAULT_OPTIONS, BuilderOptions, parse_workspace
 from wanx.exporter.targets.tensorrt.gpus import TensorRTTarget
 from wanx.exporter.targets.tensorrt.ranges import ranges
@@ -84,7 +84,7 @@ def builder(**options: int) -> TensorRTBuilder:
 @needs_rtx
 def test_a_build_tells_how_far_it_is(tmp_path: Path) -> None:
     told: list[float] = []
-    parts = cut(dit_spec(PRESETS["tiny"].dit), torch.bfloat16)
+    parts = partition(dit_spec(PRESETS["tiny"].dit), torch.bfloat16)
     builder(workspace=1 << 28).build("dit", parts, tmp_path / "engines", told.append)
     assert len(told) > 20
     assert told == sorted(told)
@@ -101,7 +101,7 @@ def test_a_build_that_is_stopped_leaves_no_process(tmp_path: Path) -> None:
         mine = psutil.Process(os.getpid()).children()
         return [child for child in mine if "tensorrt.worker" in " ".join(child.cmdline())]
 
-    parts = cut(dit_spec(PRESETS["tiny"].dit), torch.bfloat16)
+    parts = partition(dit_spec(PRESETS["tiny"].dit), torch.bfloat16)
     with pytest.raises(KeyboardInterrupt):
         builder().build("dit", parts, tmp_path / "engines", stop)
     assert not workers()

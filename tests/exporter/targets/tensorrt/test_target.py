@@ -36,9 +36,9 @@ from wanx.exporter.components import (
     vae_decoder_specs,
     vae_encoder_specs,
 )
-from wanx.exporter.partition.partition import cut
+from wanx.exporter.partition.partition import partition
 from wanx.exporter.partition.segments import Segment
-from wanx.exporter.partition.stateless import Functional
+from wanx.exporter.partition.stateless import StatelessSegment
 from wanx.exporter.quantization.quantized_spec import quantized_spec
 from wanx.exporter.quantization.recipe import text_recipe
 from wanx.exporter.targets.options import DEFAULT_OPTIONS
@@ -102,7 +102,7 @@ def require_same(
     """Compare at other sizes than those that it was traced with."""
     values = values_of(segment, axes)
     with torch.inference_mode():
-        wanted = Functional(segment, torch.device("cpu"))(*values)
+        wanted = StatelessSegment(segment, torch.device("cpu"))(*values)
     for found, right in zip(run_graph(segment, traced, values), wanted, strict=True):
         assert found.shape == right.shape
         error = (found.double() - right.double()).norm()
@@ -112,7 +112,7 @@ def require_same(
 @pytest.mark.parametrize("kind", KINDS)
 def test_graphs_compute_what_their_segments_do(kind: str) -> None:
     """In fp32, since ONNX Runtime has no bf16. A few numbers fall to the other side in 8 bits."""
-    parts = cut(spec_of(SMALL, kind), torch.float32)
+    parts = partition(spec_of(SMALL, kind), torch.float32)
     for name, segment in parts.segments.items():
         exact = kind == "bf16" or name != "block"
         require_same(segment, parts.axes, {"B": 2, "L": 13}, 1e-5 if exact else 3e-3)
@@ -120,7 +120,7 @@ def test_graphs_compute_what_their_segments_do(kind: str) -> None:
 
 @pytest.mark.parametrize("task", ["i2v", "vace"])
 def test_graphs_of_other_tasks(task: str) -> None:
-    parts = cut(dit_spec(TASKS[task][2]), torch.float32)
+    parts = partition(dit_spec(TASKS[task][2]), torch.float32)
     for segment in parts.segments.values():
         require_same(segment, parts.axes, {"B": 1, "L": 11}, 1e-5)
 
@@ -128,7 +128,7 @@ def test_graphs_of_other_tasks(task: str) -> None:
 def test_graphs_of_encoders() -> None:
     quantised = quantized_spec(text_encoder_spec(OUR_T5), text_recipe(OUR_T5))
     for spec in (text_encoder_spec(OUR_T5), quantised, image_encoder_spec(OUR_CLIP)):
-        parts = cut(spec, torch.float32)
+        parts = partition(spec, torch.float32)
         for segment in parts.segments.values():
             require_same(segment, parts.axes, {"n": 7}, 1e-5)
 
@@ -136,7 +136,7 @@ def test_graphs_of_encoders() -> None:
 def test_graphs_of_the_vae() -> None:
     config = PRESETS["tiny"].vae
     for spec in (vae_encoder_specs(config)[0], vae_decoder_specs(config)[1]):
-        parts = cut(spec, torch.float32)
+        parts = partition(spec, torch.float32)
         (segment,) = parts.segments.values()
         require_same(segment, parts.axes, {"h": 3, "w": 5}, 1e-4)
 
@@ -144,11 +144,11 @@ def test_graphs_of_the_vae() -> None:
 def test_the_vae_in_bf16() -> None:
     """Every convolution is one kernel in bf16, and so is what is kept from chunk to chunk."""
     spec = vae_decoder_specs(PRESETS["tiny"].vae)[1]
-    parts = cut(spec, torch.bfloat16)
+    parts = partition(spec, torch.bfloat16)
     (segment,) = parts.segments.values()
     assert {item.dtype for item in segment.inputs} == {torch.float32, torch.bfloat16}
-    assert parts.types["latent"] == "F32"
-    assert {kind for name, kind in parts.types.items() if name != "latent"} == {"BF16"}
+    assert parts.input_dtypes["latent"] == "F32"
+    assert {kind for name, kind in parts.input_dtypes.items() if name != "latent"} == {"BF16"}
     _, found = layers_of(segment, parts.axes, (89,), ranges(PRESETS["tiny"]))
     convolutions = {n: c for n, c in found.items() if n.startswith(("conv", "corr"))}
     module = segment.module
@@ -197,7 +197,7 @@ def test_the_vae_in_bf16_draws_the_same_frames() -> None:
 @pytest.mark.parametrize("sms", [(89,), (89, 120)])
 def test_a_block_of_full_size(kind: str, layers: dict[str, int], sms: tuple[int, ...]) -> None:
     """q, k and v are one product; nothing but the listed ones multiplies."""
-    parts = cut(spec_of(WIDE, kind), torch.bfloat16)
+    parts = partition(spec_of(WIDE, kind), torch.bfloat16)
     sizes = ranges(PRESETS["t2v-1.3B"], fp8_attention=kind == "attention")
     segment = parts.segments["block"]
     engine, found = layers_of(segment, parts.axes, sms, sizes)
@@ -245,7 +245,7 @@ def test_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_attention_that_is_taken_apart_is_refused() -> None:
-    parts = cut(spec_of(WIDE, "attention"), torch.bfloat16)
+    parts = partition(spec_of(WIDE, "attention"), torch.bfloat16)
     # From one token on; few at most, since it would hold all of their scores.
     sizes = {**ranges(PRESETS["t2v-1.3B"]), "L": Range(min=1, opt=512, max=1024)}
     segment = parts.segments["block"]
@@ -275,7 +275,7 @@ def build_with_worker(second: str, folder: Path, monkeypatch: pytest.MonkeyPatch
     builder = TensorRTBuilder(
         target=gpus.TensorRTTarget(name="rtx", sms=(89,)), ranges=ranges(PRESETS["tiny"])
     )
-    parts = cut(dit_spec(PRESETS["tiny"].dit), torch.bfloat16)
+    parts = partition(dit_spec(PRESETS["tiny"].dit), torch.bfloat16)
     return builder.build("dit", parts, folder / "engines")
 
 
@@ -303,7 +303,7 @@ def test_what_tensorrt_does_not_read() -> None:
 
 
 def test_products_that_are_not_8_bit_are_refused() -> None:
-    segment = cut(spec_of(SMALL, "fp8"), torch.float32).segments["block"]
+    segment = partition(spec_of(SMALL, "fp8"), torch.float32).segments["block"]
     with pytest.raises(WanxError, match="2 of 8 FP8 layers became FP8 products"):
         target.require_layers(segment, {"gemm BFloat16": 6, "gemm FP8": 2})
 

@@ -19,7 +19,7 @@ from wanx.benchmarks.speed.suite import BenchOptions
 from wanx.bundle.engine_schedule import SCHEDULE, EngineSchedule, read_schedule
 from wanx.bundle.publish import record_files, write_manifest
 from wanx.bundle.reader import Bundle, open_bundle
-from wanx.bundle.trust import note_built
+from wanx.bundle.trust import mark_trusted
 from wanx.errors import CorruptInputError, EnvironmentMismatchError
 from wanx.exporter.calibration.options import CalibrationOptions
 from wanx.runtime.options import RunOptions
@@ -194,7 +194,7 @@ def changed(compiled: Bundle, folder: Path, **update: object) -> Bundle:
     (folder / engine).write_text(schedule.to_json())
     manifest = compiled.manifest.model_copy(update={"files": record_files(folder)})
     write_manifest(folder, manifest)
-    note_built(engine, manifest.files)
+    mark_trusted(engine, manifest.files)
     return open_bundle(folder)
 
 

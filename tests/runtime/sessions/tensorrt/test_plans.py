@@ -20,7 +20,7 @@ from wanx.builtin import builtin_bundle
 from wanx.bundle.engine_schedule import SCHEDULE, EngineSchedule, Program
 from wanx.bundle.reader import Bundle, open_bundle
 from wanx.exporter.components import GraphInput, component_specs
-from wanx.exporter.partition.partition import cut
+from wanx.exporter.partition.partition import partition
 from wanx.exporter.partition.segments import STORED, Segment
 from wanx.exporter.targets.tensorrt.graph import segment_graph
 from wanx.runtime.pipeline import Pipeline
@@ -66,7 +66,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, dict[str,
     functions: dict[str, Function] = {}
     components = dict(bundle.manifest.components)
     for spec in component_specs(bundle.manifest.config):
-        parts = cut(spec, torch.float32)
+        parts = partition(spec, torch.float32)
         folder = root / "engines" / "fake" / spec.name
         folder.mkdir(parents=True)
         programs = {}

@@ -21,7 +21,7 @@ from wanx.benchmarks.speed.roofline.profile import profile_component, profile_en
 from wanx.benchmarks.speed.suite import Suite
 from wanx.bundle.reader import Bundle
 from wanx.errors import EnvironmentMismatchError, WanxError
-from wanx.progress import Progress, silent
+from wanx.progress import Progress, no_progress
 from wanx.runtime.sampling.guidance import branches
 from wanx.runtime.sessions import open_session
 from wanx.runtime.sessions.base import State
@@ -69,7 +69,7 @@ def require_packages() -> None:
 
 
 def with_rooflines(
-    results: Results, suite: Suite, *, operations: bool = False, progress: Progress = silent
+    results: Results, suite: Suite, *, operations: bool = False, progress: Progress = no_progress
 ) -> Results:
     """Measure the machine, profile each component, and compare both with what trials took.
 

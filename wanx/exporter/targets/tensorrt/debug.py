@@ -30,8 +30,8 @@ from wanx.bundle.reader import Bundle, open_bundle
 from wanx.errors import EnvironmentMismatchError, UsageError, WanxError
 from wanx.exporter.components import ComponentSpec, component_specs
 from wanx.exporter.graph.attach import IR_TYPES
-from wanx.exporter.partition.partition import cut
-from wanx.exporter.partition.segments import Cut, Segment
+from wanx.exporter.partition.partition import partition
+from wanx.exporter.partition.segments import Partition, Segment
 from wanx.exporter.quantization.quantized_spec import quantized_like_bundle
 from wanx.exporter.targets.tensorrt.comparable import BATCH, with_layer_outputs
 from wanx.exporter.targets.tensorrt.graph import OUTPUT, WEIGHT, segment_graph
@@ -66,7 +66,7 @@ def write_step(bundle: Bundle, component: str, step: str, folder: Path) -> Path:
     if component not in specs:
         raise UsageError(f"--component {component}: there is none; choose {', '.join(specs)}")
     spec = quantized_like_bundle(specs[component], bundle.root, bundle.manifest)
-    parts, high = cut(spec, torch.float32), cut(spec, torch.bfloat16)
+    parts, high = partition(spec, torch.float32), partition(spec, torch.bfloat16)
     names = [each.prefix.rstrip(".") or each.program for each in parts.steps]
     if step not in names:
         raise UsageError(f"--step {step}: there is none; choose from {', '.join(names)}")
@@ -88,7 +88,7 @@ def write_step(bundle: Bundle, component: str, step: str, folder: Path) -> Path:
     return folder
 
 
-def _layout(bundle: Bundle, spec: ComponentSpec, parts: Cut) -> list[StepWeights]:
+def _layout(bundle: Bundle, spec: ComponentSpec, parts: Partition) -> list[StepWeights]:
     """Lay out the weights of each step."""
     programs = {
         name: Program(file=f"{name}.engine", weights=segment.weights)
@@ -97,7 +97,7 @@ def _layout(bundle: Bundle, spec: ComponentSpec, parts: Cut) -> list[StepWeights
     schedule = EngineSchedule(
         compiler="none",
         device="cpu",
-        input_dtypes=parts.types,
+        input_dtypes=parts.input_dtypes,
         programs=programs,
         steps=parts.steps,
     )
@@ -121,7 +121,9 @@ def _weights(step: StepWeights, segment: Segment) -> dict[str, TensorProto]:
     return weights
 
 
-def _inputs_of(bundle: Bundle, spec: ComponentSpec, parts: Cut, number: int) -> dict[str, Array]:
+def _inputs_of(
+    bundle: Bundle, spec: ComponentSpec, parts: Partition, number: int
+) -> dict[str, Array]:
     """Compute the step's inputs, by running all earlier steps in fp32 in ONNX Runtime."""
     values = _feeds(bundle, spec)
     layout = _layout(bundle, spec, parts)

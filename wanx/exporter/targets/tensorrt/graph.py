@@ -10,9 +10,9 @@ import onnx.inliner
 import onnx_ir as ir
 import torch
 
-from wanx.exporter.graph.trace import OPSET, quiet
+from wanx.exporter.graph.trace import OPSET, quiet_exporters
 from wanx.exporter.partition.segments import Segment
-from wanx.exporter.partition.stateless import arguments, export_segment
+from wanx.exporter.partition.stateless import example_arguments, export_segment
 from wanx.exporter.targets.tensorrt.forms import DECOMPOSED, FUNCTION_BODIES
 from wanx.exporter.targets.tensorrt.nodes import Replaced, use_plugins
 from wanx.kernels.registry import ONNX_FUNCTIONS, OpsAsNodes
@@ -51,12 +51,12 @@ def graph_with_plugins(
         The graph, and the counts of nodes that were replaced and left.
     """
     device = torch.device("cpu")
-    with quiet(), OpsAsNodes():
+    with quiet_exporters(), OpsAsNodes():
         program = export_segment(segment, axes, device)
-    with quiet(), torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+    with quiet_exporters(), torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         exported = torch.onnx.export(
             program,
-            arguments(segment, axes, device),
+            example_arguments(segment, axes, device),
             dynamo=True,
             optimize=False,
             opset_version=OPSET,

@@ -32,7 +32,7 @@ from wanx.bundle.plugin_kernel import (
 from wanx.errors import EnvironmentMismatchError, WanxError
 from wanx.exporter.targets.tensorrt.ops import OPS, Spec
 from wanx.kernels.aot_compile import compile_for, record
-from wanx.kernels.launch import launch, recorded
+from wanx.kernels.launch import capture_launches, launch
 from wanx.kernels.number_formats import FORMATS
 
 ELEMENTS = {dtype: row.name for dtype, row in FORMATS.items() if row.triton}
@@ -88,7 +88,7 @@ class LaunchCapture:
                 torch.empty([sizes.get(n, n) for n in spec.shape], dtype=spec.dtype)  # type: ignore[arg-type]
                 for spec in inputs
             ]
-            with recorded(lambda *launched: launches.append(launched), sm):
+            with capture_launches(lambda *launched: launches.append(launched), sm):
                 results = OPS[op].run(*tensors, **attributes)
         (self._launch,) = launches
         self._tensors = (*tensors, *results)

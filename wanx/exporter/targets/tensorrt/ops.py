@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wanx.kernels.adaln import LARGEST_DIM, launch_adaln
+from wanx.kernels.adaln import MAX_DIM, launch_adaln
 from wanx.kernels.launch import FLOATS
 from wanx.kernels.quantize import LARGEST_ROW, launch_quantize
 from wanx.kernels.registry import ONNX_TYPES
@@ -97,7 +97,7 @@ def _unsupported_adaln(inputs: Sequence[Spec], attributes: Mapping[str, Any]) ->
     dim = x.shape[-1]
     if x.dtype not in FLOATS or not _are_scales([q_scale]):
         return f"x is {x.dtype}, and its scale {q_scale.dtype} {list(q_scale.shape)}"
-    if len(x.shape) != 3 or not isinstance(dim, int) or dim > LARGEST_DIM:
+    if len(x.shape) != 3 or not isinstance(dim, int) or dim > MAX_DIM:
         return f"x is {list(x.shape)}"
     for modulation in modulations:
         if modulation.shape not in ((1, 1, dim), (x.shape[0], 1, dim)):

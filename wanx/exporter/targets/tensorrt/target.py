@@ -27,7 +27,7 @@ from wanx.bundle.engine_schedule import SCHEDULE, EngineSchedule, Program
 from wanx.bundle.manifest import Component, Manifest
 from wanx.config.number_formats import QUANTIZED
 from wanx.errors import WanxError
-from wanx.exporter.partition.segments import Cut, Segment
+from wanx.exporter.partition.segments import Partition, Segment
 from wanx.exporter.targets.base import Builder, OnFraction, no_fraction
 from wanx.exporter.targets.options import DEFAULT_OPTIONS, BuilderOptions
 from wanx.exporter.targets.tensorrt import worker
@@ -42,9 +42,9 @@ from wanx.exporter.targets.tensorrt.graph import graph_with_plugins
 from wanx.exporter.targets.tensorrt.nodes import Replaced, plugin_notes
 from wanx.exporter.targets.tensorrt.ranges import Range, ranges
 from wanx.exporter.targets.tensorrt.worker import DISK_FULL, REQUEST
-from wanx.interruption import undone_by_interrupt
+from wanx.interruption import cleanup_on_sigint
 from wanx.kernels.number_formats import FORMATS
-from wanx.models.quantized import DynamicQuantLinear, QuantAttend, QuantLinear
+from wanx.models.quantized import DynamicQuantLinear, QuantAttentionOp, QuantLinear
 from wanx.runtime.sessions.tensorrt.library import MODULES
 
 _EIGHT_BIT = (QuantLinear, DynamicQuantLinear)  # weight and input
@@ -105,7 +105,7 @@ class TensorRTBuilder(Builder):
         return torch.bfloat16
 
     def build(
-        self, component: str, parts: Cut, folder: Path, on_fraction: OnFraction = no_fraction
+        self, component: str, parts: Partition, folder: Path, on_fraction: OnFraction = no_fraction
     ) -> EngineSchedule:
         """Build the engines of a component; see :meth:`Builder.build`.
 
@@ -147,7 +147,7 @@ class TensorRTBuilder(Builder):
         schedule = EngineSchedule(
             compiler=self.target.compiler(),
             device=self.target.device,
-            input_dtypes=parts.types,
+            input_dtypes=parts.input_dtypes,
             batched=parts.batched,
             programs=programs,
             steps=parts.steps,
@@ -184,7 +184,7 @@ def _work(folder: Path, request: Mapping[str, Any], on_fraction: OnFraction) -> 
     with log.open("wb") as errors, subprocess.Popen(
         [sys.executable, "-m", worker.__name__, str(folder)],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True,
-    ) as child, undone_by_interrupt(child.kill):  # fmt: skip
+    ) as child, cleanup_on_sigint(child.kill):  # fmt: skip
         try:
             assert child.stdout is not None
             for line in child.stdout:
@@ -248,11 +248,11 @@ def require_layers(segment: Segment, layers: Mapping[str, int]) -> None:
         WanxError: says how many there are.
     """
     modules = list(segment.module.modules())
-    attends = [module for module in modules if isinstance(module, QuantAttend)]
+    attends = [module for module in modules if isinstance(module, QuantAttentionOp)]
     if layers.get("attention FP8", 0) < len(attends):
         raise WanxError(
             "its attention in FP8 did not become one kernel, and would hold all weights of softmax "
-            "at once; export with --attention high"
+            "at once; export with --attention none"
         )
     layers_8bit = [module for module in modules if isinstance(module, _EIGHT_BIT)]
     for row in QUANTIZED:
