@@ -19,7 +19,7 @@ from typing import NoReturn
 
 import torch
 
-from benchmarks.gpu.items import every, selected
+from benchmarks.gpu.catalog import every, selected
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.sizes import MODELS, SIZES
 from benchmarks.gpu.supervisor import new_report, supervise

@@ -8,11 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.bench import Bench, Trial
+from benchmarks.gpu.context import BenchContext, Trial
 from benchmarks.gpu.numerics import cosine
-from benchmarks.gpu.report import Found, Goal, Row, Times
-from benchmarks.gpu.rounds import Call, take_turns
+from benchmarks.gpu.report import Goal, Measurement, ReportItem, Times
 from benchmarks.gpu.sizes import Model, Size
+from benchmarks.gpu.timing import Call, time_interleaved
 from wanx.benchmarks.speed.roofline.gpu_peaks import BF16, FP8
 from wanx.kernels.attention.backends import PROVIDERS, Provider
 
@@ -20,7 +20,7 @@ OURS = "triton"
 PROBES = 128  # rows whose right answer is computed
 
 
-def attention(bench: Bench, model: Model, size: Size) -> Iterator[Found]:
+def attention(bench: BenchContext, model: Model, size: Size) -> Iterator[ReportItem]:
     """Measure all providers; those that cannot run say why."""
     config, tokens = model.config, size.tokens
     heads, scale = config.num_heads, config.head_dim**-0.5
@@ -42,42 +42,42 @@ def attention(bench: Bench, model: Model, size: Size) -> Iterator[Found]:
             trials[name] = Trial(error=reason)
             continue
         call = partial(provider.run, q, k, v, heads, scale)
-        trials[name] = bench.attempt(name, call, judge)
+        trials[name] = bench.first_run(name, call, judge)
         if trials[name].error is None:
             calls[name] = call
-    times = take_turns(bench, calls)
+    times = time_interleaved(bench, calls)
     yield from rows(bench, trials, times, heads, tokens, config.head_dim)
     yield from goals(trials, times)
 
 
 def rows(
-    bench: Bench,
+    bench: BenchContext,
     trials: dict[str, Trial],
     times: dict[str, Times],
     heads: int,
     tokens: int,
     head_dim: int,
-) -> Iterator[Row]:
+) -> Iterator[Measurement]:
     """A line for each provider."""
     shape = {"L": tokens, "heads": heads}
     best = _fastest(times, 16)
     for name, trial in trials.items():
         provider = PROVIDERS[name]
-        what = f"attention, {provider.bits} bits"
+        operation = f"attention, {provider.bits} bits"
         if name not in times:
-            yield Row(what=what, by=name, shape=shape, error=trial.error)
+            yield Measurement(operation=what, implementation=name, shape=shape, error=trial.error)
             continue
         of = BF16 if provider.bits == 16 else FP8
         speedup = {}
         if best is not None and name != best:
             speedup = {best: times[best].median / times[name].median}
-        yield Row(
-            what=what,
-            by=name,
+        yield Measurement(
+            operation=what,
+            implementation=name,
             shape=shape,
             times=times[name],
             rate=4.0 * tokens**2 * head_dim * heads / times[name].median,
-            of=of,
+            peak=of,
             ceiling=bench.ceilings.get(of),
             speedup=speedup,
             numerics=trial.numerics,

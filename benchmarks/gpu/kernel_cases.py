@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.context import BenchContext
 from wanx.config.models import DiTConfig
 from wanx.kernels.adaln import adaln, adaln_reference
 from wanx.kernels.adaln_quantize import (
@@ -68,7 +68,7 @@ class Case:
     compiled: bool = True
 
 
-def families(bench: Bench, config: DiTConfig, tokens: int) -> dict[str, list[Case]]:
+def families(bench: BenchContext, config: DiTConfig, tokens: int) -> dict[str, list[Case]]:
     """Ops at one size, by what they have in common."""
     dim, heads, eps = config.dim, config.num_heads, config.eps
     wide = partial(bench.random, 1, tokens, dim)

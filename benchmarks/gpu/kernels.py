@@ -9,26 +9,26 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.gpu.bench import Bench, Trial
+from benchmarks.gpu.context import BenchContext, Trial
 from benchmarks.gpu.kernel_cases import Case, families
 from benchmarks.gpu.numerics import differences
-from benchmarks.gpu.report import Found, Goal, Row
-from benchmarks.gpu.rounds import Call, take_turns
+from benchmarks.gpu.report import Goal, Measurement, ReportItem
 from benchmarks.gpu.sizes import Model
+from benchmarks.gpu.timing import Call, time_interleaved
 from wanx.benchmarks.speed.roofline.gpu_peaks import COPY
 
 OURS, EAGER, COMPILED = "wanx", "torch", "torch.compile"
 SHARE = 0.85
 
 
-def kernels(bench: Bench, model: Model, family: str) -> Iterator[Found]:
+def kernels(bench: BenchContext, model: Model, family: str) -> Iterator[ReportItem]:
     """Measure the ops of one family at all sizes of a model."""
     shares: list[float | None] = []
     for size in bench.sizes:
         for case in families(bench, model.config, size.tokens)[family]:
             width = model.config.ffn_dim if family == "gelu_quantize" else model.config.dim
             for row in _measure(bench, case, {"D": width, "L": size.tokens}):
-                if row.by == OURS:
+                if row.implementation == OURS:
                     shares.append(row.of_ceiling)
                 yield row
             bench.release()
@@ -37,7 +37,7 @@ def kernels(bench: Bench, model: Model, family: str) -> Iterator[Found]:
     yield Goal.at_least(f"all at {SHARE:.0%} of the copy or more", slowest, SHARE)
 
 
-def _measure(bench: Bench, case: Case, shape: dict[str, int]) -> Iterator[Row]:
+def _measure(bench: BenchContext, case: Case, shape: dict[str, int]) -> Iterator[Measurement]:
     arguments = case.arguments()
     right = _right(case, arguments)
     moved = 0
@@ -56,21 +56,23 @@ def _measure(bench: Bench, case: Case, shape: dict[str, int]) -> Iterator[Row]:
         calls[COMPILED] = lambda: compiled(*arguments)
     trials: dict[str, Trial] = {}
     for by, call in calls.items():
-        trials[by] = bench.attempt(f"{case.name}, {shape['L']}, {by}", call, judge)
+        trials[by] = bench.first_run(f"{case.name}, {shape['L']}, {by}", call, judge)
     good = {by: call for by, call in calls.items() if trials[by].error is None}
-    times = take_turns(bench, good, short=True)
+    times = time_interleaved(bench, good, short=True)
     for by, trial in trials.items():
         if by not in times:
-            yield Row(what=case.name, by=by, shape=shape, error=trial.error)
+            yield Measurement(
+                operation=case.name, implementation=by, shape=shape, error=trial.error
+            )
             continue
-        yield Row(
-            what=case.name,
-            by=by,
+        yield Measurement(
+            operation=case.name,
+            implementation=by,
             shape=shape,
             times=times[by],
             rate=moved / times[by].median,
             unit="B/s",
-            of=COPY,
+            peak=COPY,
             ceiling=bench.ceilings.get(COPY),
             speedup=_speedup(times, by),
             numerics=trial.numerics,

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.gpu.bench import Bench, Trial
+from benchmarks.gpu.context import BenchContext, Trial
 from benchmarks.gpu.numerics import differences
-from benchmarks.gpu.report import Found, Goal, Row
-from benchmarks.gpu.rounds import take_turns
+from benchmarks.gpu.report import Goal, Measurement, ReportItem
 from benchmarks.gpu.sizes import Model
+from benchmarks.gpu.timing import time_interleaved
 from wanx.benchmarks.speed.roofline.gpu_peaks import BF16, FP8, INT8
 from wanx.kernels.gated_residual import gated_residual, gated_residual_reference
 from wanx.kernels.gelu_quantize import gelu_quantize, gelu_quantize_reference
@@ -30,7 +30,7 @@ PROBES = 512  # rows whose right answer is computed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Way:
+class LinearVariant:
     """One way to run a layer.
 
     Attributes:
@@ -44,7 +44,7 @@ class Way:
     of: str
 
 
-def linears(bench: Bench, model: Model) -> Iterator[Found]:
+def linears(bench: BenchContext, model: Model) -> Iterator[ReportItem]:
     """Measure the layers of a block at all sizes."""
     dim, ffn = model.config.dim, model.config.ffn_dim
     layers = (("qkv", dim, 3 * dim), ("o", dim, dim), ("ffn.0", dim, ffn), ("ffn.2", ffn, dim))
@@ -52,9 +52,9 @@ def linears(bench: Bench, model: Model) -> Iterator[Found]:
     for size in bench.sizes:
         for name, k, n in layers:
             ways = _ways(bench, name, size.tokens, k, n)
-            found: dict[str, Row] = {}
+            found: dict[str, Measurement] = {}
             for row in _measure(bench, name, ways, {"L": size.tokens, "K": k, "N": n}):
-                found[row.by] = row
+                found[row.implementation] = row
                 yield row
             worst.append(found["fp8"].speedup.get(PLAIN))
             del ways
@@ -64,16 +64,20 @@ def linears(bench: Bench, model: Model) -> Iterator[Found]:
     yield Goal.at_least("every fp8 linear 1.6 times as fast as in bf16", slowest, 1.6)
 
 
-def _measure(bench: Bench, name: str, ways: dict[str, Way], shape: dict[str, int]) -> Iterator[Row]:
+def _measure(
+    bench: BenchContext, name: str, ways: dict[str, LinearVariant], shape: dict[str, int]
+) -> Iterator[Measurement]:
     trials: dict[str, Trial] = {}
     for by, way in ways.items():
-        trials[by] = bench.attempt(f"{name}, {shape['L']}, {by}", way.call, _judge(way))
+        trials[by] = bench.first_run(f"{name}, {shape['L']}, {by}", way.call, _judge(way))
     good = {by: way.call for by, way in ways.items() if trials[by].error is None}
-    times = take_turns(bench, good, short=True)
+    times = time_interleaved(bench, good, short=True)
     work = 2.0 * shape["L"] * shape["K"] * shape["N"]
     for by, way in ways.items():
         if by not in times:
-            yield Row(what=name, by=by, shape=shape, error=trials[by].error)
+            yield Measurement(
+                operation=name, implementation=by, shape=shape, error=trials[by].error
+            )
             continue
         # What ends in GELU or in the residual is compared with bf16 that does the same.
         _, _, ending = by.partition(", ")
@@ -81,20 +85,20 @@ def _measure(bench: Bench, name: str, ways: dict[str, Way], shape: dict[str, int
         speedup = {}
         if by != plain and plain in times:
             speedup = {plain: times[plain].median / times[by].median}
-        yield Row(
-            what=name,
-            by=by,
+        yield Measurement(
+            operation=name,
+            implementation=by,
             shape=shape,
             times=times[by],
             rate=work / times[by].median,
-            of=way.of,
-            ceiling=bench.ceilings.get(way.of),
+            peak=way.peak,
+            ceiling=bench.ceilings.get(way.peak),
             speedup=speedup,
             numerics=trials[by].numerics,
         )
 
 
-def _judge(way: Way) -> Callable[[Tensor], dict[str, float]]:
+def _judge(way: LinearVariant) -> Callable[[Tensor], dict[str, float]]:
     def judge(result: Tensor) -> dict[str, float]:
         right = way.right()
         return differences([result.reshape(-1, result.shape[-1])[: len(right)]], [right])
@@ -102,7 +106,7 @@ def _judge(way: Way) -> Callable[[Tensor], dict[str, float]]:
     return judge
 
 
-def _ways(bench: Bench, name: str, tokens: int, k: int, n: int) -> dict[str, Way]:
+def _ways(bench: BenchContext, name: str, tokens: int, k: int, n: int) -> dict[str, LinearVariant]:
     """All ways to run a layer on the same numbers."""
     few = min(PROBES, tokens)
     x = bench.random(1, tokens, k, dtype=torch.bfloat16)
@@ -130,12 +134,16 @@ def _ways(bench: Bench, name: str, tokens: int, k: int, n: int) -> dict[str, Way
     fp8, int8 = wide(x8, layer), wide(x_int, int_layer)
     flat, flat_int = x8.reshape(-1, k), x_int.reshape(-1, k)
     ways = {
-        PLAIN: Way(call=lambda: F.linear(x, weight, bias), right=plain, of=BF16),
-        "fp8": Way(call=lambda: quant_linear(x8, scale, *layer), right=fp8, of=FP8),
-        "fp8 rows": Way(call=lambda: quant_linear_rows(x8, rows, *layer), right=fp8, of=FP8),
-        "fp8 triton": Way(call=lambda: launch_gemm_8bit(flat, scale, *layer), right=fp8, of=FP8),
-        "int8 triton": Way(
-            call=lambda: launch_gemm_8bit(flat_int, scale, *int_layer), right=int8, of=INT8
+        PLAIN: LinearVariant(call=lambda: F.linear(x, weight, bias), right=plain, peak=BF16),
+        "fp8": LinearVariant(call=lambda: quant_linear(x8, scale, *layer), right=fp8, peak=FP8),
+        "fp8 rows": LinearVariant(
+            call=lambda: quant_linear_rows(x8, rows, *layer), right=fp8, peak=FP8
+        ),
+        "fp8 triton": LinearVariant(
+            call=lambda: launch_gemm_8bit(flat, scale, *layer), right=fp8, peak=FP8
+        ),
+        "int8 triton": LinearVariant(
+            call=lambda: launch_gemm_8bit(flat_int, scale, *int_layer), right=int8, peak=INT8
         ),
     }
     if bench.device.type != "cuda":  # a kernel itself needs one
@@ -146,32 +154,32 @@ def _ways(bench: Bench, name: str, tokens: int, k: int, n: int) -> dict[str, Way
         residual, gate = bench.random(1, tokens, n), bench.random(1, 1, n)
         values = (x8, scale, *layer)
         ways |= {
-            f"{PLAIN}, residual": Way(
+            f"{PLAIN}, residual": LinearVariant(
                 call=lambda: gated_residual(residual, F.linear(x, weight, bias), gate),
                 right=lambda: gated_residual_reference(residual[:, :few], plain()[None], gate)[0],
-                of=BF16,
+                peak=BF16,
             ),
-            "fp8, residual": Way(
+            "fp8, residual": LinearVariant(
                 call=lambda: gated_residual(residual, quant_linear(*values), gate),
                 right=lambda: gated_residual_reference(residual[:, :few], fp8()[None], gate)[0],
-                of=FP8,
+                peak=FP8,
             ),
-            "fp8 fused, residual": Way(
+            "fp8 fused, residual": LinearVariant(
                 call=lambda: quant_linear_residual(*values, residual, gate),
                 right=lambda: gated_residual_reference(residual[:, :few], fp8()[None], gate)[0],
-                of=FP8,
+                peak=FP8,
             ),
         }
     return ways
 
 
 def _with_gelu(
-    ways: dict[str, Way],
+    ways: dict[str, LinearVariant],
     values: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     out_scale: Tensor,
     plain: tuple[Tensor, Tensor, Tensor],
     fp8: Callable[[], Tensor],
-) -> dict[str, Way]:
+) -> dict[str, LinearVariant]:
     """The first layer of the feed-forward network with its GELU."""
     bf16 = ways[PLAIN]
 
@@ -179,19 +187,19 @@ def _with_gelu(
         return gelu_quantize_reference(fp8(), out_scale, E4M3)
 
     return {
-        f"{PLAIN}, gelu": Way(
+        f"{PLAIN}, gelu": LinearVariant(
             call=lambda: F.gelu(F.linear(*plain), approximate="tanh"),
             right=lambda: F.gelu(bf16.right(), approximate="tanh"),
-            of=BF16,
+            peak=BF16,
         ),
-        "fp8, gelu": Way(
+        "fp8, gelu": LinearVariant(
             call=lambda: gelu_quantize(quant_linear(*values), out_scale, E4M3),
             right=right8,
-            of=FP8,
+            peak=FP8,
         ),
-        "fp8 fused, gelu": Way(
+        "fp8 fused, gelu": LinearVariant(
             call=lambda: quant_linear_gelu_quantize(*values, out_scale, E4M3),
             right=right8,
-            of=FP8,
+            peak=FP8,
         ),
     }

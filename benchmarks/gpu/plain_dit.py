@@ -51,7 +51,7 @@ class RMSNorm(nn.Module):
 
 
 class Attend(nn.Module):
-    """Attention; a module, so that what it is given can be watched."""
+    """Attention; a module, so that what it is given can be input_amax."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend from ``[B, L, H, d]`` to ``[B, n, H, d]``."""

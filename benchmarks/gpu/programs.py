@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.bench import Bench, nothing
-from benchmarks.gpu.report import Found, Row, Times
+from benchmarks.gpu.context import BenchContext, no_metrics
+from benchmarks.gpu.report import Measurement, ReportItem, Times
 from benchmarks.gpu.sizes import MODELS, PRECISIONS
 
 TINY = "tiny-aoti"
@@ -58,15 +58,15 @@ def job(name: str, folder: Path) -> Job:
     return Job(name=name, command=(sys.executable, "-m", __name__, *arguments))
 
 
-def why_not(folder: Path) -> str:
+def compile_error(folder: Path) -> str:
     """Why there is no ``folder`` of something compiled."""
     note = folder.with_name(f"{folder.name}.error")
     return note.read_text(encoding="utf-8") if note.exists() else "it was not asked for"
 
 
 def programs(
-    bench: Bench, jobs: Sequence[Job], meanwhile: Callable[[], object] = lambda: None
-) -> Iterator[Found]:
+    bench: BenchContext, jobs: Sequence[Job], meanwhile: Callable[[], object] = lambda: None
+) -> Iterator[ReportItem]:
     """Run all jobs at once, and ``meanwhile`` in this process.
 
     Of what fails or takes too long, ``NAME.error`` in the folder says why.
@@ -76,12 +76,14 @@ def programs(
     limit = min(LONGEST, bench.left() - RESERVE)
     with ThreadPoolExecutor(len(jobs)) as threads:
         started = {threads.submit(_compile, job, bench.folder, limit): job.name for job in jobs}
-        if error := bench.attempt("meanwhile", meanwhile, nothing).error:
-            yield Row(what="compile", by="torch.compile", error=error)
+        if error := bench.first_run("meanwhile", meanwhile, no_metrics).error:
+            yield Measurement(operation="compile", implementation="torch.compile", error=error)
         for done in as_completed(started):
             seconds, error = done.result()
             times = Times(seconds=(seconds,)) if error is None else None
-            yield Row(what="compile", by=started[done], times=times, error=error)
+            yield Measurement(
+                operation="compile", implementation=started[done], times=times, error=error
+            )
 
 
 def _compile(job: Job, folder: Path, limit: float) -> tuple[float, str | None]:
@@ -115,7 +117,7 @@ def _compile(job: Job, folder: Path, limit: float) -> tuple[float, str | None]:
 
 def main() -> None:
     """Compile one transformer for the GPU of this machine."""
-    from benchmarks.gpu.random_dit import recipe_of, shallow
+    from benchmarks.gpu.random_dit import recipe_of, with_blocks
     from wanx.exporter.components import dit_spec
     from wanx.exporter.quantization.quantized_spec import quantized_spec
     from wanx.exporter.targets import aoti
@@ -123,7 +125,7 @@ def main() -> None:
     name, precision, folder = sys.argv[1:]
     (config,) = (model.config for model in MODELS if model.name == name)
     # Blocks are alike, so that one program serves any number of them.
-    config = shallow(config, 1)
+    config = with_blocks(config, 1)
     spec = dit_spec(config)
     if precision != "bf16":
         spec = quantized_spec(spec, recipe_of(config, precision == "fp8-attention"))

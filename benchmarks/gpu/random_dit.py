@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.context import BenchContext
 from benchmarks.gpu.plain_dit import Attend, PlainDiT
 from wanx.config.models import DiTConfig
 from wanx.exporter.quantization.recipe import Recipe, dit_candidates, shared_input
@@ -27,14 +27,14 @@ Weights = dict[str, Tensor]
 _SHARPNESS = 1.4
 
 
-def random_weights(bench: Bench, config: DiTConfig, dtype: torch.dtype) -> Weights:
+def random_weights(bench: BenchContext, config: DiTConfig, dtype: torch.dtype) -> Weights:
     """Weights by the names of the checkpoints, of a size that keeps the stream's."""
     with torch.device("meta"):
         model = WanDiT(config)
     return {name: _random(bench, name, p.shape).to(dtype) for name, p in model.named_parameters()}
 
 
-def _random(bench: Bench, name: str, shape: torch.Size) -> Tensor:
+def _random(bench: BenchContext, name: str, shape: torch.Size) -> Tensor:
     noise = bench.random(*shape)
     if name.endswith("modulation"):
         return 0.5 * noise
@@ -45,7 +45,7 @@ def _random(bench: Bench, name: str, shape: torch.Size) -> Tensor:
     return noise / math.sqrt(shape[1])
 
 
-def random_inputs(bench: Bench, config: DiTConfig, grid: Triple) -> tuple[Weights, Weights]:
+def random_inputs(bench: BenchContext, config: DiTConfig, grid: Triple) -> tuple[Weights, Weights]:
     """Inputs of the two branches of a step with guidance: they differ in their text."""
     cos, sin = (
         torch.from_numpy(table).to(bench.device) for table in rope_tables(grid, config.rope_dims)
@@ -87,7 +87,7 @@ def recipe_of(
     )
 
 
-def watched(model: PlainDiT, values: Weights) -> dict[str, float]:
+def input_amax(model: PlainDiT, values: Weights) -> dict[str, float]:
     """The largest magnitude of the inputs of each linear and of each attention's q, k and v."""
     amax: dict[str, Tensor] = {}
     with _hooks(model, amax):
@@ -117,7 +117,7 @@ def _hooks(model: nn.Module, amax: dict[str, Tensor]) -> Iterator[None]:
             handle.remove()
 
 
-def quantised(weights: Weights, recipe: Recipe) -> Weights:
+def quantized(weights: Weights, recipe: Recipe) -> Weights:
     """The weights as a recipe stores them, by the names of a bundle."""
     found = dict(weights)
     device = next(iter(weights.values())).device
@@ -138,6 +138,6 @@ def quantised(weights: Weights, recipe: Recipe) -> Weights:
     return found
 
 
-def shallow(config: DiTConfig, blocks: int) -> DiTConfig:
+def with_blocks(config: DiTConfig, blocks: int) -> DiTConfig:
     """The same with fewer blocks, all of which are alike."""
     return replace(config, num_layers=blocks)

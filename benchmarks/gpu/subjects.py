@@ -53,7 +53,7 @@ class Compiled:
     def __call__(self, values: Weights, count: int) -> tuple[Tensor, Tensor]:
         """Run it."""
         if count not in self._engines:
-            plan = with_blocks(self._plan, count, self._held)
+            plan = plan_with_blocks(self._plan, count, self._held)
             self._engines[count] = Engine(plan, self._folder, OUTPUTS, self._weight)
         made = self._engines[count].run(values)
         return made["velocity"], made["x"]
@@ -67,7 +67,7 @@ class Compiled:
         return self._packed[key]
 
 
-def with_blocks(plan: Plan, count: int, held: int) -> Plan:
+def plan_with_blocks(plan: Plan, count: int, held: int) -> Plan:
     """The plan with ``count`` blocks, whose weights are those of ``held`` in turn."""
     first, block, *_, last = plan.steps
     repeated = (

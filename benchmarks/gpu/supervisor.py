@@ -14,8 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.doing import LOST, Doing
 from benchmarks.gpu.report import Print, Report
+from benchmarks.gpu.status import EXIT_DEVICE_LOST, Status
 
 MOST_RESTARTS = 12
 GRACE = 15.0  # seconds after the end for what is still running
@@ -68,11 +68,11 @@ def supervise(
         if time.time() > end:
             report.end("failed", 0, reason)
             break
-        note_loss(report, Doing.read(folder), reason)
+        record_crash(report, Status.read(folder), reason)
     return report
 
 
-def note_loss(report: Report, doing: Doing | None, reason: str) -> None:
+def record_crash(report: Report, doing: Status | None, reason: str) -> None:
     """Write down what was running, so that the next process does not run it again."""
     name = report.items[-1]["name"]
     if doing is None or doing.item != name:
@@ -91,14 +91,14 @@ def note_loss(report: Report, doing: Doing | None, reason: str) -> None:
 
 def _work(command: Sequence[str], folder: Path, end: float) -> str:
     """Run a worker, and say how it ended."""
-    Doing.forget(folder)
+    Status.forget(folder)
     environment = {**os.environ, "WANX_STRICT": "1"}  # a kernel that cannot run must not go unseen
     # A session of its own, so that what it has started ends with it.
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
         while process.poll() is None:
             now = time.time()
-            doing = Doing.read(folder)
+            doing = Status.read(folder)
             if now > end:
                 return "the time was over"
             if doing is not None and now > doing.until:
@@ -107,7 +107,7 @@ def _work(command: Sequence[str], folder: Path, end: float) -> str:
     finally:
         _kill(process)
     code = process.returncode
-    if code == LOST:
+    if code == EXIT_DEVICE_LOST:
         return "the GPU does not answer"
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 

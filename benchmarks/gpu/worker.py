@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 import torch._dynamo
 
-from benchmarks.gpu.bench import Bench, DeviceLost, one_line, usable
-from benchmarks.gpu.doing import LOST, Doing
-from benchmarks.gpu.items import CEILINGS, Item, every, selected
+from benchmarks.gpu.catalog import CEILINGS, Item, every, selected
+from benchmarks.gpu.context import BenchContext, DeviceLost, one_line, usable
 from benchmarks.gpu.machine import machine
 from benchmarks.gpu.report import HEAD, Print, Report
+from benchmarks.gpu.status import EXIT_DEVICE_LOST, Status
 
 
-def measure(bench: Bench, items: Sequence[Item], report: Report, tell: Print) -> None:
+def measure(bench: BenchContext, items: Sequence[Item], report: Report, tell: Print) -> None:
     """Measure all items that the report has not yet.
 
     Raises:
@@ -48,17 +48,17 @@ def measure(bench: Bench, items: Sequence[Item], report: Report, tell: Print) ->
         _run(bench, item, report, tell)
 
 
-def _run(bench: Bench, item: Item, report: Report, tell: Print) -> None:
+def _run(bench: BenchContext, item: Item, report: Report, tell: Print) -> None:
     until = time.time() + 3 * item.seconds + 60
     subject: str | None = None
 
     def note(name: str) -> None:
         nonlocal subject
         subject = name
-        Doing(item=item.name, subject=name, until=until).write(bench.folder)
+        Status(item=item.name, subject=name, until=until).write(bench.folder)
 
     bench.item, bench.note = item.name, note
-    Doing(item=item.name, subject=None, until=until).write(bench.folder)
+    Status(item=item.name, subject=None, until=until).write(bench.folder)
     torch.manual_seed(0)
     start = time.time()
     try:
@@ -67,12 +67,12 @@ def _run(bench: Bench, item: Item, report: Report, tell: Print) -> None:
                 report.add(found)
                 tell(found.line())
     except DeviceLost as error:
-        Doing(item=item.name, subject=subject, until=until, reason=str(error)).write(bench.folder)
+        Status(item=item.name, subject=subject, until=until, reason=str(error)).write(bench.folder)
         raise
     except Exception as error:
         reason = one_line(error)
         if not usable(bench.device):
-            Doing(item=item.name, subject=None, until=until, reason=reason).write(bench.folder)
+            Status(item=item.name, subject=None, until=until, reason=reason).write(bench.folder)
             raise DeviceLost(reason) from error
         report.end("failed", time.time() - start, reason)
         tell(f"   failed: {reason}")
@@ -90,14 +90,14 @@ def main() -> None:
     """Go on with a report."""
     report, folder = Report.read(Path(sys.argv[1])), Path(sys.argv[2])
     settings = report.data["settings"]
-    bench = Bench(
+    bench = BenchContext(
         device=_device(),
         folder=folder,
         deadline=report.data["started"] + 60 * settings["minutes"],
         crashed=report.data["crashes"],
     )
     if settings["quick"]:
-        bench.sizes, bench.allowance = bench.sizes[:1], 0.5
+        bench.sizes, bench.seconds_per_comparison = bench.sizes[:1], 0.5
     if "machine" not in report.data:
         report.data["machine"] = machine(bench.device)
         report.save()
@@ -109,7 +109,7 @@ def main() -> None:
     try:
         measure(bench, selected(items, settings["only"]), report, lambda s: print(s, flush=True))
     except DeviceLost:
-        sys.exit(LOST)
+        sys.exit(EXIT_DEVICE_LOST)
     report.finish()
 
 

@@ -24,9 +24,10 @@ import wanx.runtime.denoise as denoise_module
 from tests.support.altered import altered_bundle, noise
 from wanx.accuracy.metrics import MAX_DB, clip_figures
 from wanx.benchmarks.accuracy.compare import CompareOptions, _encoded, compare
-from wanx.benchmarks.accuracy.comparison import Agreement, Comparison, Gates, dumps
-from wanx.benchmarks.accuracy.step_recording import Tape
+from wanx.benchmarks.accuracy.comparison import Agreement, Comparison, Gates
+from wanx.benchmarks.accuracy.step_recording import StepRecording
 from wanx.benchmarks.accuracy.subject import Start
+from wanx.benchmarks.report.files import dumps
 from wanx.builtin import builtin_bundle
 from wanx.bundle.reader import Bundle, open_bundle
 from wanx.config.models import PRESETS
@@ -165,9 +166,9 @@ def test_clips_are_those_of_the_pipeline(
     clip = found.runs[0].clip
     assert clip is not None
     assert clip.candidate == clip_figures(candidate, reference)
-    assert clip.floor == clip_figures(floor, reference)
-    assert clip.floor.rmse < clip.candidate.rmse
-    assert clip.ratios["rmse"] == clip.candidate.rmse / clip.floor.rmse
+    assert clip.ulp_baseline == clip_figures(floor, reference)
+    assert clip.ulp_baseline.rmse < clip.candidate.rmse
+    assert clip.ratios["rmse"] == clip.candidate.rmse / clip.ulp_baseline.rmse
     labels = {still.label: still for still in clip.stills}
     assert [still.index for still in clip.stills][:2] == [0, 2]
     squared = np.square(candidate.astype(float) - reference).mean(axis=(1, 2, 3))
@@ -175,7 +176,7 @@ def test_clips_are_those_of_the_pipeline(
     assert worst.index == squared.argmax()
     assert np.array_equal(worst.candidate, candidate[worst.index])
     assert np.array_equal(worst.reference, reference[worst.index])
-    assert np.array_equal(worst.floor, floor[worst.index])
+    assert np.array_equal(worst.ulp_baseline, floor[worst.index])
 
 
 def test_a_bundle_equals_itself(tiny: Bundle) -> None:
@@ -263,7 +264,7 @@ def test_a_fault_is_told_from_its_consequences(fault: str, tiny: Bundle, tmp_pat
     assert all(step.equal for step in comparison.runs[0].steps)
     clip = comparison.runs[0].clip
     assert clip is not None
-    assert clip.candidate.rmse > 10 * clip.floor.rmse
+    assert clip.candidate.rmse > 10 * clip.ulp_baseline.rmse
 
 
 def test_encoders_of_images(tmp_path: Path) -> None:
@@ -439,7 +440,7 @@ def test_gates_of_layers(precision: str, failing: list[str], found: Comparison) 
 
 def test_a_tape_gives_back_what_it_was_given(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
-    tape = Tape(tmp_path / "tape")
+    tape = StepRecording(tmp_path / "tape")
     given = []
     for _ in range(3):
         tokens, first, second = generator.standard_normal((3, 1, 5, 4)).astype(np.float32)

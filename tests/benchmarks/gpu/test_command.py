@@ -12,8 +12,8 @@ import torch
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import supervisor
-from benchmarks.gpu.doing import LOST
 from benchmarks.gpu.report import Goal, Report
+from benchmarks.gpu.status import EXIT_DEVICE_LOST
 from benchmarks.gpu.supervisor import new_report, supervise
 from tests.support.paths import ROOT
 
@@ -22,14 +22,14 @@ import json, os, sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from benchmarks.gpu.report import Report
-from benchmarks.gpu.doing import Doing
+from benchmarks.gpu.status import Status
 report, folder = Report.read(Path(sys.argv[1])), Path(sys.argv[2])
 count = folder / "starts"
 starts = int(count.read_text()) + 1 if count.exists() else 1
 count.write_text(str(starts))
 def at(name, subject, seconds=60.0):
     report.begin(name)
-    Doing(item=name, subject=subject, until=time.time() + seconds).write(folder)
+    Status(item=name, subject=subject, until=time.time() + seconds).write(folder)
 assert os.environ["WANX_STRICT"] == "1"
 {code}
 """
@@ -81,7 +81,7 @@ def test_the_end_is_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_worker_that_cannot_start_is_not_tried_again(tmp_path: Path) -> None:
-    report, starts, lines = supervised(tmp_path, f"sys.exit({LOST})")
+    report, starts, lines = supervised(tmp_path, f"sys.exit({EXIT_DEVICE_LOST})")
     assert (starts, report.items, report.data["complete"]) == (1, [], False)
     assert lines == ["   the process was lost: the GPU does not answer"]
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import attention, generation, kernels, linears, programs
-from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.catalog import FAMILIES
 from benchmarks.gpu.ceilings import ceilings, recall
-from benchmarks.gpu.items import FAMILIES
+from benchmarks.gpu.context import BenchContext
 from benchmarks.gpu.kernel_cases import families
 from benchmarks.gpu.numerics import cosine, differences
 from benchmarks.gpu.sizes import MODELS, SIZES, step_flops
@@ -37,7 +37,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
+def bench(tmp_path: Path) -> BenchContext:
     torch.manual_seed(3)
     return tiny_bench(tmp_path)
 
@@ -49,7 +49,7 @@ def test_work_is_what_the_literature_says() -> None:
     assert (short, long) == pytest.approx((3.36, 13.05), rel=0.01)
 
 
-def test_ceilings(bench: Bench) -> None:
+def test_ceilings(bench: BenchContext) -> None:
     record = run_one(bench, ceilings)
     rows = {row["what"]: row for row in record["rows"]}
     assert len(rows) == 5
@@ -62,7 +62,9 @@ def test_ceilings(bench: Bench) -> None:
     assert other.ceilings == bench.ceilings
 
 
-def test_a_product_that_fails_is_no_ceiling(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_product_that_fails_is_no_ceiling(
+    bench: BenchContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object, use_fast_accum: bool, **__: object) -> Tensor:
         raise RuntimeError("no fp8 here")
 
@@ -74,7 +76,7 @@ def test_a_product_that_fails_is_no_ceiling(bench: Bench, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_kernels(bench: Bench, family: str) -> None:
+def test_kernels(bench: BenchContext, family: str) -> None:
     bench.ceilings[COPY] = 1.0
     record = run_one(bench, partial(kernels.kernels, model=MODEL, family=family))
     cases = families(bench, CONFIG, SIZE.tokens)
@@ -94,7 +96,7 @@ def test_kernels(bench: Bench, family: str) -> None:
     assert goal["value"] == min(row["rate"] for row in record["rows"][::2])
 
 
-def test_bytes_are_counted_once_read_and_once_written(bench: Bench) -> None:
+def test_bytes_are_counted_once_read_and_once_written(bench: BenchContext) -> None:
     record = run_one(bench, partial(kernels.kernels, model=MODEL, family="gated_residual"))
     row = record["rows"][0]
     tokens, dim = SIZE.tokens, CONFIG.dim
@@ -104,7 +106,7 @@ def test_bytes_are_counted_once_read_and_once_written(bench: Bench) -> None:
 
 
 def test_a_kernel_that_fails_leaves_the_others(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: BenchContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench.crashed = {f"one/adaln_quantize, fp8, {SIZE.tokens}, wanx": "the process was lost"}
     record = run_one(bench, partial(kernels.kernels, model=MODEL, family="adaln"))
@@ -113,7 +115,7 @@ def test_a_kernel_that_fails_leaves_the_others(
     assert record["goals"][0]["met"] is False
 
 
-def test_a_reference_is_compiled_too(bench: Bench) -> None:
+def test_a_reference_is_compiled_too(bench: BenchContext) -> None:
     bench.compiles = True
     record = run_one(bench, partial(kernels.kernels, model=MODEL, family="gated_residual"))
     assert [row["by"] for row in record["rows"]] == ["wanx", "torch", "torch.compile"]
@@ -129,7 +131,7 @@ def provider(name: str, bits: int, reason: str | None = None, noise: float = 0.0
     return Provider(name=name, bits=bits, unsupported_reason=lambda *_: reason, run=run)
 
 
-def test_attention(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention(bench: BenchContext, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.ceilings |= {"bf16 GEMM": 1.0, "fp8 GEMM": 2.0}
     known = (
         provider("cudnn", 16),
@@ -159,13 +161,13 @@ def test_attention(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
-def test_no_attention_runs_on_a_processor(bench: Bench) -> None:
+def test_no_attention_runs_on_a_processor(bench: BenchContext) -> None:
     record = run_one(bench, partial(attention.attention, model=MODEL, size=SIZE))
     assert all("not on cpu" in row["error"] or "Triton" in row["error"] for row in record["rows"])
     assert [goal["value"] for goal in record["goals"]] == [None] * 3
 
 
-def test_linears(bench: Bench) -> None:
+def test_linears(bench: BenchContext) -> None:
     record = run_one(bench, partial(linears.linears, model=MODEL))
     rows = {(row["what"], row["by"]): row for row in record["rows"]}
     assert {what for what, _ in rows} == {"qkv", "o", "ffn.0", "ffn.2"}
@@ -186,7 +188,7 @@ def test_linears(bench: Bench) -> None:
     assert record["goals"][0]["value"] == pytest.approx(slowest)
 
 
-def test_a_generation(bench: Bench) -> None:
+def test_a_generation(bench: BenchContext) -> None:
     run = partial(
         generation.generation, bundle=builtin_bundle(), frames=5, width=64, height=64, steps=1
     )
@@ -198,13 +200,13 @@ def test_a_generation(bench: Bench) -> None:
     assert record["goals"][0]["met"] is True
 
 
-def test_a_model_that_was_not_compiled(bench: Bench) -> None:
+def test_a_model_that_was_not_compiled(bench: BenchContext) -> None:
     (bench.folder / "tiny-aoti.error").write_text("exit code 1: no g++")
     with pytest.raises(EnvironmentMismatchError, match="not compiled: exit code 1: no g\\+\\+"):
         list(generation.generation(bench, bench.folder / "tiny-aoti"))
 
 
-def test_programs_are_compiled_in_processes_of_their_own(bench: Bench) -> None:
+def test_programs_are_compiled_in_processes_of_their_own(bench: BenchContext) -> None:
     def command(code: str) -> tuple[str, ...]:
         return (sys.executable, "-c", code)
 
@@ -227,7 +229,9 @@ def test_programs_are_compiled_in_processes_of_their_own(bench: Bench) -> None:
     assert met == ["here"]
 
 
-def test_what_compiles_too_long_is_given_up(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_compiles_too_long_is_given_up(
+    bench: BenchContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(programs, "LONGEST", 0.2)
     sleep = programs.Job(name="slow", command=(sys.executable, "-c", "import time; time.sleep(9)"))
     record = run_one(bench, lambda b: programs.programs(b, [sleep]))

@@ -18,7 +18,12 @@ from wanx.benchmarks.accuracy.clips import compare_clips, to_pixels
 from wanx.benchmarks.accuracy.comparison import Agreement, Comparison, Gates, RunComparison, Subject
 from wanx.benchmarks.accuracy.comparison import agreement as agree
 from wanx.benchmarks.accuracy.subject import Case, Side, Start
-from wanx.benchmarks.accuracy.teacher_forcing import Answer, Lesson, answer, record
+from wanx.benchmarks.accuracy.teacher_forcing import (
+    CandidateRun,
+    ReferenceRun,
+    record_reference,
+    run_candidate,
+)
 from wanx.benchmarks.report.environment import environment
 from wanx.bundle.reader import Bundle, Manifest
 from wanx.config.models import ModelConfig
@@ -79,21 +84,21 @@ def compare(
     their_starts = theirs.prepare(cases, counter("reference text", len(cases)))
     our_starts = ours.prepare(cases, counter("candidate text", len(cases)))
     with tempfile.TemporaryDirectory(prefix="wanx-compare-") as folder:
-        lessons = record(
+        recordings = record_reference(
             theirs, their_starts, Path(folder),
             clips=options.clips, on_step=counter("reference steps", steps),
         )  # fmt: skip
-        answers = answer(
-            ours, our_starts, their_starts, lessons,
+        candidate_runs = run_candidate(
+            ours, our_starts, their_starts, recordings,
             clips=options.clips, on_step=counter("candidate steps", steps),
         )  # fmt: skip
     decoded = counter("decode", len(cases))
     runs = []
-    for ours_at, theirs_at, lesson, answered in zip(
-        our_starts, their_starts, lessons, answers, strict=True
+    for ours_at, theirs_at, recorded, candidate_run in zip(
+        our_starts, their_starts, recordings, candidate_runs, strict=True
     ):
         encoders = _encoders(ours_at, theirs_at)
-        runs.append(_judge(ours, theirs, lesson, answered, encoders, theirs_at))
+        runs.append(_judge(ours, theirs, recorded, candidate_run, encoders, theirs_at))
         decoded()
     return Comparison(
         candidate=Subject.of(candidate),
@@ -108,16 +113,16 @@ def compare(
 def _judge(
     ours: Side,
     theirs: Side,
-    lesson: Lesson,
-    answered: Answer,
+    recorded: ReferenceRun,
+    candidate_run: CandidateRun,
     encoders: tuple[Agreement, ...],
     start: Start,
 ) -> RunComparison:
     """Decode the latents of a run and put together what is known of it."""
-    health = [] if answered.problem is None else [f"candidate: {answered.problem}"]
-    frames = list(theirs.decode(lesson.latent))
+    health = [] if candidate_run.problem is None else [f"candidate: {candidate_run.problem}"]
+    frames = list(theirs.decode(recorded.latent))
     decoder = agree(
-        np.concatenate(list(ours.decode(lesson.latent)), axis=1),
+        np.concatenate(list(ours.decode(recorded.latent)), axis=1),
         np.concatenate(frames, axis=1),
         component="vae_decoder",
     )
@@ -130,17 +135,17 @@ def _judge(
     if problem is not None:
         health.append(f"reference: {problem}")
     clip = None
-    if answered.latent is not None and lesson.floor is not None:
-        candidate, problem = to_pixels(ours.decode(answered.latent))
+    if candidate_run.latent is not None and recorded.ulp_baseline is not None:
+        candidate, problem = to_pixels(ours.decode(candidate_run.latent))
         if problem is not None:
             health.append(f"candidate: {problem}")
-        floor, _ = to_pixels(theirs.decode(lesson.floor))
-        if candidate is not None and floor is not None:
-            clip = compare_clips(candidate, reference, floor)
+        ulp_baseline, _ = to_pixels(theirs.decode(recorded.ulp_baseline))
+        if candidate is not None and ulp_baseline is not None:
+            clip = compare_clips(candidate, reference, ulp_baseline)
     return RunComparison(
         options=start.run,
         parts=(*encoders, decoder),
-        steps=answered.steps,
+        steps=candidate_run.steps,
         clip=clip,
         health=tuple(health),
     )

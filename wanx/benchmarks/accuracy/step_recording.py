@@ -17,7 +17,7 @@ Feeds = Mapping[Branch, Mapping[str, Array]]
 Velocities = Mapping[Branch, Float32]
 
 
-class Tape:
+class StepRecording:
     """What a denoiser was fed and answered at each step; iterating gives it back in order.
 
     A step of a 14B model at 720p has 60 MB, so the fifty of a run, let alone several runs, do not
@@ -25,7 +25,7 @@ class Tape:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Make ``folder`` and start an empty tape in it."""
+        """Make ``folder`` and start an empty recording in it."""
         folder.mkdir()
         self._folder = folder
         self._steps = 0

@@ -15,33 +15,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wanx.benchmarks.accuracy.comparison import Agreement, agreement
-from wanx.benchmarks.accuracy.step_recording import Feeds, Tape, Velocities
+from wanx.benchmarks.accuracy.step_recording import Feeds, StepRecording, Velocities
 from wanx.benchmarks.accuracy.subject import Side, Start, denoise
 from wanx.errors import WanxError
 from wanx.runtime.sessions.base import Session
 
 Float32 = NDArray[np.float32]
-Tick = Callable[[], None]
+OnStep = Callable[[], None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Lesson:
-    """What the reference did in one run.
+class ReferenceRun:
+    """One run of the reference.
 
     Attributes:
-        tape: what it was fed and answered at each step.
+        recording: what it was fed and answered at each step.
         latent: where it arrived, ``[C, T, h, w]``.
-        floor: where it arrived from noise that is one ulp away; None if nobody asked.
+        ulp_baseline: where it arrived from noise that is one ulp away; None if nobody asked.
     """
 
-    tape: Tape
+    recording: StepRecording
     latent: Float32
-    floor: Float32 | None
+    ulp_baseline: Float32 | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Answer:
-    """What the candidate made of it.
+class CandidateRun:
+    """The same run of the candidate.
 
     Attributes:
         steps: agreement at each step and branch, teacher-forced.
@@ -54,68 +54,74 @@ class Answer:
     problem: str | None = None
 
 
-def record(
-    reference: Side, starts: Sequence[Start], folder: Path, *, clips: bool, on_step: Tick
-) -> list[Lesson]:
+def record_reference(
+    reference: Side, starts: Sequence[Start], folder: Path, *, clips: bool, on_step: OnStep
+) -> list[ReferenceRun]:
     """Run the reference, keeping its steps under ``folder``.
 
     Raises:
         WanxError: it is not finite itself, or the disk is full.
     """
-    lessons = []
+    recordings = []
     with reference.open("dit") as session:
         for number, start in enumerate(starts):
-            tape = Tape(folder / str(number))
-            latent = _arrive(session, start, False, on_step, tape)
-            floor = _arrive(session, start, True, on_step) if clips else None
-            lessons.append(Lesson(tape=tape, latent=latent, floor=floor))
-    return lessons
+            recording = StepRecording(folder / str(number))
+            latent = _sample(session, start, False, on_step, recording)
+            ulp_baseline = _sample(session, start, True, on_step) if clips else None
+            recordings.append(
+                ReferenceRun(recording=recording, latent=latent, ulp_baseline=ulp_baseline)
+            )
+    return recordings
 
 
-def answer(
+def run_candidate(
     candidate: Side,
     starts: Sequence[Start],
     teachers: Sequence[Start],
-    lessons: Sequence[Lesson],
+    recordings: Sequence[ReferenceRun],
     *,
     clips: bool,
-    on_step: Tick,
-) -> list[Answer]:
+    on_step: OnStep,
+) -> list[CandidateRun]:
     """Put the reference's steps to the candidate, then let it run freely.
 
     Args:
         candidate: the bundle in question.
         starts: the runs as its own encoders see them.
         teachers: the runs as the reference's encoders see them.
-        lessons: from :func:`record`.
+        recordings: from :func:`record_reference`.
         clips: whether it is to run freely too.
         on_step: called after each step of either kind.
     """
-    answers = []
+    runs = []
     with candidate.open("dit") as session:
-        for start, teacher, lesson in zip(starts, teachers, lessons, strict=True):
-            steps = _replay(session, teacher, lesson.tape, on_step)
+        for start, teacher, recorded in zip(starts, teachers, recordings, strict=True):
+            steps = _teacher_forced(session, teacher, recorded.recording, on_step)
             if not clips:
-                answers.append(Answer(steps=steps))
+                runs.append(CandidateRun(steps=steps))
                 continue
             video = start.trajectory()
             latent = denoise(session, video, lambda *_: on_step())
             problem = None
             if latent is None:
                 problem = f"the latent is not finite after step {video.step} of {video.steps}"
-            answers.append(Answer(steps=steps, latent=latent, problem=problem))
-    return answers
+            runs.append(CandidateRun(steps=steps, latent=latent, problem=problem))
+    return runs
 
 
-def _arrive(
-    session: Session, start: Start, nudged: bool, on_step: Tick, tape: Tape | None = None
+def _sample(
+    session: Session,
+    start: Start,
+    plus_one_ulp: bool,
+    on_step: OnStep,
+    recording: StepRecording | None = None,
 ) -> Float32:
     def see(feeds: Feeds, velocities: Velocities) -> None:
-        if tape is not None:
-            tape.append(feeds, velocities)
+        if recording is not None:
+            recording.append(feeds, velocities)
         on_step()
 
-    video = start.trajectory(nudged=nudged)
+    video = start.trajectory(nudged=plus_one_ulp)
     latent = denoise(session, video, see)
     if latent is None:
         raise WanxError(
@@ -126,10 +132,12 @@ def _arrive(
     return latent
 
 
-def _replay(session: Session, teacher: Start, tape: Tape, on_step: Tick) -> tuple[Agreement, ...]:
+def _teacher_forced(
+    session: Session, teacher: Start, recording: StepRecording, on_step: OnStep
+) -> tuple[Agreement, ...]:
     session.bind(teacher.trajectory().constants)
     found = []
-    for number, (feeds, velocities) in enumerate(tape, 1):
+    for number, (feeds, velocities) in enumerate(recording, 1):
         for branch, velocity in velocities.items():
             answered = session.run(feeds | {"context": teacher.contexts[branch]})["velocity"]
             found.append(

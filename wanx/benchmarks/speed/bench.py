@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from wanx.benchmarks.accuracy.comparison import dumps, strict
-from wanx.benchmarks.report.files import prepare_folder, write_files
+from wanx.benchmarks.report.files import dumps, json_safe, prepare_folder, write_files
 from wanx.benchmarks.speed.pages.markdown import to_markdown
 from wanx.benchmarks.speed.pages.page import Stills, render
 from wanx.benchmarks.speed.pages.stills import read_stills
 from wanx.benchmarks.speed.peers import with_agreements
-from wanx.benchmarks.speed.results import Results, counted, with_problem
+from wanx.benchmarks.speed.results import Results, pluralize, with_problem
 from wanx.benchmarks.speed.roofline.analysis import require_packages, with_rooflines
 from wanx.benchmarks.speed.suite import Suite, measure
 from wanx.benchmarks.speed.sweep import default_sizes, sweep
@@ -62,7 +61,7 @@ def bench(suite: Suite, folder: Path, extras: Extras, *, progress: Progress = si
     def keep(results: Results) -> None:
         nonlocal latest
         latest = results
-        write_files({folder / DATA: dumps(strict(with_problem(results, unfinished).to_json()))})
+        write_files({folder / DATA: dumps(json_safe(with_problem(results, unfinished).to_json()))})
 
     with tempfile.TemporaryDirectory(prefix="wanx-bench-") as name:
         work = Path(name)
@@ -78,7 +77,7 @@ def bench(suite: Suite, folder: Path, extras: Extras, *, progress: Progress = si
         except KeyboardInterrupt:
             interrupted = True
             latest = with_problem(
-                latest, f"interrupted after {counted(len(latest.trials), 'trial')}"
+                latest, f"interrupted after {pluralize(len(latest.trials), 'trial')}"
             )
         write_report(latest, folder, read_stills(latest, work))
     if interrupted:
@@ -92,7 +91,7 @@ def write_report(results: Results, folder: Path, stills: Stills | None = None) -
     """Write the three files of a report, replacing those of an earlier one."""
     write_files(
         {
-            folder / DATA: dumps(strict(results.to_json())),
+            folder / DATA: dumps(json_safe(results.to_json())),
             folder / PAGE: render(results, stills),
             folder / TABLE: to_markdown(results),
         }

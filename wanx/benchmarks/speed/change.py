@@ -15,7 +15,7 @@ from statistics import fmean, median
 from typing import Any
 
 from wanx.benchmarks.speed.metrics import METRICS, by_round
-from wanx.benchmarks.speed.results import Results, counted
+from wanx.benchmarks.speed.results import Results, pluralize
 from wanx.errors import UsageError
 
 # Student's distribution, two-sided 95 %, for 1, 2, … degrees of freedom; the last for all beyond.
@@ -132,5 +132,5 @@ def _noise(olds: Sequence[float], news: Sequence[float]) -> float | None:
 
 def _what(results: Results) -> str:
     subjects = ", ".join(subject.label for subject in results.subjects)
-    cases = ", ".join(f"{case.label}, {counted(case.steps, 'step')}" for case in results.cases)
+    cases = ", ".join(f"{case.label}, {pluralize(case.steps, 'step')}" for case in results.cases)
     return f"{subjects} at {cases}"

@@ -22,7 +22,7 @@ KIND = "wanx bench"
 Peer = Literal["diffusers", "diffusers-compiled"]
 
 
-def counted(number: int, thing: str) -> str:
+def pluralize(number: int, thing: str) -> str:
     """A number of things, such as ``1 frame`` or ``1,280 tokens``."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
@@ -104,7 +104,7 @@ class Case:
     @property
     def label(self) -> str:
         """Such as ``832x480, 81 frames``."""
-        return f"{self.width}x{self.height}, {counted(self.frames, 'frame')}"
+        return f"{self.width}x{self.height}, {pluralize(self.frames, 'frame')}"
 
 
 @dataclass(frozen=True, kw_only=True)

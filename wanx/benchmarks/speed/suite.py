@@ -11,7 +11,7 @@ from typing import Any
 
 from wanx.benchmarks.peers.requirements import require_peer
 from wanx.benchmarks.speed.results import Case, Peer, Results, Settings, Subject, Trial
-from wanx.benchmarks.speed.sample_images import as_json, with_pictures
+from wanx.benchmarks.speed.sample_images import as_json, with_sample_images
 from wanx.benchmarks.speed.trial import run_trial
 from wanx.bundle.reader import Bundle
 from wanx.config.models import ModelConfig
@@ -226,7 +226,7 @@ def _runs(config: ModelConfig, options: BenchOptions) -> list[RunOptions]:
             frames=options.frames or defaults.frames,
             prompt=options.run.prompt or defaults.prompt or _PROMPT,
         )
-        runs.append(with_pictures(run, config.task, width, height))
+        runs.append(with_sample_images(run, config.task, width, height))
     return runs
 
 

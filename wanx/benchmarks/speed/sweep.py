@@ -109,8 +109,8 @@ def fit(tokens: Sequence[int], seconds: Sequence[float]) -> Fit:
     return Fit(linear=float(factors[0]), quadratic=float(factors[1]))
 
 
-def with_unseen(points: Sequence[Point]) -> tuple[Point, ...]:
-    """The points, each with what the others predict for it."""
+def leave_one_out(points: Sequence[Point]) -> tuple[Point, ...]:
+    """The points, each with the time that a fit to the others predicts."""
     found = []
     for index, point in enumerate(points):
         others = [p for i, p in enumerate(points) if i != index]
@@ -185,7 +185,7 @@ def sweep(
     return Sweep(
         subject=subject,
         branches=branches,
-        points=with_unseen(points),
+        points=leave_one_out(points),
         fit=model,
         predictions=tuple(
             Prediction(label=name, tokens=length, seconds=model.seconds(length))

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 def print_results(results: Results, folder: Path) -> None:
     """Summarise a benchmark: medians, and how many times faster than the baseline."""
     from wanx.benchmarks.speed.metrics import METRICS, amount, speedup, spread
-    from wanx.benchmarks.speed.results import counted
+    from wanx.benchmarks.speed.results import pluralize
 
     for number, case in enumerate(results.cases):
-        OUT.print(f"{case.label}, {counted(case.tokens, 'token')}, {counted(case.steps, 'step')}")
+        OUT.print(
+            f"{case.label}, {pluralize(case.tokens, 'token')}, {pluralize(case.steps, 'step')}"
+        )
         table = Table("", box=None, pad_edge=False)
         for subject in results.subjects:
             table.add_column(subject.label, justify="right")

@@ -14,6 +14,7 @@ import argparse
 import math
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +28,8 @@ from torch.utils._pytree import tree_leaves
 from wanx.errors import EnvironmentMismatchError, UsageError, WanxError
 from wanx.kernels.launch import PROGRAMS_HAVE_TMA, sm_of
 from wanx.kernels.launch_config import TABLE, Choice, Entry, dump, load, merged, use
-from wanx.kernels.timing import ROUNDS, interleaved
+from wanx.kernels.tensor_metrics import Difference
+from wanx.kernels.timing import ROUNDS, as_graph, interleaved
 from wanx.kernels.tuning.workloads import OPS, PROVIDER_BITS, RANKED, Candidate, Workload, workloads
 
 # Seconds of each call, round by round.
@@ -49,18 +51,24 @@ class Outcome:
     first: str
 
 
-def measure(candidates: Sequence[Candidate], tolerance: float, timer: Timer) -> Outcome:
+def measure(
+    candidates: Sequence[Candidate], tolerance: float, timer: Timer, deadline: float = math.inf
+) -> Outcome:
     """Drop what fails or differs, and time the rest in turn.
 
     Args:
         candidates: the first one has the right result; where it fails, nothing is timed.
         tolerance: by how much results may differ from it, in relative RMS.
         timer: times calls.
+        deadline: when no further candidate is tried, by :func:`time.monotonic`.
     """
     alive: list[Candidate] = []
     dropped: dict[str, str] = {}
     right: list[Tensor] = []
     for candidate in candidates:
+        if right and time.monotonic() > deadline:
+            dropped[candidate.name] = "no time was left to try it"
+            continue
         try:
             result = tree_leaves(candidate.call())
         except _failures() as error:
@@ -93,17 +101,18 @@ def _failures() -> tuple[type[Exception], ...]:
     return RuntimeError, TritonError
 
 
-def _difference(found: Tensor, right: Tensor) -> float:
+def _difference(candidate: Tensor, reference: Tensor) -> float:
     """Relative RMS of the difference; infinite where a number is not finite."""
-    if not right.numel():
-        return 0.0
-    off = torch.linalg.vector_norm(found.float() - right.float())
-    relative = (off / torch.linalg.vector_norm(right.float()).clamp_min(1e-30)).item()
+    relative = Difference.of(candidate, reference).relative_rms
     return relative if math.isfinite(relative) else math.inf
 
 
 def tune(
-    workload: Workload, sm: int, machine: dict[str, str], timer: Timer
+    workload: Workload,
+    sm: int,
+    machine: dict[str, str],
+    timer: Timer,
+    deadline: float = math.inf,
 ) -> tuple[str, Entry | None]:
     """Measure one workload.
 
@@ -112,6 +121,7 @@ def tune(
         sm: the GPU, such as 90.
         machine: its name and the versions of what compiles for it.
         timer: times calls.
+        deadline: see :func:`measure`.
 
     Returns:
         A report, and the entry for the table; None where nothing runs.
@@ -121,7 +131,7 @@ def tune(
     title = f"{workload.op}, {shape}"
     if not candidates:
         return f"{title}: nothing runs", None
-    outcome = measure(candidates, workload.tolerance, timer)
+    outcome = measure(candidates, workload.tolerance, timer, deadline)
     lines = [f"  dropped {name}: {reason}" for name, reason in outcome.dropped.items()]
     if not outcome.microseconds:
         return "\n".join([f"{title}: left as it is", *lines]), None
@@ -144,21 +154,14 @@ def tune(
 
 
 def _on_gpu(
-    calls: Sequence[Callable[[], object]], device: torch.device, rounds: int, as_graph: bool
+    calls: Sequence[Callable[[], object]], device: torch.device, rounds: int, graphs: bool
 ) -> list[list[float]]:
-    """Time calls on a GPU, without the time that Python takes to launch them if ``as_graph``."""
-    if as_graph:
+    """Time calls on a GPU, without the time that Python takes to launch them if ``graphs``."""
+    if graphs:
         # Graphs that run one after the other can share their memory.
         pool = torch.cuda.graph_pool_handle()
-        calls = [_recorded(call, pool) for call in calls]
+        calls = [as_graph(call, pool=pool) for call in calls]
     return interleaved(calls, device, rounds=rounds)
-
-
-def _recorded(call: Callable[[], object], pool: Any) -> Callable[[], object]:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        call()
-    return graph.replay
 
 
 def run(ops: Sequence[str], output: Path, rounds: int) -> None:
@@ -174,22 +177,28 @@ def run(ops: Sequence[str], output: Path, rounds: int) -> None:
         raise EnvironmentMismatchError(
             "tuning needs an NVIDIA GPU, and PyTorch finds none here: run it where kernels will run"
         )
-    import triton
-
     device = torch.device("cuda", torch.cuda.current_device())
     sm = sm_of(torch.empty(0, device=device))
-    machine = {
+    table = load(output if output.exists() else TABLE)
+    timer_of = partial(gpu_timer, device=device, rounds=rounds)
+    fill(table, ops, output, sm, gpu_versions(device), device, timer_of)
+
+
+def gpu_versions(device: torch.device) -> dict[str, str]:
+    """A GPU's name, and the versions of what compiles for it."""
+    import triton
+
+    return {
         "gpu": torch.cuda.get_device_name(device),
         "torch": torch.__version__,
         "triton": triton.__version__,
     }
 
-    def timer_of(op: str) -> Timer:
-        # Providers synchronise as they like, and keep what they plan at their first call.
-        return partial(_on_gpu, device=device, rounds=rounds, as_graph=op not in PROVIDER_BITS)
 
-    table = load(output if output.exists() else TABLE)
-    fill(table, ops, output, sm, machine, device, timer_of)
+def gpu_timer(op: str, device: torch.device, rounds: int = ROUNDS) -> Timer:
+    """Make what times the candidates of an op on a GPU."""
+    # Providers synchronise as they like, and keep what they plan at their first call.
+    return partial(_on_gpu, device=device, rounds=rounds, graphs=op not in PROVIDER_BITS)
 
 
 def fill(

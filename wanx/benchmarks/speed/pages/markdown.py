@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from wanx.benchmarks.speed.metrics import METRICS, amount, peak_bytes, speedup, spread
-from wanx.benchmarks.speed.results import Results, counted
+from wanx.benchmarks.speed.results import Results, pluralize
 
 
 def to_markdown(results: Results) -> str:
@@ -13,12 +13,12 @@ def to_markdown(results: Results) -> str:
         lines.append(f"**Incomplete:** {problem}\n")
     for index, case in enumerate(results.cases):
         guidance = "without guidance" if case.guide_scale == 1 else "with guidance"
-        amounts = f"{counted(case.tokens, 'token')}, {counted(case.steps, 'step')}"
+        amounts = f"{pluralize(case.tokens, 'token')}, {pluralize(case.steps, 'step')}"
         lines += [f"**{case.label}**, {amounts}, {guidance}", ""]
         lines += [*case_table(results, index), ""]
     lines += [f"{note}\n" for note in results.notes]
     lines += [
-        f"Medians of {counted(results.settings.repeat, 'round')} in processes of their own, "
+        f"Medians of {pluralize(results.settings.repeat, 'round')} in processes of their own, "
         "taking turns; "
         f"`step` leaves out the first {results.settings.warm_up} of each. "
         + "; ".join(f"{name} {value}" for name, value in results.environment.items())

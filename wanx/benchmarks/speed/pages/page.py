@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from wanx.benchmarks.report.html import fill, image_uri, require_packages
 from wanx.benchmarks.speed.metrics import METRICS, Metric, amount, peak_bytes, speedup, spread
-from wanx.benchmarks.speed.results import Results, counted
+from wanx.benchmarks.speed.results import Results, pluralize
 from wanx.benchmarks.speed.roofline.bounds import fraction_text
 from wanx.benchmarks.speed.sweep import Sweep
 
@@ -53,7 +53,7 @@ def render(results: Results, stills: Stills | None = None) -> str:
         sweeps=[_sweep(results, item) for item in results.sweep],
         metrics=METRICS,
         bytes=size,
-        counted=counted,
+        pluralize=pluralize,
     )
 
 

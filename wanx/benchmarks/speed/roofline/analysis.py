@@ -32,7 +32,7 @@ from wanx.runtime.tokens import token_grid
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Work:
+class ProfiledCall:
     """A component in a case.
 
     Attributes:
@@ -100,7 +100,7 @@ def with_rooflines(
             results = replace(results, notes=(*results.notes, note))
             continue
         try:
-            for work in _works(results, bundle, subject, case):
+            for work in _profiled_calls(results, bundle, subject, case):
                 found.append(_roofline(work, bundle, ceilings, results, operations, subject, case))
         except WanxError as error:
             results = with_problem(results, f"{label}, roofline: {error}")
@@ -109,7 +109,7 @@ def with_rooflines(
 
 
 def _roofline(
-    work: _Work,
+    work: ProfiledCall,
     bundle: Bundle,
     ceilings: Ceilings,
     results: Results,
@@ -134,7 +134,9 @@ def _roofline(
     )  # fmt: skip
 
 
-def _works(results: Results, bundle: Bundle, subject: int, number: int) -> Iterator[_Work]:
+def _profiled_calls(
+    results: Results, bundle: Bundle, subject: int, number: int
+) -> Iterator[ProfiledCall]:
     """What every trial did; the first frame of a video is decoded once, so it is left out."""
     case, trials = results.cases[number], results.of(subject, number)
     config, threads = bundle.manifest.config, results.settings.threads
@@ -143,7 +145,7 @@ def _works(results: Results, bundle: Bundle, subject: int, number: int) -> Itera
         tokenizer = PromptTokenizer(bundle.tokenizer_path)
         ids, mask = tokenizer.encode(clean_prompt(case.prompt), config.dit.text_len)
         words = int(mask.sum())
-        yield _Work(
+        yield ProfiledCall(
             component="text_encoder", unit="prompt", seconds=median(texts), runs=1,
             sizes={"n": words}, feeds={"ids": np.ascontiguousarray(ids[:, :words])},
         )  # fmt: skip
@@ -155,7 +157,7 @@ def _works(results: Results, bundle: Bundle, subject: int, number: int) -> Itera
         times = case.tokens // int(np.prod(per_frame))
         count = len(branches(case.guide_scale))
         feeds = dit_feeds(config, (times, *per_frame[1:]), count)
-        yield _Work(
+        yield ProfiledCall(
             component="dit", unit="denoising step", seconds=median(steps), runs=count,
             sizes={"L": case.tokens}, feeds=feeds.constants | feeds.branches[0],
         )  # fmt: skip
@@ -165,7 +167,7 @@ def _works(results: Results, bundle: Bundle, subject: int, number: int) -> Itera
         state: State = {}
         with open_session(bundle, "vae_decoder_first", threads=threads) as session:
             session.run({"latent": latent}, state)
-        yield _Work(
+        yield ProfiledCall(
             component="vae_decoder_rest", unit="latent frame", seconds=median(frames), runs=1,
             sizes={"h": shape[2], "w": shape[3]}, feeds={"latent": latent}, state=state,
         )  # fmt: skip

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.context import BenchContext
 from benchmarks.gpu.programs import TINY, job, names, programs
-from benchmarks.gpu.report import Found
+from benchmarks.gpu.report import ReportItem
 from benchmarks.gpu.sizes import Model, Size
 from wanx.errors import UsageError
 
@@ -27,7 +27,7 @@ class Item:
 
     name: str
     seconds: float
-    run: Callable[[Bench], Iterator[Found]]
+    run: Callable[[BenchContext], Iterator[ReportItem]]
     needs: tuple[str, ...] = ()
 
 
@@ -81,14 +81,14 @@ def selected(items: Sequence[Item], only: Sequence[str]) -> list[Item]:
 # What follows imports what it runs when it runs: a package that is missing stops that item alone.
 
 
-def _ceilings(bench: Bench) -> Iterator[Found]:
+def _ceilings(bench: BenchContext) -> Iterator[ReportItem]:
     from benchmarks.gpu.ceilings import ceilings
 
     yield from ceilings(bench)
 
 
-def _programs(needs: Sequence[str]) -> Callable[[Bench], Iterator[Found]]:
-    def run(bench: Bench) -> Iterator[Found]:
+def _programs(needs: Sequence[str]) -> Callable[[BenchContext], Iterator[ReportItem]]:
+    def run(bench: BenchContext) -> Iterator[ReportItem]:
         missing = [name for name in needs if not (bench.folder / name).exists()]
         jobs = [job(name, bench.folder) for name in missing]
         compiled = [m for m in bench.models if any(n.startswith(f"{m.name}-") for n in needs)]
@@ -105,7 +105,7 @@ def _programs(needs: Sequence[str]) -> Callable[[Bench], Iterator[Found]]:
 
 
 def _attention(model: Model, size: Size) -> Item:
-    def run(bench: Bench) -> Iterator[Found]:
+    def run(bench: BenchContext) -> Iterator[ReportItem]:
         from benchmarks.gpu.attention import attention
 
         yield from attention(bench, model, size)
@@ -114,7 +114,7 @@ def _attention(model: Model, size: Size) -> Item:
 
 
 def _linears(model: Model) -> Item:
-    def run(bench: Bench) -> Iterator[Found]:
+    def run(bench: BenchContext) -> Iterator[ReportItem]:
         from benchmarks.gpu.linears import linears
 
         yield from linears(bench, model)
@@ -123,8 +123,8 @@ def _linears(model: Model) -> Item:
 
 
 def _kernels(model: Model) -> list[Item]:
-    def measure(family: str) -> Callable[[Bench], Iterator[Found]]:
-        def run(bench: Bench) -> Iterator[Found]:
+    def measure(family: str) -> Callable[[BenchContext], Iterator[ReportItem]]:
+        def run(bench: BenchContext) -> Iterator[ReportItem]:
             from benchmarks.gpu.kernels import kernels
 
             yield from kernels(bench, model, family)
@@ -138,7 +138,7 @@ def _kernels(model: Model) -> list[Item]:
 
 
 def _step(model: Model, size: Size) -> Item:
-    def run(bench: Bench) -> Iterator[Found]:
+    def run(bench: BenchContext) -> Iterator[ReportItem]:
         from benchmarks.gpu.dit_step import dit_step
 
         yield from dit_step(bench, model, size)
@@ -148,8 +148,8 @@ def _step(model: Model, size: Size) -> Item:
 
 
 def _depth(model: Model, size: Size) -> Item:
-    def run(bench: Bench) -> Iterator[Found]:
-        from benchmarks.gpu.dit_more import whole_depth
+    def run(bench: BenchContext) -> Iterator[ReportItem]:
+        from benchmarks.gpu.dit_depth import whole_depth
 
         yield from whole_depth(bench, model, size)
 
@@ -158,16 +158,16 @@ def _depth(model: Model, size: Size) -> Item:
     return Item(name=f"depth-{model.name}-{size.name}", seconds=seconds, run=run, needs=needs)
 
 
-def _tuned(model: Model, size: Size) -> Callable[[Bench], Iterator[Found]]:
-    def run(bench: Bench) -> Iterator[Found]:
-        from benchmarks.gpu.dit_more import tuned
+def _tuned(model: Model, size: Size) -> Callable[[BenchContext], Iterator[ReportItem]]:
+    def run(bench: BenchContext) -> Iterator[ReportItem]:
+        from benchmarks.gpu.dit_depth import tuned
 
         yield from tuned(bench, model, size)
 
     return run
 
 
-def _generation(bench: Bench) -> Iterator[Found]:
+def _generation(bench: BenchContext) -> Iterator[ReportItem]:
     from benchmarks.gpu.generation import generation
 
     yield from generation(bench, bench.folder / TINY)

@@ -32,7 +32,7 @@ class Trial:
 
 
 @dataclass(kw_only=True)
-class Bench:
+class BenchContext:
     """The circumstances of a run.
 
     Attributes:
@@ -41,9 +41,9 @@ class Bench:
         models: the transformers.
         sizes: the videos.
         gemm: side of the matrices that find the ceilings.
-        copied: bytes of the copy that does.
+        copy_bytes: bytes of the copy that does.
         compiles: whether torch.compile takes part.
-        allowance: seconds for the rounds of one comparison.
+        seconds_per_comparison: seconds for the rounds of one comparison.
         deadline: when all has to be over, by :func:`time.time`.
         ceilings: operations or bytes per second, by name, as far as they were measured.
         crashed: by ``item/subject``, what ended the process before; it is not run again.
@@ -56,9 +56,9 @@ class Bench:
     models: tuple[Model, ...] = MODELS
     sizes: tuple[Size, ...] = SIZES
     gemm: int = 8192
-    copied: int = 2 << 30
+    copy_bytes: int = 2 << 30
     compiles: bool = True
-    allowance: float = 2.0
+    seconds_per_comparison: float = 2.0
     deadline: float = float("inf")
     ceilings: dict[str, float] = field(default_factory=dict)
     crashed: Mapping[str, str] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class Bench:
         wide = dtype if dtype.itemsize > 1 else torch.bfloat16
         return torch.randn(shape, device=self.device, dtype=wide).to(dtype)
 
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -86,7 +86,7 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def attempt(
+    def first_run(
         self, subject: str, call: Callable[[], Any], judge: Callable[[Any], dict[str, float]]
     ) -> Trial:
         """Run ``call`` for the first time, and let ``judge`` look at its result.
@@ -99,7 +99,7 @@ class Bench:
         self.note(subject)
         try:
             result = call()
-            self.synchronise()
+            self.synchronize()
             return Trial(numerics=judge(result))
         except Exception as error:
             reason = one_line(error)
@@ -115,11 +115,11 @@ class Bench:
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         call()
-        self.synchronise()
+        self.synchronize()
         return torch.cuda.max_memory_allocated(self.device) - before
 
 
-def nothing(result: object) -> dict[str, float]:
+def no_metrics(result: object) -> dict[str, float]:
     """What there is to say of a result that nobody looks at."""
     return {}
 

@@ -6,12 +6,12 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-DOING = "doing.json"
-LOST = 75  # exit code of a process whose device does not answer any more
+STATUS = "status.json"
+EXIT_DEVICE_LOST = 75  # exit code of a process whose device does not answer any more
 
 
 @dataclass(frozen=True, kw_only=True)
-class Doing:
+class Status:
     """What is being run.
 
     Attributes:
@@ -28,17 +28,17 @@ class Doing:
 
     def write(self, folder: Path) -> None:
         """Put it where :meth:`read` finds it."""
-        (folder / DOING).write_text(json.dumps(asdict(self)), encoding="utf-8")
+        (folder / STATUS).write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     @staticmethod
     def forget(folder: Path) -> None:
         """Nothing is being run."""
-        (folder / DOING).unlink(missing_ok=True)
+        (folder / STATUS).unlink(missing_ok=True)
 
     @staticmethod
-    def read(folder: Path) -> Doing | None:
+    def read(folder: Path) -> Status | None:
         """What was written last."""
         try:
-            return Doing(**json.loads((folder / DOING).read_text(encoding="utf-8")))
+            return Status(**json.loads((folder / STATUS).read_text(encoding="utf-8")))
         except (OSError, ValueError):
             return None
