@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.context import BenchContext
-from benchmarks.gpu.numerics import cosine
+from benchmarks.gpu.distances import cosine
 from benchmarks.gpu.plain_dit import PlainDiT
 from benchmarks.gpu.random_dit import (
     Weights,
@@ -62,12 +62,12 @@ def measure(config: DiTConfig, grid: tuple[int, int, int]) -> dict[str, float]:
             spec = quantized_spec(dit_spec(config), recipe)
             ours = Uncompiled(spec, torch.bfloat16, quantized(weights, recipe))
             answers[name] = ours(values, 1)
-        found = {}
+        figures = {}
         for one, other in (("fp8", "bf16"), ("fp8 attention too", "bf16"), ("bf16", "fp32")):
             (velocity, x), (right, stream) = answers[one], answers[other]
-            found[f"velocity, {one} to {other}"] = cosine(velocity, right)
-            found[f"block, {one} to {other}"] = cosine(x - before, stream - before)
-    return found
+            figures[f"velocity, {one} to {other}"] = cosine(velocity, right)
+            figures[f"block, {one} to {other}"] = cosine(x - before, stream - before)
+    return figures
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Everything that can be measured, the most valuable first, and how long it takes at most."""
+"""Catalog of everything that is measured, the most valuable first, with the time it needs."""
 
 from __future__ import annotations
 
@@ -6,12 +6,23 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.gpu.context import BenchContext
-from benchmarks.gpu.programs import TINY, job, names, programs
+from benchmarks.gpu.programs import MAX_SECONDS, TINY, names, programs
 from benchmarks.gpu.report import ReportItem
 from benchmarks.gpu.sizes import Model, Size
 from wanx.errors import UsageError
 
 CEILINGS, PROGRAMS = "ceilings", "programs"
+FAMILIES = (
+    *("adaln", "residual_adaln", "gated_residual", "rms_norm", "rms_norm_rope"),
+    *("quantize", "gelu_quantize"),
+)
+# What each op of the tuning table gains most from, first.
+TUNED = (
+    *("attention_providers_8bit", "attention_providers_16bit", "quant_linear"),
+    *("quant_linear_gelu_quantize", "quant_linear_residual", "attention_8bit", "attention"),
+    *("adaln", "residual_adaln", "rms_norm_rope", "gelu_quantize", "quantize", "gated_residual"),
+)
+Run = Callable[[BenchContext], Iterator[ReportItem]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,38 +34,57 @@ class Item:
         seconds: that have to be left to begin it.
         run: measures.
         needs: names of programs that it would rather have compiled.
+        subject_seconds: for the first run of one subject; what takes longer hangs.
+        max_seconds: after which it hangs; unless given, three times ``seconds`` and a minute.
     """
 
     name: str
     seconds: float
-    run: Callable[[BenchContext], Iterator[ReportItem]]
+    run: Run
     needs: tuple[str, ...] = ()
+    subject_seconds: float = 60.0
+    max_seconds: float | None = None
+
+    @property
+    def limit(self) -> float:
+        """Seconds after which it is killed."""
+        return self.max_seconds or 3 * self.seconds + 60
 
 
-def every(models: Sequence[Model], sizes: Sequence[Size], *, quick: bool = False) -> list[Item]:
+def all_items(models: Sequence[Model], sizes: Sequence[Size], *, quick: bool = False) -> list[Item]:
     """All items in their order; ``quick`` leaves out what is there to be thorough."""
     first, *rest = models
     shortest, *longer = sizes
-    found = [Item(name=CEILINGS, seconds=10, run=_ceilings)]
-    found += [_attention(first, size) for size in sizes]
-    found.append(Item(name=PROGRAMS, seconds=100, run=lambda bench: iter(())))
-    found += [_step(first, size) for size in sizes]
-    found += [_step(model, shortest) for model in rest]
-    found += [_linears(first), *_kernels(first)]
-    found.append(Item(name="generation", seconds=25, run=_generation, needs=(TINY,)))
-    if quick:
-        return found
-    found += [_attention(model, size) for model in rest for size in sizes]
-    found += [_step(model, size) for model in rest for size in longer]
-    found += [_depth(first, shortest)]
-    found += [item for model in rest for item in (_linears(model), *_kernels(model))]
-    found += [_depth(first, size) for size in longer]
-    found.append(
+    items = [_numerics(models[-1])]
+    # Whatever is timed comes after the compilation, which takes all cores.
+    items.append(
         Item(
-            name=f"autotuned-{first.name}-{shortest.name}", seconds=150, run=_tuned(first, shortest)
+            name=PROGRAMS, seconds=1, run=lambda bench: iter(()), subject_seconds=MAX_SECONDS,
+            max_seconds=MAX_SECONDS + 60,
         )
-    )
-    return found
+    )  # fmt: skip
+    items.append(Item(name="generation", seconds=25, run=_generation, needs=(TINY,)))
+    items.append(Item(name=CEILINGS, seconds=10, run=_ceilings))
+    items += [_attention(first, size) for size in sizes]
+    items.append(_linears(first))
+    items += [_step(first, size) for size in sizes]
+    items += [_step(model, shortest) for model in rest]
+    items += [_tuning(op) for op in TUNED[:5]]
+    items += _kernels(first)
+    if quick:
+        return items
+    items += [_tests("kernels"), _tests("gpu")]
+    items += [_tuning(op) for op in TUNED[5:]]
+    items += [_attention(model, size) for model in rest for size in sizes]
+    items += [_step(model, size) for model in rest for size in longer]
+    items += [_depth(first, shortest)]
+    items += [item for model in rest for item in (_linears(model), *_kernels(model))]
+    items += [_depth(first, size) for size in longer]
+    name = f"autotuned-{first.name}-{shortest.name}"
+    run = _autotuned(first, shortest)
+    items.append(Item(name=name, seconds=150, run=run, subject_seconds=240))
+    items.append(Item(name="tensorrt-rtx", seconds=20, run=_tensorrt_rtx))
+    return items
 
 
 def selected(items: Sequence[Item], only: Sequence[str]) -> list[Item]:
@@ -67,18 +97,37 @@ def selected(items: Sequence[Item], only: Sequence[str]) -> list[Item]:
         if not any(item.name.startswith(start) for item in items):
             known = ", ".join(item.name for item in items)
             raise UsageError(f"there is nothing called {start} to measure; there are {known}")
-    wanted = [item for item in items if not only or item.name.startswith(tuple(only))]
-    needs = list(dict.fromkeys(name for item in wanted for name in item.needs))
+    chosen = [item for item in items if not only or item.name.startswith(tuple(only))]
+    needs = needed_programs(chosen)
+    compared = any(item.name.startswith(_AGAINST_CEILINGS) for item in chosen)
     prepared = []
     for item in items:
         if item.name == PROGRAMS and needs:
             prepared.append(replace(item, run=_programs(needs)))
-        elif item.name == CEILINGS or (item in wanted and item.name != PROGRAMS):
+        elif (item.name == CEILINGS and compared) or (item in chosen and item.name != PROGRAMS):
             prepared.append(item)
     return prepared
 
 
+# Items whose rates are shown as shares of the ceilings.
+_AGAINST_CEILINGS = ("attention", "linears", "step", "kernels")
+
+
+def needed_programs(items: Sequence[Item]) -> list[str]:
+    """The programs that items would rather have compiled, each once."""
+    return list(dict.fromkeys(name for item in items for name in item.needs))
+
+
 # What follows imports what it runs when it runs: a package that is missing stops that item alone.
+
+
+def _numerics(model: Model) -> Item:
+    def run(bench: BenchContext) -> Iterator[ReportItem]:
+        from benchmarks.gpu.numerics import numerics
+
+        yield from numerics(bench, model)
+
+    return Item(name="numerics", seconds=40, run=run)
 
 
 def _ceilings(bench: BenchContext) -> Iterator[ReportItem]:
@@ -87,19 +136,17 @@ def _ceilings(bench: BenchContext) -> Iterator[ReportItem]:
     yield from ceilings(bench)
 
 
-def _programs(needs: Sequence[str]) -> Callable[[BenchContext], Iterator[ReportItem]]:
+def _programs(needs: Sequence[str]) -> Run:
     def run(bench: BenchContext) -> Iterator[ReportItem]:
-        missing = [name for name in needs if not (bench.folder / name).exists()]
-        jobs = [job(name, bench.folder) for name in missing]
         compiled = [m for m in bench.models if any(n.startswith(f"{m.name}-") for n in needs)]
 
         def meanwhile() -> None:
             from benchmarks.gpu.dit_step import compile_ahead
 
-            for model in compiled:
+            for model in compiled if bench.compiles else ():
                 compile_ahead(bench, model)
 
-        yield from programs(bench, jobs, meanwhile)
+        yield from programs(bench, needs, meanwhile)
 
     return run
 
@@ -123,7 +170,7 @@ def _linears(model: Model) -> Item:
 
 
 def _kernels(model: Model) -> list[Item]:
-    def measure(family: str) -> Callable[[BenchContext], Iterator[ReportItem]]:
+    def measure(family: str) -> Run:
         def run(bench: BenchContext) -> Iterator[ReportItem]:
             from benchmarks.gpu.kernels import kernels
 
@@ -158,11 +205,11 @@ def _depth(model: Model, size: Size) -> Item:
     return Item(name=f"depth-{model.name}-{size.name}", seconds=seconds, run=run, needs=needs)
 
 
-def _tuned(model: Model, size: Size) -> Callable[[BenchContext], Iterator[ReportItem]]:
+def _autotuned(model: Model, size: Size) -> Run:
     def run(bench: BenchContext) -> Iterator[ReportItem]:
-        from benchmarks.gpu.dit_depth import tuned
+        from benchmarks.gpu.dit_depth import autotuned
 
-        yield from tuned(bench, model, size)
+        yield from autotuned(bench, model, size)
 
     return run
 
@@ -173,7 +220,25 @@ def _generation(bench: BenchContext) -> Iterator[ReportItem]:
     yield from generation(bench, bench.folder / TINY)
 
 
-FAMILIES = (
-    *("adaln", "residual_adaln", "gated_residual", "rms_norm", "rms_norm_rope"),
-    *("quantize", "gelu_quantize"),
-)
+def _tuning(op: str) -> Item:
+    def run(bench: BenchContext) -> Iterator[ReportItem]:
+        from benchmarks.gpu.tuning import tuning
+
+        yield from tuning(bench, op)
+
+    return Item(name=f"tuning-{op}", seconds=30, run=run, subject_seconds=120)
+
+
+def _tests(suite: str) -> Item:
+    def run(bench: BenchContext) -> Iterator[ReportItem]:
+        from benchmarks.gpu.pytest_suites import run_suite
+
+        yield from run_suite(bench, suite)
+
+    return Item(name=f"tests-{suite}", seconds=60, run=run)
+
+
+def _tensorrt_rtx(bench: BenchContext) -> Iterator[ReportItem]:
+    from benchmarks.gpu.tensorrt_rtx import tensorrt_rtx
+
+    yield from tensorrt_rtx(bench)

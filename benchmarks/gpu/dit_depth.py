@@ -1,4 +1,4 @@
-"""What is measured of a step where time is left: its whole depth, and a compiler that tries."""
+"""Optional step benchmarks: all blocks; max-autotune."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def whole_depth(
     name = f"{OURS} {precision}"
     setup.add_ours(bench, precision)
     subject = setup.subjects[name]
-    trial = bench.first_run(name, partial(subject, setup.inputs[0], 1), no_metrics)
-    if trial.error is not None:
+    first_run = bench.first_run(name, partial(subject, setup.inputs[0], 1), no_metrics)
+    if first_run.error is not None:
         yield Measurement(
-            operation=WHAT, implementation=name, shape=shape_of(setup), error=trial.error
+            operation=WHAT, implementation=name, shape=shape_of(setup), error=first_run.error
         )
         return
     scaled = time_steps(bench, setup, [name])[name]
@@ -54,7 +54,7 @@ def whole_depth(
     )
 
 
-def tuned(bench: BenchContext, model: Model, size: Size) -> Iterator[ReportItem]:
+def autotuned(bench: BenchContext, model: Model, size: Size) -> Iterator[ReportItem]:
     """The plain module under a compiler that tries many kernels, against its default."""
     setup = Setup(bench, model, size, torch.bfloat16)
     modes = {COMPILED: None, TUNED: "max-autotune-no-cudagraphs"}
@@ -64,16 +64,16 @@ def tuned(bench: BenchContext, model: Model, size: Size) -> Iterator[ReportItem]
             torch.compile(block, dynamic=False, mode=mode) for block in setup.blocks
         ]
         setup.add(name, plain(setup.plain, blocks), setup.weights, mode=mode)
-    trials = {
+    first_runs = {
         name: bench.first_run(name, partial(subject, setup.inputs[0], 1), no_metrics)
         for name, subject in setup.subjects.items()
     }
-    good = [name for name, trial in trials.items() if trial.error is None]
+    good = [name for name, first_run in first_runs.items() if first_run.error is None]
     times: dict[str, Times] = time_steps(bench, setup, good)
-    for name, trial in trials.items():
+    for name, first_run in first_runs.items():
         if name not in times:
             yield Measurement(
-                operation="step", implementation=name, shape=shape_of(setup), error=trial.error
+                operation="step", implementation=name, shape=shape_of(setup), error=first_run.error
             )
             continue
         speedup = {EAGER: times[EAGER].median / times[name].median} if EAGER in times else {}

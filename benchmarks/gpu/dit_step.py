@@ -14,8 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.context import BenchContext, Trial, no_metrics
-from benchmarks.gpu.numerics import cosine
+from benchmarks.gpu.context import BenchContext, FirstRun, no_metrics
+from benchmarks.gpu.distances import cosine
 from benchmarks.gpu.plain_dit import BlockCall, PlainDiT
 from benchmarks.gpu.programs import compile_error
 from benchmarks.gpu.random_dit import (
@@ -114,12 +114,14 @@ def dit_step(
     absent: dict[str, str] = {}
     for name, reason in add_others(bench, setup):
         absent[name] = reason
-    trials = _first_runs(bench, setup)
-    times = time_steps(bench, setup, [name for name in trials if trials[name].error is None])
-    yield from _rows(bench, setup, trials, times)
+    first_runs = _first_runs(bench, setup)
+    times = time_steps(
+        bench, setup, [name for name in first_runs if first_runs[name].error is None]
+    )
+    yield from _rows(bench, setup, first_runs, times)
     for name, reason in absent.items():
         yield Measurement(operation=WHAT, implementation=name, error=reason)
-    yield from _goals(setup, trials, times)
+    yield from _goals(setup, first_runs, times)
     _forget(bench, setup)
 
 
@@ -147,7 +149,7 @@ def add_others(bench: BenchContext, setup: Setup) -> Iterator[tuple[str, str]]:
             yield name, error
 
 
-def _first_runs(bench: BenchContext, setup: Setup) -> dict[str, Trial]:
+def _first_runs(bench: BenchContext, setup: Setup) -> dict[str, FirstRun]:
     """Run everybody once, and compare with the plain module."""
     values, count = setup.inputs[0], setup.size.blocks
     velocity, stream = setup.plain(values)
@@ -155,21 +157,21 @@ def _first_runs(bench: BenchContext, setup: Setup) -> dict[str, Trial]:
     update = stream - before
     del stream
 
-    def judge(result: tuple[Tensor, Tensor | None]) -> dict[str, float]:
-        found = {"velocity_cosine": cosine(result[0], velocity)}
+    def check(result: tuple[Tensor, Tensor | None]) -> dict[str, float]:
+        metrics = {"velocity_cosine": cosine(result[0], velocity)}
         if result[1] is not None:
             # What the blocks add: the stream itself would be alike whatever they do.
-            found["blocks_cosine"] = cosine(result[1] - before, update)
-        return found
+            metrics["blocks_cosine"] = cosine(result[1] - before, update)
+        return metrics
 
-    trials = {}
+    first_runs = {}
     for name, subject in setup.subjects.items():
         call = partial(subject, values, count)
-        trials[name] = bench.first_run(name, call, judge)
-        if trials[name].error is None:
+        first_runs[name] = bench.first_run(name, call, check)
+        if first_runs[name].error is None:
             # The first run also compiles and packs; only a second one shows what a run takes.
             setup.details[name]["beyond_weights_bytes"] = bench.peak_of(call)
-    return trials
+    return first_runs
 
 
 def time_steps(
@@ -189,11 +191,11 @@ def time_steps(
     for name in names:
         calls[name] = step(setup.subjects[name], count)
         calls[f"{name}, no blocks"] = step(setup.subjects[name], 0)
-    found = time_interleaved(bench, calls)
+    timings = time_interleaved(bench, calls)
     layers = setup.model.config.num_layers
     scaled = {}
     for name in names:
-        timed, ends = found[name].seconds, found[f"{name}, no blocks"].seconds
+        timed, ends = timings[name].seconds, timings[f"{name}, no blocks"].seconds
         setup.details[name] |= {
             "blocks_timed": count,
             "scaled_to": layers,
@@ -206,13 +208,13 @@ def time_steps(
 
 
 def _rows(
-    bench: BenchContext, setup: Setup, trials: dict[str, Trial], times: dict[str, Times]
+    bench: BenchContext, setup: Setup, first_runs: dict[str, FirstRun], times: dict[str, Times]
 ) -> Iterator[Measurement]:
     work = step_flops(setup.model.config, setup.size.tokens)
-    for name, trial in trials.items():
+    for name, first_run in first_runs.items():
         if name not in times:
             yield Measurement(
-                operation=WHAT, implementation=name, shape=shape_of(setup), error=trial.error
+                operation=WHAT, implementation=name, shape=shape_of(setup), error=first_run.error
             )
             continue
         others = [o for o in (EAGER, COMPILED, DIFFUSERS) if o in times and o != name]
@@ -225,7 +227,7 @@ def _rows(
             peak=BF16,
             ceiling=bench.ceilings.get(BF16),
             speedup={o: times[o].median / times[name].median for o in others},
-            numerics=trial.numerics,
+            numerics=first_run.numerics,
             details=setup.details[name],
         )
 
@@ -235,7 +237,9 @@ def shape_of(setup: Setup) -> dict[str, int]:
     return {"L": setup.size.tokens}
 
 
-def _goals(setup: Setup, trials: dict[str, Trial], times: dict[str, Times]) -> Iterator[Goal]:
+def _goals(
+    setup: Setup, first_runs: dict[str, FirstRun], times: dict[str, Times]
+) -> Iterator[Goal]:
     ours = {name: times[name].median for name in times if name.startswith(OURS)}
     if setup.model.name == "14B":
         bf16, compiled = ours.get(f"{OURS} bf16"), times.get(COMPILED)
@@ -243,14 +247,14 @@ def _goals(setup: Setup, trials: dict[str, Trial], times: dict[str, Times]) -> I
         yield Goal.at_least("bf16 1.25 times as fast as torch.compile", ratio, 1.25)
     for (model, size, precision), most in _SECONDS.items():
         if (model, size) == (setup.model.name, setup.size.name):
-            found = [s for name, s in ours.items() if name.startswith(f"{OURS} {precision}")]
+            seconds = [s for name, s in ours.items() if name.startswith(f"{OURS} {precision}")]
             goal = f"{precision or 'the fastest'} in {most:g} s at most".strip()
-            yield Goal.at_most(goal, min(found, default=None), most)
+            yield Goal.at_most(goal, min(seconds, default=None), most)
     cosines = [
         value
-        for name, trial in trials.items()
+        for name, first_run in first_runs.items()
         if name.startswith(f"{OURS} fp8")
-        for value in trial.numerics.values()
+        for value in first_run.numerics.values()
     ]
     worst = min(cosines, default=None)
     yield Goal.at_least("cosines of fp8 with bf16 0.99", worst, 0.99)

@@ -88,7 +88,7 @@ def recipe_of(
 
 
 def input_amax(model: PlainDiT, values: Weights) -> dict[str, float]:
-    """The largest magnitude of the inputs of each linear and of each attention's q, k and v."""
+    """Measure the largest magnitude of each linear's input and of each attention's q, k and v."""
     amax: dict[str, Tensor] = {}
     with _hooks(model, amax):
         model(values)
@@ -119,7 +119,7 @@ def _hooks(model: nn.Module, amax: dict[str, Tensor]) -> Iterator[None]:
 
 def quantized(weights: Weights, recipe: Recipe) -> Weights:
     """The weights as a recipe stores them, by the names of a bundle."""
-    found = dict(weights)
+    stored = dict(weights)
     device = next(iter(weights.values())).device
 
     def number(value: float) -> Tensor:
@@ -127,15 +127,15 @@ def quantized(weights: Weights, recipe: Recipe) -> Weights:
 
     for layer, input_scale in recipe.layers.items():
         name = f"{layer}.weight"
-        found[name], found[f"{layer}.weight_scale"] = quantize_weight(
+        stored[name], stored[f"{layer}.weight_scale"] = quantize_weight(
             weights[name], recipe.scheme.dtype
         )
         if input_scale is not None and shared_input(layer) == layer:
-            found[f"{layer}.input_scale"] = number(input_scale)
+            stored[f"{layer}.input_scale"] = number(input_scale)
     for name, scales in recipe.attention.items():
         for part, scale in zip("qkv", scales, strict=True):
-            found[f"{name}.{part}_scale"] = number(scale)
-    return found
+            stored[f"{name}.{part}_scale"] = number(scale)
+    return stored
 
 
 def with_blocks(config: DiTConfig, blocks: int) -> DiTConfig:

@@ -91,8 +91,8 @@ class Measurement:
             **self.details,
             "error": self.error,
         }
-        found = {**times, **rate, **ceiling, **rest}
-        kept = {name: value for name, value in found.items() if value not in (None, {})}
+        fields = {**times, **rate, **ceiling, **rest}
+        kept = {name: value for name, value in fields.items() if value not in (None, {})}
         start = {"what": self.operation, "by": self.implementation, "shape": self.shape}
         record: dict[str, Any] = json_safe({**start, **kept}, str)
         return record
@@ -100,8 +100,8 @@ class Measurement:
     def line(self) -> str:
         """For the table."""
         start = f"{self._title():44} {self.implementation:24}"
-        if self.times is None:
-            return f"{start} {self.error or ''}".rstrip()
+        if self.error is not None:
+            return f"{start} {self.error}"
         rate = ""
         if self.rate is not None:
             scale, unit = (1e12, "TFLOP/s") if self.unit == "FLOP/s" else (1e9, "GB/s")
@@ -110,7 +110,8 @@ class Measurement:
         against = [f"{times:.2f}x {other}" for other, times in self.speedup.items()]
         numerics = [f"{name} {value:.5g}" for name, value in self.numerics.items()]
         rest = "  ".join([*against, *numerics])
-        return f"{start} {1e3 * self.times.median:10.3f} {rate:>15} {share:>10}  {rest}".rstrip()
+        ms = "" if self.times is None else f"{1e3 * self.times.median:.3f}"
+        return f"{start} {ms:>10} {rate:>15} {share:>10}  {rest}".rstrip()
 
     def _title(self) -> str:
         sizes = " ".join(f"{name}={size}" for name, size in self.shape.items())
@@ -148,8 +149,8 @@ class Goal:
 
     def line(self) -> str:
         """For the table."""
-        found = "not measured" if self.value is None else f"{self.value:.4g}"
-        return f"  goal {'met' if self.met else 'MISSED'}: {self.goal}: {found}"
+        value = "not measured" if self.value is None else f"{self.value:.4g}"
+        return f"  goal {'met' if self.met else 'MISSED'}: {self.goal}: {value}"
 
 
 ReportItem = Measurement | Goal
@@ -172,8 +173,8 @@ class Report:
     @property
     def items(self) -> list[dict[str, Any]]:
         """What was run or skipped so far."""
-        found: list[dict[str, Any]] = self.data["items"]
-        return found
+        items: list[dict[str, Any]] = self.data["items"]
+        return items
 
     def save(self) -> None:
         """Write the file, whole or not at all.
@@ -191,9 +192,11 @@ class Report:
         self.items.append(record)
         self.save()
 
-    def add(self, found: ReportItem) -> None:
+    def add(self, figure: ReportItem) -> None:
         """Add to the item that was begun last."""
-        self.items[-1]["rows" if isinstance(found, Measurement) else "goals"].append(found.record())
+        self.items[-1]["rows" if isinstance(figure, Measurement) else "goals"].append(
+            figure.record()
+        )
         self.save()
 
     def end(self, status: str, seconds: float, reason: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The transformers that are compared, each as something that runs any number of blocks."""
+"""Transformers that are compared, each as something that runs any number of blocks."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ class Compiled:
         if count not in self._engines:
             plan = plan_with_blocks(self._plan, count, self._held)
             self._engines[count] = Engine(plan, self._folder, OUTPUTS, self._weight)
-        made = self._engines[count].run(values)
-        return made["velocity"], made["x"]
+        outputs = self._engines[count].run(values)
+        return outputs["velocity"], outputs["x"]
 
-    def _weight(self, step: Step, wanted: Weight) -> Tensor:
-        key = step.prefix, wanted
+    def _weight(self, step: Step, weight: Weight) -> Tensor:
+        key = step.prefix, weight
         if key not in self._packed:
-            names = [f"{step.prefix}{source}" for source in wanted.sources]
+            names = [f"{step.prefix}{source}" for source in weight.sources]
             parts = [self._weights[name] for name in names]
-            self._packed[key] = packed(parts, wanted.shape, TYPES[wanted.dtype])
+            self._packed[key] = packed(parts, weight.shape, TYPES[weight.dtype])
         return self._packed[key]
 
 
@@ -91,8 +91,8 @@ class Uncompiled:
         known = dict(values)
         for step in (first, *(blocks[i % len(blocks)] for i in range(count)), last):
             call = self._call(step)
-            made = call(*(known[name] for name in step.inputs))
-            known |= dict(zip(step.outputs, made, strict=True))
+            outputs = call(*(known[name] for name in step.inputs))
+            known |= dict(zip(step.outputs, outputs, strict=True))
         return known["velocity"], known["x"]
 
     def _call(self, step: Step) -> Call:

@@ -11,16 +11,13 @@ import torch
 from benchmarks.gpu.catalog import Item
 from benchmarks.gpu.context import BenchContext
 from benchmarks.gpu.report import Report, ReportItem
-from benchmarks.gpu.sizes import Model, Size
+from benchmarks.gpu.sizes import REHEARSAL_MODEL, REHEARSAL_SIZE, Model
 from benchmarks.gpu.worker import measure
-from wanx.config.models import DiTConfig
 
-CONFIG = DiTConfig(
-    dim=64, ffn_dim=160, num_heads=2, num_layers=3, text_len=8, text_dim=48, freq_dim=32
-)
+CONFIG = REHEARSAL_MODEL.config
 # A model of the name that goals are for.
 MODEL = Model(name="14B", config=CONFIG)
-SIZE = Size(name="480P", grid=(2, 3, 5), blocks=2)
+SIZE = REHEARSAL_SIZE
 
 
 def tiny_bench(folder: Path, **changes: Any) -> BenchContext:

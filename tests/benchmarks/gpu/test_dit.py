@@ -13,8 +13,8 @@ from torch import Tensor
 
 from benchmarks.gpu import dit_step as step
 from benchmarks.gpu.context import BenchContext
-from benchmarks.gpu.dit_depth import tuned, whole_depth
-from benchmarks.gpu.numerics import cosine, differences
+from benchmarks.gpu.distances import cosine, differences
+from benchmarks.gpu.dit_depth import autotuned, whole_depth
 from benchmarks.gpu.programs import compile_error
 from benchmarks.gpu.random_dit import (
     input_amax,
@@ -229,7 +229,7 @@ def test_compilers_are_compared(bench: BenchContext, monkeypatch: pytest.MonkeyP
         return block
 
     monkeypatch.setattr(torch, "compile", compile)
-    record = run_one(bench, partial(tuned, model=MODEL, size=SIZE))
+    record = run_one(bench, partial(autotuned, model=MODEL, size=SIZE))
     assert [row["by"] for row in record["rows"]] == [
         *("torch", "torch.compile", "torch.compile, max-autotune"),
     ]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +18,8 @@ from benchmarks.gpu import attention, generation, kernels, linears, programs
 from benchmarks.gpu.catalog import FAMILIES
 from benchmarks.gpu.ceilings import ceilings, recall
 from benchmarks.gpu.context import BenchContext
+from benchmarks.gpu.distances import cosine, differences
 from benchmarks.gpu.kernel_cases import families
-from benchmarks.gpu.numerics import cosine, differences
 from benchmarks.gpu.sizes import MODELS, SIZES, step_flops
 from tests.support.gpu_bench import CONFIG, MODEL, SIZE, run_one, tiny_bench
 from wanx.benchmarks.speed.roofline.gpu_peaks import COPY, EXACT_FP8, FP8
@@ -206,36 +208,42 @@ def test_a_model_that_was_not_compiled(bench: BenchContext) -> None:
         list(generation.generation(bench, bench.folder / "tiny-aoti"))
 
 
-def test_programs_are_compiled_in_processes_of_their_own(bench: BenchContext) -> None:
-    def command(code: str) -> tuple[str, ...]:
-        return (sys.executable, "-c", code)
+def job(name: str, code: str, **options: Any) -> programs.Job:
+    return programs.Job(name=name, command=(sys.executable, "-c", code), **options)
 
+
+def compiled(
+    bench: BenchContext, jobs: list[programs.Job], seconds: float, meanwhile: Any = lambda: None
+) -> dict[str, str | None]:
+    """Compile beside the worker as the supervisor does; the errors that the worker tells."""
+    with programs.Compilation(jobs, bench.folder, time.time() + seconds) as compilation:
+        while compilation._running:
+            compilation.poll()
+        names = [job.name for job in jobs]
+        record = run_one(bench, lambda b: programs.programs(b, [*names, "other"], meanwhile))
+    errors = {row["by"]: row.get("error") for row in record["rows"]}
+    assert errors.pop("other") == "it was not asked for"
+    return errors
+
+
+def test_programs_are_compiled_in_processes_of_their_own(bench: BenchContext) -> None:
     folder = bench.folder / "good"
     jobs = [
-        programs.Job(name="good", command=command(f"import os; os.mkdir({str(folder)!r})")),
-        programs.Job(name="bad", command=command("import sys; sys.exit('out of\\nmemory')")),
-        programs.Job(
-            name="lenient",
-            command=command("import os, sys; sys.exit('WANX_STRICT' in os.environ)"),
-            strict=False,
-        ),
+        job("good", f"import os; os.mkdir({str(folder)!r})"),
+        job("bad", "import sys; sys.exit('out of\\nmemory')"),
+        job("lenient", "import os, sys; sys.exit('WANX_STRICT' in os.environ)", strict=False),
     ]
     met: list[str] = []
-    record = run_one(bench, lambda b: programs.programs(b, jobs, lambda: met.append("here")))
-    errors = {row["by"]: row.get("error") for row in record["rows"]}
+    errors = compiled(bench, jobs, 60, lambda: met.append("here"))
     assert errors == {"good": None, "bad": "exit code 1: memory", "lenient": None}
     assert (bench.folder / "bad.error").read_text() == "exit code 1: memory"
     assert folder.is_dir()
     assert met == ["here"]
 
 
-def test_what_compiles_too_long_is_given_up(
-    bench: BenchContext, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(programs, "LONGEST", 0.2)
-    sleep = programs.Job(name="slow", command=(sys.executable, "-c", "import time; time.sleep(9)"))
-    record = run_one(bench, lambda b: programs.programs(b, [sleep]))
-    assert record["rows"][0]["error"] == "it was not done within 0 s"
+def test_what_compiles_too_long_is_given_up(bench: BenchContext) -> None:
+    errors = compiled(bench, [job("slow", "import time; time.sleep(99)")], 0.2)
+    assert errors == {"slow": "it was not done within 0 s"}
 
 
 def test_commands_of_programs(tmp_path: Path) -> None:
