@@ -1,4 +1,4 @@
-"""How close fp8 stays to bf16 in one full-size block, on the processor.
+"""Accuracy of fp8 against bf16 in one full-size block, on the processor.
 
 Run it as ``python -m benchmarks.fp8_block``. Weights and inputs are random, scales are those of
 the inputs. What runs is what the target aoti compiles, uncompiled, against a straightforward

@@ -137,7 +137,7 @@ def one_line(error: BaseException) -> str:
 
 
 def usable(device: torch.device) -> bool:
-    """Whether the device still computes: after an illegal access it never does again."""
+    """Check that the device still computes: after an illegal access it never does again."""
     if device.type != "cuda":
         return True
     try:

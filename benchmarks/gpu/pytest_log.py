@@ -94,7 +94,7 @@ def _note(report: Any, outcome: str) -> None:
 
 
 def _device_lost() -> bool:
-    """Whether a sticky error of CUDA would fail every test that follows."""
+    """Check for a sticky CUDA error, which would fail every test that follows."""
     import torch
 
     from benchmarks.gpu.context import usable

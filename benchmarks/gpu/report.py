@@ -172,7 +172,7 @@ class Report:
 
     @property
     def items(self) -> list[dict[str, Any]]:
-        """What was run or skipped so far."""
+        """Records of what was run or skipped so far."""
         items: list[dict[str, Any]] = self.data["items"]
         return items
 

@@ -39,7 +39,7 @@ def new_report(
     if only:
         arguments += ["--only", *only]
     flags = {"--quick": quick, "--rehearse": rehearsal, "--update-table": update_table}
-    arguments += [flag for flag, given in flags.items() if given]
+    arguments += [flag for flag, is_set in flags.items() if is_set]
     command = shlex.join(["python", "-m", "benchmarks.gpu", *arguments])
     data: dict[str, Any] = {
         "command": command,

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from benchmarks.gpu.programs import Job
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.supervisor import new_report, supervise
@@ -19,8 +21,10 @@ WORKER = """
 import os, sys, time
 from dataclasses import replace
 sys.path.insert(0, {root!r})
-from benchmarks.gpu import catalog, kernel_cases, worker
+from functools import partial
+from benchmarks.gpu import catalog, kernel_cases, numerics, worker
 
+numerics.numerics = partial(numerics.numerics, tokens=17)
 kernel_cases.gated_residual = lambda *_: os.abort()
 kernel_cases.rms_norm = lambda *_, **__: time.sleep(600)
 
@@ -30,6 +34,12 @@ def selected(items, only):
 worker.selected = selected
 worker.main()
 """
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that wait for each other are most of the time of tensors this small."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def rehearse(
@@ -46,7 +56,7 @@ def rehearse(
 
 def test_a_crash_and_a_hang_cost_one_kernel_each(tmp_path: Path) -> None:
     report, _ = rehearse(
-        tmp_path, ["numerics", "kernels-tiny-gated", "generation"], minutes=5, seconds=8
+        tmp_path, ["numerics", "kernels-tiny-quantize", "generation"], minutes=5, seconds=8
     )
     crash, hang = (
         "the process was lost: signal SIGABRT",
@@ -55,7 +65,6 @@ def test_a_crash_and_a_hang_cost_one_kernel_each(tmp_path: Path) -> None:
     assert report.data["crashes"] == {
         "numerics/gated_residual": crash,
         "numerics/rms_norm": hang,
-        "kernels-tiny-gated_residual/gated_residual, 30, wanx": crash,
     }
     assert report.data["complete"] is True
     items = {item["name"]: item for item in report.items}
@@ -66,9 +75,9 @@ def test_a_crash_and_a_hang_cost_one_kernel_each(tmp_path: Path) -> None:
     assert [goal["value"] for goal in numerics["goals"]] == [2]
     # What is not compiled says so, and the rest goes on.
     assert items["generation"]["reason"].endswith("was not compiled: it was not asked for")
-    ours, eager = items["kernels-tiny-gated_residual"]["rows"]
-    assert (ours["error"], eager["by"]) == (crash, "torch")
-    assert eager["ms"] > 0
+    rows = items["kernels-tiny-quantize"]["rows"]
+    assert [row["by"] for row in rows] == ["wanx", "torch"] * 2
+    assert all(row["ms"] > 0 for row in rows)
     table = "\n".join(final_table(report))
     for line in ("crash at numerics/rms_norm: ", "missed in numerics: ", "was not compiled"):
         assert line in table
@@ -97,7 +106,7 @@ def test_the_minutes_are_never_exceeded(tmp_path: Path) -> None:
 
 
 def running(pid: int) -> bool:
-    """Whether a process has not ended; one that nobody has waited for yet has."""
+    """Check that a process has not ended; one that nobody has waited for yet has."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

@@ -207,7 +207,7 @@ def test_a_choice_brings_what_it_builds_on() -> None:
     items = all_items(MODELS, SIZES)
     chosen = [item.name for item in selected(items, ["step-1.3B", "kernels-14B-rms"])]
     assert chosen == [
-        *(CEILINGS, PROGRAMS, "step-1.3B-480P"),
+        *(PROGRAMS, CEILINGS, "step-1.3B-480P"),
         *("kernels-14B-rms_norm", "kernels-14B-rms_norm_rope", "step-1.3B-720P"),
     ]
     assert [item.name for item in selected(items, ["linears-14B"])] == [CEILINGS, "linears-14B"]

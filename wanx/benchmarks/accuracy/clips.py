@@ -1,4 +1,4 @@
-"""Clips of both bundles: their frames, their health, and what they differ by."""
+"""Distances of candidate and ulp baseline from the reference video."""
 
 from __future__ import annotations
 
@@ -100,5 +100,5 @@ def compare_clips(candidate: Pixels, reference: Pixels, ulp_baseline: Pixels) ->
 
 
 def _finding(error: WanxError) -> str:
-    """What was found, without the advice for somebody who wanted a video."""
+    """The finding, without the advice for somebody who wanted a video."""
     return str(error).partition(";")[0]

@@ -1,4 +1,4 @@
-"""The judge of accuracy: a candidate bundle against a reference bundle of the same model.
+"""Compare two bundles: teacher-forced per step, and free-running.
 
 Gated is what each network answers to the reference's inputs. What the bundles draw on their own is
 shown as a multiple of what one ulp of noise does to the reference, and never gated.
@@ -36,7 +36,7 @@ from wanx.runtime.options import RunOptions, resolve
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions:
-    """What to put two bundles through.
+    """Runs and gates of a comparison.
 
     Attributes:
         run: options of every run; what is left out is the reference's default.
@@ -153,17 +153,17 @@ def _judge(
 
 def _encoders(ours: Start, theirs: Start) -> tuple[Agreement, ...]:
     """Compare what the encoders made of a run's prompts, images and videos."""
-    found = [
+    agreements = [
         agree(ours.contexts[branch], context, component="text_encoder", branch=branch)
         for branch, context in theirs.contexts.items()
     ]
     images = [start.given.constants.get("image_context") for start in (ours, theirs)]
     if images[0] is not None and images[1] is not None:
-        found.append(agree(images[0], images[1], component="image_encoder"))
+        agreements.append(agree(images[0], images[1], component="image_encoder"))
     latents = [_encoded(start) for start in (ours, theirs)]
     if latents[0] is not None and latents[1] is not None:
-        found.append(agree(latents[0], latents[1], component="vae_encoder"))
-    return tuple(found)
+        agreements.append(agree(latents[0], latents[1], component="vae_encoder"))
+    return tuple(agreements)
 
 
 def _encoded(start: Start) -> np.ndarray[Any, Any] | None:

@@ -129,7 +129,7 @@ class RunComparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """Which bundle was compared; ``hash`` covers every byte of it, ``folder`` is its last name."""
+    """A compared bundle; ``hash`` covers every byte of it, ``folder`` is its last name."""
 
     name: str
     task: str
@@ -182,22 +182,22 @@ class Comparison:
     @property
     def problems(self) -> list[str]:
         """Everything that fails, a line each."""
-        found = []
+        problems = []
         for number, run in enumerate(self.runs, 1):
-            found += [f"run {number}: {problem}" for problem in run.health]
-            found += [f"run {number}: {problem}" for problem in self._failures(run)]
+            problems += [f"run {number}: {problem}" for problem in run.health]
+            problems += [f"run {number}: {problem}" for problem in self._failures(run)]
         gate = self.layer_gate_db
         if gate is not None:
-            found += [
+            problems += [
                 f"layer {name}: SQNR {value:.1f} dB is below {gate:g} dB"
                 for name, value in self.layers.items()
                 if not value >= gate
             ]
-        return found
+        return problems
 
     @property
     def passed(self) -> bool:
-        """Whether there is no problem."""
+        """True where there is no problem."""
         return not self.problems
 
     def to_json(self) -> dict[str, Any]:

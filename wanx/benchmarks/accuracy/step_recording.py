@@ -18,7 +18,7 @@ Velocities = Mapping[Branch, Float32]
 
 
 class StepRecording:
-    """What a denoiser was fed and answered at each step; iterating gives it back in order.
+    """Inputs and velocities of a denoiser at each step; iterating gives them back in order.
 
     A step of a 14B model at 720p has 60 MB, so the fifty of a run, let alone several runs, do not
     belong into the memory that the next model needs.

@@ -136,11 +136,11 @@ def _teacher_forced(
     session: Session, teacher: Start, recording: StepRecording, on_step: OnStep
 ) -> tuple[Agreement, ...]:
     session.bind(teacher.trajectory().constants)
-    found = []
+    agreements = []
     for number, (feeds, velocities) in enumerate(recording, 1):
         for branch, velocity in velocities.items():
             answered = session.run(feeds | {"context": teacher.contexts[branch]})["velocity"]
-            found.append(
+            agreements.append(
                 agreement(
                     answered,
                     velocity,
@@ -151,4 +151,4 @@ def _teacher_forced(
                 )
             )
         on_step()
-    return tuple(found)
+    return tuple(agreements)

@@ -1,4 +1,4 @@
-"""A whole benchmark: trials, what they add up to, and the files of the report."""
+"""A whole benchmark: trials, analyses, and the files of the report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SIZES = ((832, 480, 81), (1280, 720, 81))
 
 @dataclass(frozen=True, kw_only=True)
 class Extras:
-    """What is measured beside the trials.
+    """Measurements beside the trials.
 
     Attributes:
         roofline: how close each part comes to what the machine can do.
@@ -105,7 +105,7 @@ def _with_sweeps(results: Results, suite: Suite, extras: Extras, progress: Progr
             continue
         sizes = extras.sweep_sizes or default_sizes(bundle, case.width, case.height, case.frames)
         try:
-            found = sweep(
+            swept = sweep(
                 bundle,
                 sizes,
                 subject=index,
@@ -118,5 +118,5 @@ def _with_sweeps(results: Results, suite: Suite, extras: Extras, progress: Progr
         except WanxError as error:
             results = with_problem(results, f"{subject.label}, sweep: {error}")
         else:
-            results = replace(results, sweep=(*results.sweep, found))
+            results = replace(results, sweep=(*results.sweep, swept))
     return results

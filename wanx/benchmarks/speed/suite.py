@@ -22,14 +22,14 @@ from wanx.runtime.options import RunOptions, resolve
 from wanx.runtime.sizes import latent_shape
 from wanx.runtime.tokens import token_grid
 
-# A shape runs twice before it is recorded on a GPU, and is recorded the third time.
+# Engines capture a CUDA graph at the third run of a shape.
 WARM_UP = {"cpu": 1, "aoti": 3, "rtx": 3, "tensorrt": 3}
 _PROMPT = "a cat surfing on a wave at sunset, film grain"
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
-    """What to measure.
+    """Videos, rounds and peers to measure.
 
     Attributes:
         run: options of every video; sizes and frames left out.
@@ -88,8 +88,12 @@ def prepare(bundles: Sequence[Bundle], options: BenchOptions, command: str) -> S
         raise UsageError(f"--repeat {options.repeat} measures nothing; give 1 or more")
     tasks = {bundle.manifest.task for bundle in bundles}
     if len(tasks) > 1:
-        found = ", ".join(f"{bundle.root.name} is {bundle.manifest.task}" for bundle in bundles)
-        raise UsageError(f"the bundles are for different tasks ({found}); give bundles of one task")
+        tasks_by_bundle = ", ".join(
+            f"{bundle.root.name} is {bundle.manifest.task}" for bundle in bundles
+        )
+        raise UsageError(
+            f"the bundles are for different tasks ({tasks_by_bundle}); give bundles of one task"
+        )
     labels = _labels(bundles)
     subjects = [Subject.of(b, label) for b, label in zip(bundles, labels, strict=True)]
     subjects += [Subject.of(bundles[0], peer, peer) for peer in options.peers]
@@ -209,10 +213,10 @@ def _labels(bundles: Sequence[Bundle]) -> list[str]:
 def _baseline(asked: str | None, labels: Sequence[str]) -> int:
     if asked is None:
         return 0
-    wanted = Path(asked).name
-    if wanted not in labels:
+    label = Path(asked).name
+    if label not in labels:
         raise UsageError(f"--baseline {asked} is not measured here; choose {', '.join(labels)}")
-    return labels.index(wanted)
+    return labels.index(label)
 
 
 def _runs(config: ModelConfig, options: BenchOptions) -> list[RunOptions]:

@@ -1,4 +1,4 @@
-"""What a graph costs, counted in the graph itself: operations, and bytes that have to move.
+"""Cost of a graph, counted in the graph itself: operations, and bytes that have to move.
 
 Operations are two for each multiply-add of a product, a convolution or attention; nothing else is
 counted. Bytes are those of an ideal implementation: each node, a ``wanx`` function being one node,
@@ -42,7 +42,7 @@ _EIGHT_BIT = {"int8": "int8", "float8_e4m3fn": "fp8"}
 
 @dataclass(frozen=True, kw_only=True)
 class PartCost:
-    """What a part of a model costs in one run of its graph.
+    """Cost of a part of a model in one run of its graph.
 
     Attributes:
         part: its name; see :mod:`wanx.benchmarks.speed.roofline.parts`.
@@ -158,22 +158,22 @@ def _attention_flops(node: NodeProto, shapes: Shapes) -> float:
 def _bytes(
     node: NodeProto, operation: str, shapes: Shapes, tracer: WeightTracer, fused: set[str]
 ) -> float:
-    """What a node has to move; ``fused`` collects what the epilogue of a product makes."""
-    made = [value for value in node.output if value]
-    taken = [value for value in node.input if value]
+    """Bytes that a node has to move; ``fused`` collects what the epilogue of a product makes."""
+    outputs = [value for value in node.output if value]
+    inputs = [value for value in node.input if value]
     if operation in _FREE:
-        if fused & set(taken):
-            fused.update(made)
+        if fused & set(inputs):
+            fused.update(outputs)
         return 0.0
-    if operation in _ARITHMETIC and fused & set(taken):
-        others = {tracer.weights.get(value, value) for value in set(taken) - fused}
-        fused.update(made)
+    if operation in _ARITHMETIC and fused & set(inputs):
+        others = {tracer.weights.get(value, value) for value in set(inputs) - fused}
+        fused.update(outputs)
         return sum(shapes.bytes(value) for value in others)
     if operation in _PRODUCTS or operation.startswith(_PRODUCTS_BY_NAME):
-        fused.update(made)
-    weights = {tracer.weights[value] for value in taken if value in tracer.weights}
+        fused.update(outputs)
+    weights = {tracer.weights[value] for value in inputs if value in tracer.weights}
     if operation in ("Gather", "GatherND", "GatherElements"):
         weights = set()  # reads no more of a table than it gives
     moved = sum(shapes.bytes(name) for name in weights)
-    moved += sum(shapes.bytes(value) for value in set(taken) if value not in tracer.weights)
-    return moved + sum(shapes.bytes(value) for value in made)
+    moved += sum(shapes.bytes(value) for value in set(inputs) if value not in tracer.weights)
+    return moved + sum(shapes.bytes(value) for value in outputs)

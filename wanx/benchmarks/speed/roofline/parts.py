@@ -1,4 +1,4 @@
-"""Which part of a model each node of a graph belongs to, in the field's words.
+"""Parts of a model that the nodes of its graph belong to, in the field's words.
 
 Nodes of exported graphs have no names; weights do. A product belongs to the part whose weight it
 reads. Attention reads none, and belongs to the weights that its inputs come from.
@@ -32,7 +32,7 @@ _NAME = re.compile(r"(?:_inlfunc_)?(.*?)#")
 
 
 class WeightTracer:
-    """Where the values of a graph come from.
+    """Traces the values of a graph to the weights that they come from.
 
     Attributes:
         weights: by value, the weight that it is, or is a view of.
@@ -95,8 +95,8 @@ def name_nodes(model: ModelProto, labels: Sequence[str]) -> None:
 
 def label_in(name: str) -> str | None:
     """The label in the name of a node that :func:`name_nodes` named; None for other names."""
-    found = _NAME.match(name)
-    return found[1] if found else None
+    match = _NAME.match(name)
+    return match[1] if match else None
 
 
 def _part(node: NodeProto, tracer: WeightTracer) -> str:
