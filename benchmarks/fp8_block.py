@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.gpu.context import BenchContext
 from benchmarks.gpu.distances import cosine
+from benchmarks.gpu.dit_variants import EagerDiT
 from benchmarks.gpu.plain_dit import PlainDiT
 from benchmarks.gpu.random_dit import (
     Weights,
@@ -26,7 +27,6 @@ from benchmarks.gpu.random_dit import (
     with_blocks,
 )
 from benchmarks.gpu.sizes import MODELS
-from benchmarks.gpu.subjects import Uncompiled
 from wanx.config.models import DiTConfig
 from wanx.exporter.components import dit_spec
 from wanx.exporter.quantization.quantized_spec import quantized_spec
@@ -60,7 +60,7 @@ def measure(config: DiTConfig, grid: tuple[int, int, int]) -> dict[str, float]:
         for name, attention in (("fp8", False), ("fp8 attention too", True)):
             recipe = recipe_of(config, attention, amax)
             spec = quantized_spec(dit_spec(config), recipe)
-            ours = Uncompiled(spec, torch.bfloat16, quantized(weights, recipe))
+            ours = EagerDiT(spec, torch.bfloat16, quantized(weights, recipe))
             answers[name] = ours(values, 1)
         figures = {}
         for one, other in (("fp8", "bf16"), ("fp8 attention too", "bf16"), ("bf16", "fp32")):

@@ -23,6 +23,7 @@ from typing import NoReturn
 
 import torch
 
+from benchmarks.gpu import STARTED
 from benchmarks.gpu.catalog import all_items, needed_programs, selected
 from benchmarks.gpu.programs import TINY, job
 from benchmarks.gpu.report import Report
@@ -42,8 +43,18 @@ def run(
     quick: bool = False,
     rehearsal: bool = False,
     update_table: bool = False,
+    started: float | None = None,
 ) -> Report:
     """Measure on the GPU, or rehearse on the processor.
+
+    Args:
+        output: the JSON file.
+        minutes: for everything, from ``started``.
+        only: beginnings of the names of items; without any, all.
+        quick: 480P alone, and fewer rounds.
+        rehearsal: tiny sizes on the processor.
+        update_table: tune the package's own table.
+        started: by :func:`time.time`; None is now.
 
     Raises:
         UsageError: a name, a number or a path cannot be.
@@ -66,7 +77,7 @@ def run(
         raise UsageError(f"cannot write {output}: No such folder; choose another -o")
     report = new_report(
         output, minutes=minutes, only=only, quick=quick, rehearsal=rehearsal,
-        update_table=update_table,
+        update_table=update_table, started=started,
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="wanx-gpu-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
@@ -100,7 +111,7 @@ def main() -> None:
         report = run(
             arguments.output, minutes=arguments.minutes, only=arguments.only,
             quick=arguments.quick, rehearsal=arguments.rehearse,
-            update_table=arguments.update_table,
+            update_table=arguments.update_table, started=STARTED,
         )  # fmt: skip
     except WanxError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -9,10 +9,10 @@ import torch
 
 from benchmarks.gpu.context import BenchContext, no_metrics
 from benchmarks.gpu.dit_step import COMPILED, EAGER, OURS, Setup, shape_of, time_steps
+from benchmarks.gpu.dit_variants import plain
 from benchmarks.gpu.plain_dit import BlockCall
 from benchmarks.gpu.report import Measurement, ReportItem, Times
 from benchmarks.gpu.sizes import PRECISIONS, Model, Size
-from benchmarks.gpu.subjects import plain
 from benchmarks.gpu.timing import time_interleaved
 
 WHAT = "step, all blocks"

@@ -16,6 +16,14 @@ from torch import Tensor
 
 from benchmarks.gpu.context import BenchContext, FirstRun, no_metrics
 from benchmarks.gpu.distances import cosine
+from benchmarks.gpu.dit_variants import (
+    CompiledDiT,
+    DiffusersDiT,
+    DiTVariant,
+    EagerDiT,
+    diffusers_version,
+    plain,
+)
 from benchmarks.gpu.plain_dit import BlockCall, PlainDiT
 from benchmarks.gpu.programs import compile_error
 from benchmarks.gpu.random_dit import (
@@ -29,14 +37,6 @@ from benchmarks.gpu.random_dit import (
 )
 from benchmarks.gpu.report import Goal, Measurement, ReportItem, Times
 from benchmarks.gpu.sizes import PRECISIONS, Model, Size, step_flops
-from benchmarks.gpu.subjects import (
-    Compiled,
-    Diffusers,
-    Subject,
-    Uncompiled,
-    diffusers_version,
-    plain,
-)
 from benchmarks.gpu.timing import Call, time_interleaved
 from wanx.benchmarks.speed.roofline.gpu_peaks import BF16
 from wanx.bundle.engine_schedule import PLAN
@@ -63,7 +63,7 @@ class Setup:
         self.inputs = random_inputs(bench, self.config, size.grid)
         self.weights = random_weights(bench, self.config, dtype)
         self.plain = plain_model(self.config, self.weights)
-        self.subjects: dict[str, Subject] = {}
+        self.subjects: dict[str, DiTVariant] = {}
         self.details: dict[str, dict[str, Any]] = {}
         self._amax: dict[str, float] = {}
 
@@ -72,7 +72,7 @@ class Setup:
         """Those of the plain module."""
         return cast(list[BlockCall], list(self.plain.blocks))
 
-    def add(self, name: str, subject: Subject, weights: Weights, **details: Any) -> None:
+    def add(self, name: str, subject: DiTVariant, weights: Weights, **details: Any) -> None:
         """Let a subject take part."""
         in_blocks = sum(_bytes(t) for n, t in weights.items() if n.startswith("blocks."))
         all_of_them = sum(map(_bytes, weights.values()))
@@ -90,10 +90,10 @@ class Setup:
         folder = bench.folder / f"{self.model.name}-{precision}"
         name = f"{OURS} {precision}"
         if (folder / PLAN).exists():
-            self.add(name, Compiled(folder, weights, self.size.blocks), weights, compiled=True)
+            self.add(name, CompiledDiT(folder, weights, self.size.blocks), weights, compiled=True)
         else:
             reason = compile_error(folder)
-            subject = Uncompiled(spec, self.dtype, weights)
+            subject = EagerDiT(spec, self.dtype, weights)
             self.add(name, subject, weights, compiled=False, not_compiled_because=reason)
 
 
@@ -136,7 +136,7 @@ def add_others(bench: BenchContext, setup: Setup) -> Iterator[tuple[str, str]]:
     else:
 
         def add_diffusers() -> None:
-            peer = Diffusers(setup.config, setup.size.grid, setup.weights)
+            peer = DiffusersDiT(setup.config, setup.size.grid, setup.weights)
             setup.add(DIFFUSERS, peer, setup.weights, version=diffusers_version())
 
         if error := bench.first_run(DIFFUSERS, add_diffusers, no_metrics).error:
@@ -180,7 +180,7 @@ def time_steps(
     """Time both branches, with ``blocks`` and without any; scale to all, round by round."""
     count = blocks or setup.size.blocks
 
-    def step(subject: Subject, count: int) -> Call:
+    def step(subject: DiTVariant, count: int) -> Call:
         def call() -> None:
             for values in setup.inputs:
                 subject(values, count)

@@ -3,7 +3,8 @@
 It does what the public reference implementation does, with PyTorch's own operators: linears and
 attention in the dtype of the weights, residual stream, modulation, time embedding and head in fp32,
 RMS norms and rotary embedding computed in fp32. It shares no code with :mod:`wanx.models` or
-:mod:`wanx.kernels`; parameters have the names of the checkpoints.
+:mod:`wanx.kernels`: on a GPU without diffusers it is the only independent reference of a step.
+Parameters have the names of the checkpoints.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ def new_report(
     quick: bool = False,
     rehearsal: bool = False,
     update_table: bool = False,
+    started: float | None = None,
 ) -> Report:
     """An empty report, written.
 
@@ -44,7 +45,7 @@ def new_report(
     data: dict[str, Any] = {
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "started": time.time(),
+        "started": started or time.time(),
         "settings": {
             "minutes": minutes, "only": list(only), "quick": quick, "rehearsal": rehearsal,
             "update_table": update_table,

@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+_KILL_SECONDS = 2.0
+
 
 @contextmanager
 def child_session(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
@@ -29,13 +31,15 @@ def child_session(command: Sequence[str], **options: Any) -> Iterator[subprocess
 
 
 def kill_session(process: subprocess.Popen[Any]) -> None:
-    """Send SIGKILL to a session's leader and to its descendants in any process group, and wait."""
+    """Send SIGKILL to a session's leader and to its members in any process group, and wait."""
     for pid in [process.pid, *_members(process.pid)]:
         with suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL) if pid != process.pid else process.kill()
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    # A process that hangs in a driver may not even die; nobody waits for it.
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=_KILL_SECONDS)
     if process.stdout is not None:
         process.stdout.close()
 

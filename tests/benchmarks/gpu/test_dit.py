@@ -15,6 +15,7 @@ from benchmarks.gpu import dit_step as step
 from benchmarks.gpu.context import BenchContext
 from benchmarks.gpu.distances import cosine, differences
 from benchmarks.gpu.dit_depth import autotuned, whole_depth
+from benchmarks.gpu.dit_variants import CompiledDiT, DiffusersDiT, EagerDiT, bound, plan_with_blocks
 from benchmarks.gpu.programs import compile_error
 from benchmarks.gpu.random_dit import (
     input_amax,
@@ -24,7 +25,6 @@ from benchmarks.gpu.random_dit import (
     recipe_of,
     with_blocks,
 )
-from benchmarks.gpu.subjects import Compiled, Diffusers, Uncompiled, bound, plan_with_blocks
 from tests.support.gpu_bench import CONFIG, MODEL, SIZE, run_one, tiny_bench
 from wanx.exporter.components import dit_spec
 from wanx.exporter.partition.partition import cut
@@ -68,7 +68,7 @@ def test_the_plain_module_computes_what_diffusers_does(bench: BenchContext) -> N
     weights = random_weights(bench, CONFIG, torch.float32)
     values, _ = random_inputs(bench, CONFIG, SIZE.grid)
     plain = step.plain_model(CONFIG, weights)
-    peer = Diffusers(CONFIG, SIZE.grid, weights)
+    peer = DiffusersDiT(CONFIG, SIZE.grid, weights)
     for count in (3, 0, 2):
         right, _ = plain(values, list(plain.blocks)[:count])
         assert rms(peer(values, count)[0], right) < 1e-5
@@ -79,7 +79,7 @@ def test_without_a_compiler_ours_is_the_same(bench: BenchContext) -> None:
     weights = random_weights(bench, CONFIG, torch.float32)
     values, _ = random_inputs(bench, CONFIG, SIZE.grid)
     right, stream = step.plain_model(CONFIG, weights)(values)
-    ours = Uncompiled(dit_spec(CONFIG), torch.float32, weights)
+    ours = EagerDiT(dit_spec(CONFIG), torch.float32, weights)
     velocity, x = ours(values, CONFIG.num_layers)
     assert rms(velocity, right) < 1e-5
     assert rms(x, stream) < 1e-5
@@ -95,7 +95,7 @@ def test_in_fp8_the_blocks_do_nearly_the_same(bench: BenchContext, attention: bo
     recipe = recipe_of(CONFIG, attention, input_amax(plain, values))
     assert all(scale not in (None, 1.0) for scale in recipe.layers.values())
     spec = quantized_spec(dit_spec(CONFIG), recipe)
-    found, _ = Uncompiled(spec, torch.float32, quantized(weights, recipe))(values, 3)
+    found, _ = EagerDiT(spec, torch.float32, quantized(weights, recipe))(values, 3)
     assert 0.99 < cosine(found, right) < 0.999999
 
 
@@ -145,8 +145,8 @@ def test_programs_run_any_number_of_blocks(
         *("blocks.0.", "blocks.1.", "blocks.2.", "blocks.0."),
     ]
     eight = quantized(weights, recipe)
-    ours = Compiled(bench.folder / "fp8", eight, held=3)
-    same = Uncompiled(spec, torch.float32, eight)
+    ours = CompiledDiT(bench.folder / "fp8", eight, held=3)
+    same = EagerDiT(spec, torch.float32, eight)
     for count in (3, 0, 7):
         for found, right in zip(ours(values, count), same(values, count), strict=True):
             assert rms(found, right) < 1e-6
@@ -195,8 +195,8 @@ def test_who_cannot_take_part_says_why(
     def broken(*_: object) -> None:
         raise RuntimeError("no such layout\nmore")
 
-    monkeypatch.setattr(step, "Diffusers", broken)
-    monkeypatch.setattr(step, "Uncompiled", broken)
+    monkeypatch.setattr(step, "DiffusersDiT", broken)
+    monkeypatch.setattr(step, "EagerDiT", broken)
     bench.crashed = {"one/torch": "the process was lost: SIGSEGV"}
     (bench.folder / "14B-fp8.error").write_text("exit code 1: out of memory")
     assert compile_error(bench.folder / "14B-fp8") == "exit code 1: out of memory"

@@ -213,7 +213,7 @@ def test_a_choice_brings_what_it_builds_on() -> None:
     assert [item.name for item in selected(items, ["linears-14B"])] == [CEILINGS, "linears-14B"]
     assert [item.name for item in selected(items, [])] == [item.name for item in items]
     with pytest.raises(
-        UsageError, match="nothing called convolutions to measure; there are ceilings,"
+        UsageError, match="nothing called convolutions to measure; there are numerics,"
     ):
         selected(items, ["convolutions"])
 

@@ -25,12 +25,12 @@ from wanx.runtime.sessions.aoti.engine import TYPES, Engine
 
 # From the inputs of a branch and a number of blocks to the velocity, and the stream before the head
 # where that can be had. Blocks beyond those that there are weights of run the same ones again.
-Subject = Callable[[Weights, int], tuple[Tensor, Tensor | None]]
+DiTVariant = Callable[[Weights, int], tuple[Tensor, Tensor | None]]
 Call = Callable[..., Sequence[Tensor]]
 OUTPUTS = ("velocity", "x")
 
 
-def plain(model: PlainDiT, blocks: Sequence[BlockCall]) -> Subject:
+def plain(model: PlainDiT, blocks: Sequence[BlockCall]) -> DiTVariant:
     """PyTorch's own operators; ``blocks`` are those of ``model``, or compiled."""
 
     def run(values: Weights, count: int) -> tuple[Tensor, Tensor]:
@@ -40,7 +40,7 @@ def plain(model: PlainDiT, blocks: Sequence[BlockCall]) -> Subject:
     return run
 
 
-class Compiled:
+class CompiledDiT:
     """Ours: compiled programs, as an exported bundle runs them."""
 
     def __init__(self, folder: Path, weights: Weights, held: int) -> None:
@@ -76,7 +76,7 @@ def plan_with_blocks(plan: Plan, count: int, held: int) -> Plan:
     return plan.model_copy(update={"steps": (first, *repeated, last)})
 
 
-class Uncompiled:
+class EagerDiT:
     """Ours without a compiler: the same modules and kernels, one operator after the other."""
 
     def __init__(self, spec: ComponentSpec, dtype: torch.dtype, weights: Weights) -> None:
@@ -148,7 +148,7 @@ def diffusers_version() -> str | None:
     return None if find_spec("diffusers") is None else version("diffusers")
 
 
-class Diffusers:
+class DiffusersDiT:
     """The transformer of diffusers."""
 
     def __init__(self, config: DiTConfig, grid: tuple[int, int, int], weights: Weights) -> None:
