@@ -13,7 +13,7 @@ import itertools
 import json
 import statistics
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,7 @@ from wanx.exporter.quantization.recipe import Recipe, dit_candidates, shared_inp
 from wanx.exporter.quantization.scheme import SCHEMES, QuantizeOptions
 from wanx.exporter.targets import onnxruntime as target
 from wanx.files.safetensors import SafetensorsWriter, read_header
+from wanx.kernels.timing import interleaved
 from wanx.runtime.sessions.onnxruntime import create_session
 from wanx.runtime.tokens import patchify, rope_tables, unpatchify
 
@@ -110,7 +111,7 @@ def export_int8(
 
 
 def measure(tokens: int, rounds: int, threads: int, *, int8: bool) -> dict[str, float]:
-    """Time ``rounds`` rounds of taking turns, after one that is not counted."""
+    """Time ``rounds`` interleaved rounds, after one that is not counted."""
     torch.set_num_threads(threads)
     model = peer()
     grid = GRIDS[tokens]
@@ -137,24 +138,26 @@ def measure(tokens: int, rounds: int, threads: int, *, int8: bool) -> dict[str, 
                     torch.from_numpy(latent)[None], torch.tensor([900]), torch.from_numpy(context)
                 ).sample.numpy()
 
-        seconds: dict[str, list[float]] = {"diffusers": [], **{n: [] for n in sessions}}
-        results = {}
-        for _ in range(rounds + 1):
-            for subject in seconds:
-                time.sleep(0.2)  # the threads of the one before still spin
-                start = time.perf_counter()
-                if subject == "diffusers":
-                    results[subject] = diffusers()[0]
-                else:
-                    (velocity,) = sessions[subject].run(["velocity"], feeds)
-                    results[subject] = unpatchify(velocity[0], grid)
-                seconds[subject].append(time.perf_counter() - start)
+        results: dict[str, np.ndarray] = {}
+
+        def run(subject: str) -> None:
+            if subject == "diffusers":
+                results[subject] = diffusers()[0]
+            else:
+                (velocity,) = sessions[subject].run(["velocity"], feeds)
+                results[subject] = unpatchify(velocity[0], grid)
+
+        subjects = ["diffusers", *sessions]
+        calls = [partial(run, subject) for subject in subjects]
+        # The threads of the one before spin for a while.
+        taken = interleaved(calls, torch.device("cpu"), rounds=rounds, warm_ups=1, pause=0.2)
+        seconds = dict(zip(subjects, taken, strict=True))
     want = results["diffusers"]
     figures: dict[str, float] = {"tokens": tokens, "threads": threads}
     for subject, times in seconds.items():
-        figures[f"{subject}_seconds"] = statistics.median(times[1:])
+        figures[f"{subject}_seconds"] = statistics.median(times)
     for ours, theirs in itertools.combinations(reversed(seconds), 2):
-        pairs = zip(seconds[ours][1:], seconds[theirs][1:], strict=True)
+        pairs = zip(seconds[ours], seconds[theirs], strict=True)
         figures[f"{ours}_over_{theirs}"] = statistics.median(b / a for a, b in pairs)
     error = np.abs(results["wanx"] - want).max() / np.abs(want).max()
     figures["relative_difference"] = float(error)

@@ -51,7 +51,7 @@ def export_uncalibrated(source: Path, output: Path, precision: str) -> None:
 
 
 def seconds_file(output: Path) -> Path:
-    """Where the exporting process leaves the time of the weights."""
+    """Path at which the exporting process leaves the time of the weights."""
     return output.with_name(output.name + ".seconds")
 
 

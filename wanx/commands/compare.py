@@ -46,7 +46,8 @@ def compare(
     multiples of what one ulp of noise does to the reference.
     """
     import wanx
-    from wanx.benchmarks.report.files import prepare_folder, write_accuracy
+    from wanx.benchmarks.accuracy.files import write_accuracy
+    from wanx.benchmarks.report.files import prepare_folder
     from wanx.commands.display.accuracy import print_comparison
     from wanx.commands.display.generation import progress_bars
     from wanx.runtime.sizes import parse_size

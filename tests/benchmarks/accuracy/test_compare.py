@@ -25,8 +25,9 @@ from tests.support.altered import altered_bundle, noise
 from wanx.accuracy.gates import Agreement, Gates
 from wanx.accuracy.metrics import MAX_DB, clip_figures
 from wanx.benchmarks.accuracy.compare import CompareOptions, _encoded, compare
-from wanx.benchmarks.accuracy.comparison import Comparison, dumps
+from wanx.benchmarks.accuracy.comparison import Comparison
 from wanx.benchmarks.accuracy.step_recording import StepRecording
+from wanx.benchmarks.report.files import dumps
 from wanx.builtin import builtin_bundle
 from wanx.bundle.reader import Bundle, open_bundle
 from wanx.config.models import PRESETS
@@ -166,9 +167,9 @@ def test_clips_are_those_of_the_pipeline(
     clip = found.runs[0].clip
     assert clip is not None
     assert clip.candidate == clip_figures(candidate, reference)
-    assert clip.floor == clip_figures(floor, reference)
-    assert clip.floor.rmse < clip.candidate.rmse
-    assert clip.ratios["rmse"] == clip.candidate.rmse / clip.floor.rmse
+    assert clip.ulp_baseline == clip_figures(floor, reference)
+    assert clip.ulp_baseline.rmse < clip.candidate.rmse
+    assert clip.ratios["rmse"] == clip.candidate.rmse / clip.ulp_baseline.rmse
     labels = {still.label: still for still in clip.stills}
     assert [still.index for still in clip.stills][:2] == [0, 2]
     squared = np.square(candidate.astype(float) - reference).mean(axis=(1, 2, 3))
@@ -176,7 +177,7 @@ def test_clips_are_those_of_the_pipeline(
     assert worst.index == squared.argmax()
     assert np.array_equal(worst.candidate, candidate[worst.index])
     assert np.array_equal(worst.reference, reference[worst.index])
-    assert np.array_equal(worst.floor, floor[worst.index])
+    assert np.array_equal(worst.ulp_baseline, floor[worst.index])
 
 
 def test_a_bundle_equals_itself(tiny: Bundle) -> None:
@@ -267,7 +268,7 @@ def test_a_fault_is_told_from_its_consequences(fault: str, tiny: Bundle, tmp_pat
     assert all(step.equal for step in comparison.runs[0].steps)
     clip = comparison.runs[0].clip
     assert clip is not None
-    assert clip.candidate.rmse > 10 * clip.floor.rmse
+    assert clip.candidate.rmse > 10 * clip.ulp_baseline.rmse
 
 
 def test_encoders_of_images(tmp_path: Path) -> None:

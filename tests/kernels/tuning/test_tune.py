@@ -292,3 +292,10 @@ def test_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = [entry for entry in load_table(output) if entry.measured]
     assert {entry.op for entry in found} == {"quantize", "attention_providers_16bit"}
     assert all(min(entry.measured["us"].values()) > 0 for entry in found if entry.measured)
+
+
+def test_what_there_is_no_time_for_is_dropped() -> None:
+    """All but the first, without which nothing is known of any."""
+    outcome = measure([candidate("first"), candidate("late")], 0.01, no_timer, deadline=0.0)
+    assert outcome.microseconds.keys() == {"first"}
+    assert outcome.dropped == {"late": "no time was left to try it"}

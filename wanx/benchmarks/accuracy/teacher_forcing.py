@@ -22,7 +22,7 @@ from wanx.runtime.run_parts import EncodedRun, OnStep, RunParts
 from wanx.runtime.sessions.base import Session
 
 Float32 = NDArray[np.float32]
-Tick = Callable[[], None]
+StepDone = Callable[[], None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,7 +56,7 @@ class CandidateRun:
 
 
 def run_reference(
-    reference: RunParts, runs: Sequence[EncodedRun], folder: Path, *, clips: bool, on_step: Tick
+    reference: RunParts, runs: Sequence[EncodedRun], folder: Path, *, clips: bool, on_step: StepDone
 ) -> list[ReferenceRun]:
     """Run the reference, keeping its steps under ``folder``.
 
@@ -90,7 +90,7 @@ def run_candidate(
     references: Sequence[ReferenceRun],
     *,
     clips: bool,
-    on_step: Tick,
+    on_step: StepDone,
 ) -> list[CandidateRun]:
     """Put the reference's steps to the candidate, then let it run freely.
 
@@ -141,7 +141,7 @@ def _sample(
 
 
 def _teacher_forced(
-    session: Session, teacher: EncodedRun, recording: StepRecording, on_step: Tick
+    session: Session, teacher: EncodedRun, recording: StepRecording, on_step: StepDone
 ) -> tuple[Agreement, ...]:
     session.bind(teacher.start().constants)
     agreements = []

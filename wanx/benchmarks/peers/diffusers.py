@@ -30,7 +30,7 @@ _SCHEDULERS = {"unipc": "UniPCMultistepScheduler", "dpm++": "DPMSolverMultistepS
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PeerRun:
-    """What a peer made.
+    """Stages and latents of a peer's run.
 
     Attributes:
         stages: as those of wanx; ``decode`` is one call for the whole video, and the load of
@@ -164,7 +164,7 @@ def _interrupt(video: Any, *_: Any) -> dict[str, Any]:
 
 
 class _Strides:
-    """What the pipeline asks of a VAE that it does not run."""
+    """Stand-in for a VAE that the pipeline asks for its strides and does not run."""
 
     def __init__(self, config: Any) -> None:
         self.config = self
@@ -249,13 +249,13 @@ def _with_weights(
     """Give a model without weights those of a component; networks that do not run go without."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     wide = tuple(model._keep_in_fp32_modules or ())
-    found = {}
+    state = {}
     for original, tensor in plain_weights(bundle, component):
         theirs = names.to_diffusers(original)
         if theirs is not None and theirs in shapes:
             kept = torch.float32 if any(part in theirs for part in wide) else dtype
-            found[theirs] = tensor.reshape(shapes[theirs]).to(device, kept)
-    model.load_state_dict(found, strict=False, assign=True)
+            state[theirs] = tensor.reshape(shapes[theirs]).to(device, kept)
+    model.load_state_dict(state, strict=False, assign=True)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))

@@ -1,14 +1,15 @@
-"""The files of a report, each of which appears whole or not at all."""
+"""Report files: JSON that any parser takes, each file written whole or not at all."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from wanx.benchmarks.accuracy.comparison import Comparison, dumps
-from wanx.benchmarks.accuracy.page import render
 from wanx.benchmarks.report.html import require_packages
 from wanx.errors import UsageError, WanxError
 
@@ -32,18 +33,23 @@ def prepare_folder(folder: Path) -> None:
         raise UsageError(f"{folder} cannot be written to; choose another folder for the report")
 
 
-def write_accuracy(comparison: Comparison, folder: Path) -> tuple[Path, Path]:
-    """Write ``accuracy.json`` and ``accuracy.html``, replacing those of an earlier comparison.
+def json_safe(value: Any, not_finite: Callable[[float], Any] = lambda number: None) -> Any:
+    """The value as strict JSON has it, which has neither NaN nor infinity.
 
-    Raises:
-        EnvironmentMismatchError: the packages of ``wanx[report]`` are missing.
-        UsageError: the folder cannot be had.
-        WanxError: the disk is full.
+    Args:
+        value: mappings, sequences, numbers, text.
+        not_finite: what stands for NaN and infinities; null unless given.
     """
-    prepare_folder(folder)
-    data, page = folder / "accuracy.json", folder / "accuracy.html"
-    write_files({data: dumps(comparison.to_json()), page: render(comparison)})
-    return data, page
+    if isinstance(value, Mapping):
+        return {name: json_safe(item, not_finite) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_safe(item, not_finite) for item in value]
+    return not_finite(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def dumps(document: Any) -> str:
+    """Write a document as JSON that any parser takes."""
+    return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_files(texts: Mapping[Path, str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from wanx.benchmarks.peers.requirements import require_peer
 from wanx.benchmarks.speed.results import Case, Peer, Results, Settings, Subject, Trial
-from wanx.benchmarks.speed.sample_images import as_json, with_pictures
+from wanx.benchmarks.speed.sample_images import as_json, with_sample_images
 from wanx.benchmarks.speed.trial import run_trial
 from wanx.bundle.reader import Bundle
 from wanx.config.models import ModelConfig
@@ -29,7 +29,7 @@ _PROMPT = "a cat surfing on a wave at sunset, film grain"
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
-    """What to measure.
+    """Videos, rounds and peers to measure.
 
     Attributes:
         run: options of every video; sizes and frames left out.
@@ -88,8 +88,12 @@ def prepare(bundles: Sequence[Bundle], options: BenchOptions, command: str) -> S
         raise UsageError(f"--repeat {options.repeat} measures nothing; give 1 or more")
     tasks = {bundle.manifest.task for bundle in bundles}
     if len(tasks) > 1:
-        found = ", ".join(f"{bundle.root.name} is {bundle.manifest.task}" for bundle in bundles)
-        raise UsageError(f"the bundles are for different tasks ({found}); give bundles of one task")
+        tasks_by_bundle = ", ".join(
+            f"{bundle.root.name} is {bundle.manifest.task}" for bundle in bundles
+        )
+        raise UsageError(
+            f"the bundles are for different tasks ({tasks_by_bundle}); give bundles of one task"
+        )
     labels = _labels(bundles)
     subjects = [Subject.of(b, label) for b, label in zip(bundles, labels, strict=True)]
     subjects += [Subject.of(bundles[0], peer, peer) for peer in options.peers]
@@ -209,10 +213,10 @@ def _labels(bundles: Sequence[Bundle]) -> list[str]:
 def _baseline(asked: str | None, labels: Sequence[str]) -> int:
     if asked is None:
         return 0
-    wanted = Path(asked).name
-    if wanted not in labels:
+    label = Path(asked).name
+    if label not in labels:
         raise UsageError(f"--baseline {asked} is not measured here; choose {', '.join(labels)}")
-    return labels.index(wanted)
+    return labels.index(label)
 
 
 def _runs(config: ModelConfig, options: BenchOptions) -> list[RunOptions]:
@@ -226,7 +230,7 @@ def _runs(config: ModelConfig, options: BenchOptions) -> list[RunOptions]:
             frames=options.frames or defaults.frames,
             prompt=options.run.prompt or defaults.prompt or _PROMPT,
         )
-        runs.append(with_pictures(run, config.task, width, height))
+        runs.append(with_sample_images(run, config.task, width, height))
     return runs
 
 

@@ -1,4 +1,4 @@
-"""How the time of a denoising step grows with the number of tokens, and what that predicts.
+"""Growth of a denoising step with the number of tokens, and predictions from it.
 
 Linears, norms and everything else that sees tokens one by one take time in proportion to L, and
 attention to L squared, so a step of L tokens takes ``a·L + b·L²`` seconds. Both factors are fitted
@@ -72,7 +72,7 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """How a subject's steps grow.
+    """Growth of a subject's steps.
 
     Attributes:
         subject: index of the subject.
@@ -109,19 +109,19 @@ def fit(tokens: Sequence[int], seconds: Sequence[float]) -> Fit:
     return Fit(linear=float(factors[0]), quadratic=float(factors[1]))
 
 
-def with_unseen(points: Sequence[Point]) -> tuple[Point, ...]:
-    """The points, each with what the others predict for it."""
-    found = []
+def leave_one_out(points: Sequence[Point]) -> tuple[Point, ...]:
+    """The points, each with the time that a fit to the others predicts."""
+    predicted_points = []
     for index, point in enumerate(points):
         others = [p for i, p in enumerate(points) if i != index]
         unseen = None
         if len(others) >= LEAST_POINTS - 1 and len({p.tokens for p in others}) >= 2:
             model = fit([p.tokens for p in others], [median(p.seconds) for p in others])
             unseen = model.seconds(point.tokens)
-        found.append(
+        predicted_points.append(
             Point(label=point.label, tokens=point.tokens, seconds=point.seconds, unseen=unseen)
         )
-    return tuple(found)
+    return tuple(predicted_points)
 
 
 def sweep(
@@ -185,7 +185,7 @@ def sweep(
     return Sweep(
         subject=subject,
         branches=branches,
-        points=with_unseen(points),
+        points=leave_one_out(points),
         fit=model,
         predictions=tuple(
             Prediction(label=name, tokens=length, seconds=model.seconds(length))

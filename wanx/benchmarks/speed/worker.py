@@ -35,7 +35,7 @@ def _wanx(spec: dict[str, Any]) -> dict[str, Any]:
     pipeline = wanx.load(spec["bundle"], threads=spec["threads"])
     ready = time.monotonic()
     latents = []
-    made = pipeline.run(
+    generated = pipeline.run(
         _options(spec),
         output=spec["output"],
         on_step=lambda step, steps, latent: latents.append(latent) if step in (1, steps) else None,
@@ -43,7 +43,7 @@ def _wanx(spec: dict[str, Any]) -> dict[str, Any]:
     )
     finished = time.monotonic()
     _keep(spec, latents[0], latents[-1])
-    return _result(spec, ready, finished, [asdict(stage) for stage in made.stages])
+    return _result(spec, ready, finished, [asdict(stage) for stage in generated.stages])
 
 
 def _peer(spec: dict[str, Any]) -> dict[str, Any]:
@@ -59,15 +59,15 @@ def _peer(spec: dict[str, Any]) -> dict[str, Any]:
     inputs = read_inputs(options, bundle.manifest.task)
     run = resolve(options, bundle.manifest.config, inputs)
     ready = time.monotonic()
-    made = generate(
+    generated = generate(
         bundle, run,
         compiled=spec["peer"] == "diffusers-compiled",
         threads=spec["threads"],
         output=Path(spec["output"]),
     )  # fmt: skip
     finished = time.monotonic()
-    _keep(spec, made.first_latent, made.latent)
-    return _result(spec, ready, finished, [asdict(stage) for stage in made.stages])
+    _keep(spec, generated.first_latent, generated.latent)
+    return _result(spec, ready, finished, [asdict(stage) for stage in generated.stages])
 
 
 def _options(spec: dict[str, Any]) -> RunOptions:

@@ -18,27 +18,24 @@ if TYPE_CHECKING:
 
 def print_results(results: Results, folder: Path) -> None:
     """Summarise a benchmark: medians, and how many times faster than the baseline."""
-    from wanx.benchmarks.speed.metrics import METRICS, amount, speedup, spread
-    from wanx.benchmarks.speed.results import counted
+    from wanx.benchmarks.speed.metrics import amount, metric_rows
+    from wanx.benchmarks.speed.results import pluralize
 
     for number, case in enumerate(results.cases):
         STDOUT.print(
-            f"{case.label}, {counted(case.tokens, 'token')}, {counted(case.steps, 'step')}"
+            f"{case.label}, {pluralize(case.tokens, 'token')}, {pluralize(case.steps, 'step')}"
         )
         table = Table("", box=None, pad_edge=False)
         for subject in results.subjects:
             table.add_column(subject.label, justify="right")
-        for metric in METRICS:
+        for metric, figures in metric_rows(results, number):
             cells = []
-            for index in range(len(results.subjects)):
-                distribution = spread(results, metric, index, number)
-                text = amount(distribution.median) if distribution else "–"
-                ratio = speedup(results, metric, index, number)
+            for index, (seconds, ratio) in enumerate(figures):
+                text = amount(seconds.median) if seconds else "–"
                 if ratio and index != results.settings.baseline:
                     text += f"  {ratio.median:.2f}×"
                 cells.append(text)
-            if any(cell != "–" for cell in cells):
-                table.add_row(metric.name, *cells)
+            table.add_row(metric.name, *cells)
         STDOUT.print(table)
     for item in results.rooflines:
         STDOUT.print(f"{results.subjects[item.subject].label}, {item.component}: {item.sentence}")

@@ -7,7 +7,6 @@ mix.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -26,32 +25,11 @@ from wanx.exporter.quantization.scheme import QuantizeOptions, Scheme
 from wanx.kernels.attention.quant_attention import quant_attention
 from wanx.kernels.quant_linear import quant_linear, quant_linear_rows
 from wanx.kernels.quantize import quantize, quantize_rows
+from wanx.kernels.tensor_metrics import Difference
 from wanx.models.quantized import quantize_weight
 
 _ROWS = 128  # of each recorded input that are compared, evenly spread
-_MOST_DB = 200.0  # an exact answer has no noise
 _LEAST_WEIGHT = 1e-5  # columns below it do not pull a smoothing vector towards infinity
-
-
-@dataclass
-class _Noise:
-    """Energy of a layer's outputs, and of their error."""
-
-    signal: float = 0.0
-    noise: float = 0.0
-
-    def add(self, reference: Tensor, candidate: Tensor) -> None:
-        self.signal += float(reference.double().square().sum())
-        self.noise += float((candidate.double() - reference.double()).square().sum())
-
-    @property
-    def sqnr_db(self) -> float:
-        if self.noise == 0:
-            return _MOST_DB
-        if not (self.signal > 0 and math.isfinite(self.noise)):
-            return -_MOST_DB
-        ratio = 10 * (math.log10(self.signal) - math.log10(self.noise))
-        return min(_MOST_DB, max(-_MOST_DB, ratio))
 
 
 @dataclass
@@ -65,7 +43,7 @@ class _Measurement:
     attentions: frozenset[str]
     layers: dict[str, float | None] = field(default_factory=dict)
     smooth: dict[str, Tensor] = field(default_factory=dict)
-    noise: dict[str, _Noise] = field(default_factory=dict)
+    noise: dict[str, Difference] = field(default_factory=dict)
     attention: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
     @contextmanager
@@ -89,8 +67,7 @@ class _Measurement:
         # One layer at a time, so that a single 8-bit copy is in memory, and made once.
         for layer, module in linears.items():
             x, y = (torch.cat(rows, dim=1) for rows in zip(*samples.pop(layer), strict=True))
-            self.noise[layer] = _Noise()
-            self.noise[layer].add(y, self._quantized_output(layer, module, x))
+            self.noise[layer] = Difference.of(self._quantized_output(layer, module, x), y)
 
     def _choose_smoothing(self, linears: Mapping[str, nn.Linear], block: str) -> None:
         """Choose the smoothing vectors of a block (Xiao et al. 2022, eq. 4)."""
@@ -153,13 +130,13 @@ class _Measurement:
         self.attention[layer] = scales  # type: ignore[assignment]
         heads: int = module.num_heads  # type: ignore[assignment]
 
-        noise = self.noise[layer] = _Noise()
+        noise = self.noise[layer] = Difference()
 
         def compare(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             q, k, v = inputs
             steps = [torch.tensor(scale, device=q.device) for scale in scales]
             rows = _rows(output)
-            noise.add(output[:, rows], quant_attention(q[:, rows], k, v, *steps, num_heads=heads))
+            noise.add(quant_attention(q[:, rows], k, v, *steps, num_heads=heads), output[:, rows])
 
         return compare
 

@@ -14,6 +14,7 @@ import argparse
 import math
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +36,8 @@ from wanx.kernels.launch_config import (
     merge_entries,
     set_table,
 )
-from wanx.kernels.timing import ROUNDS, interleaved
+from wanx.kernels.tensor_metrics import Difference
+from wanx.kernels.timing import ROUNDS, as_graph, interleaved
 from wanx.kernels.tuning.workloads import BACKEND_BITS, OPS, RANKED, Candidate, Workload, workloads
 
 # Seconds of each call, round by round.
@@ -57,18 +59,24 @@ class Outcome:
     first: str
 
 
-def measure(candidates: Sequence[Candidate], tolerance: float, timer: Timer) -> Outcome:
+def measure(
+    candidates: Sequence[Candidate], tolerance: float, timer: Timer, deadline: float = math.inf
+) -> Outcome:
     """Drop what fails or differs, and time the rest in turn.
 
     Args:
         candidates: the first one has the right result; where it fails, nothing is timed.
         tolerance: by how much results may differ from it, in relative RMS.
         timer: times calls.
+        deadline: when no further candidate is tried, by :func:`time.monotonic`.
     """
     valid: list[Candidate] = []
     dropped: dict[str, str] = {}
     reference: list[Tensor] = []
     for candidate in candidates:
+        if reference and time.monotonic() > deadline:
+            dropped[candidate.name] = "no time was left to try it"
+            continue
         try:
             result = tree_leaves(candidate.call())
         except _failures() as error:
@@ -103,15 +111,16 @@ def _failures() -> tuple[type[Exception], ...]:
 
 def _relative_error(result: Tensor, reference: Tensor) -> float:
     """Relative RMS of the difference; infinite where a number is not finite."""
-    if not reference.numel():
-        return 0.0
-    error = torch.linalg.vector_norm(result.float() - reference.float())
-    relative = (error / torch.linalg.vector_norm(reference.float()).clamp_min(1e-30)).item()
+    relative = Difference.of(result, reference).relative_rms
     return relative if math.isfinite(relative) else math.inf
 
 
 def tune(
-    workload: Workload, sm: int, machine: dict[str, str], timer: Timer
+    workload: Workload,
+    sm: int,
+    machine: dict[str, str],
+    timer: Timer,
+    deadline: float = math.inf,
 ) -> tuple[str, Entry | None]:
     """Measure one workload.
 
@@ -120,6 +129,7 @@ def tune(
         sm: the GPU, such as 90.
         machine: its name and the versions of what compiles for it.
         timer: times calls.
+        deadline: see :func:`measure`.
 
     Returns:
         A report, and the entry for the table; None where nothing runs.
@@ -129,7 +139,7 @@ def tune(
     title = f"{workload.op}, {shape}"
     if not candidates:
         return f"{title}: nothing runs", None
-    outcome = measure(candidates, workload.tolerance, timer)
+    outcome = measure(candidates, workload.tolerance, timer, deadline)
     lines = [f"  dropped {name}: {reason}" for name, reason in outcome.dropped.items()]
     if not outcome.microseconds:
         return "\n".join([f"{title}: left as it is", *lines]), None
@@ -152,21 +162,14 @@ def tune(
 
 
 def _time_on_gpu(
-    calls: Sequence[Callable[[], object]], device: torch.device, rounds: int, as_graph: bool
+    calls: Sequence[Callable[[], object]], device: torch.device, rounds: int, graphs: bool
 ) -> list[list[float]]:
-    """Time calls on a GPU, without the time that Python takes to launch them if ``as_graph``."""
-    if as_graph:
+    """Time calls on a GPU, without the time that Python takes to launch them if ``graphs``."""
+    if graphs:
         # Graphs that run one after the other can share their memory.
         pool = torch.cuda.graph_pool_handle()
-        calls = [_cuda_graph(call, pool) for call in calls]
+        calls = [as_graph(call, pool=pool) for call in calls]
     return interleaved(calls, device, rounds=rounds)
-
-
-def _cuda_graph(call: Callable[[], object], pool: Any) -> Callable[[], object]:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        call()
-    return graph.replay
 
 
 def run(ops: Sequence[str], output: Path, rounds: int) -> None:
@@ -182,22 +185,28 @@ def run(ops: Sequence[str], output: Path, rounds: int) -> None:
         raise EnvironmentMismatchError(
             "tuning needs an NVIDIA GPU, and PyTorch finds none here: run it where kernels will run"
         )
-    import triton
-
     device = torch.device("cuda", torch.cuda.current_device())
     sm = sm_of(torch.empty(0, device=device))
-    machine = {
+    table = load_table(output if output.exists() else TABLE)
+    timer_of = partial(gpu_timer, device=device, rounds=rounds)
+    tune_ops(table, ops, output, sm, gpu_versions(device), device, timer_of)
+
+
+def gpu_versions(device: torch.device) -> dict[str, str]:
+    """A GPU's name, and the versions of what compiles for it."""
+    import triton
+
+    return {
         "gpu": torch.cuda.get_device_name(device),
         "torch": torch.__version__,
         "triton": triton.__version__,
     }
 
-    def timer_of(op: str) -> Timer:
-        # Backends synchronise as they like, and keep what they plan at their first call.
-        return partial(_time_on_gpu, device=device, rounds=rounds, as_graph=op not in BACKEND_BITS)
 
-    table = load_table(output if output.exists() else TABLE)
-    tune_ops(table, ops, output, sm, machine, device, timer_of)
+def gpu_timer(op: str, device: torch.device, rounds: int = ROUNDS) -> Timer:
+    """Make the timer of an op's candidates on a GPU."""
+    # Backends synchronise as they like, and keep what they plan at their first call.
+    return partial(_time_on_gpu, device=device, rounds=rounds, graphs=op not in BACKEND_BITS)
 
 
 def tune_ops(

@@ -1,4 +1,4 @@
-"""What the trials of a benchmark leave open: where the time goes, and how much of it must be."""
+"""Roofline: profile each component, compare with measured peaks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from wanx.runtime.tokens import token_grid
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Work:
+class ProfiledCall:
     """A component in a case.
 
     Attributes:
@@ -79,7 +79,7 @@ def with_rooflines(
         operations: whether to keep the most expensive operations.
         progress: told how many components are done.
     """
-    found: list[Roofline] = []
+    rooflines: list[Roofline] = []
     measured: dict[bool, Ceilings | None] = {}
     todo = [
         (subject, case)
@@ -101,16 +101,18 @@ def with_rooflines(
             results = replace(results, notes=(*results.notes, note))
             continue
         try:
-            for work in _works(results, bundle, subject, case):
-                found.append(_roofline(work, bundle, ceilings, results, operations, subject, case))
+            for call in _profiled_calls(results, bundle, subject, case):
+                rooflines.append(
+                    _roofline(call, bundle, ceilings, results, operations, subject, case)
+                )
         except WanxError as error:
             results = with_problem(results, f"{label}, roofline: {error}")
     progress("roofline", len(todo), len(todo), "steps")
-    return replace(results, rooflines=tuple(found))
+    return replace(results, rooflines=tuple(rooflines))
 
 
 def _roofline(
-    work: _Work,
+    call: ProfiledCall,
     bundle: Bundle,
     ceilings: Ceilings,
     results: Results,
@@ -118,25 +120,27 @@ def _roofline(
     subject: int,
     case: int,
 ) -> Roofline:
-    costs = component_cost(bundle.graph_path(work.component), work.sizes)
+    costs = component_cost(bundle.graph_path(call.component), call.sizes)
     threads, profile = results.settings.threads, None
     if not BACKENDS[bundle.manifest.target].uses_gpu:
-        wanted = bundle.manifest.components[work.component].inputs
-        held = {name: value for name, value in (work.state or {}).items() if name in wanted}
-        profile = profile_component(bundle, work.component, work.feeds | held, threads=threads)
+        inputs = bundle.manifest.components[call.component].inputs
+        held = {name: value for name, value in (call.state or {}).items() if name in inputs}
+        profile = profile_component(bundle, call.component, call.feeds | held, threads=threads)
     elif operations:
-        with open_session(bundle, work.component, threads=threads) as session:
+        with open_session(bundle, call.component, threads=threads) as session:
             if isinstance(session, EngineSession):
-                profile = profile_engines(session, partial(session.run, work.feeds, work.state))
+                profile = profile_engines(session, partial(session.run, call.feeds, call.state))
     return roofline(
-        costs, ceilings, profile, runs=work.runs, seconds=work.seconds,
-        with_operations=operations, subject=subject, case=case, component=work.component,
-        unit=work.unit,
+        costs, ceilings, profile, runs=call.runs, seconds=call.seconds,
+        with_operations=operations, subject=subject, case=case, component=call.component,
+        unit=call.unit,
     )  # fmt: skip
 
 
-def _works(results: Results, bundle: Bundle, subject: int, number: int) -> Iterator[_Work]:
-    """What every trial did; the first frame of a video is decoded once, so it is left out."""
+def _profiled_calls(
+    results: Results, bundle: Bundle, subject: int, number: int
+) -> Iterator[ProfiledCall]:
+    """The calls that every trial made; without the first frame, which is decoded only once."""
     case, trials = results.cases[number], results.of(subject, number)
     config, threads = bundle.manifest.config, results.settings.threads
     texts = _calls(trials, "text", 0)
@@ -144,7 +148,7 @@ def _works(results: Results, bundle: Bundle, subject: int, number: int) -> Itera
         tokenizer = PromptTokenizer(bundle.tokenizer_path)
         ids, mask = tokenizer.encode(clean_prompt(case.prompt), config.dit.text_len)
         words = int(mask.sum())
-        yield _Work(
+        yield ProfiledCall(
             component="text_encoder", unit="prompt", seconds=median(texts), runs=1,
             sizes={"n": words}, feeds={"ids": np.ascontiguousarray(ids[:, :words])},
         )  # fmt: skip
@@ -156,7 +160,7 @@ def _works(results: Results, bundle: Bundle, subject: int, number: int) -> Itera
         times = case.tokens // int(np.prod(per_frame))
         count = len(branches(case.guide_scale))
         feeds = dit_feeds(config, (times, *per_frame[1:]), count)
-        yield _Work(
+        yield ProfiledCall(
             component="dit", unit="denoising step", seconds=median(steps), runs=count,
             sizes={"L": case.tokens}, feeds=feeds.constants | feeds.branches[0],
         )  # fmt: skip
@@ -166,7 +170,7 @@ def _works(results: Results, bundle: Bundle, subject: int, number: int) -> Itera
         state: State = {}
         with open_session(bundle, "vae_decoder_first", threads=threads) as session:
             session.run({"latent": latent}, state)
-        yield _Work(
+        yield ProfiledCall(
             component="vae_decoder_rest", unit="latent frame", seconds=median(frames), runs=1,
             sizes={"h": shape[2], "w": shape[3]}, feeds={"latent": latent}, state=state,
         )  # fmt: skip
@@ -174,6 +178,11 @@ def _works(results: Results, bundle: Bundle, subject: int, number: int) -> Itera
 
 def _calls(trials: list[Trial], stage: str, start: int) -> list[float]:
     """Seconds of a stage's calls, the prompt or all frames but the first."""
-    found = [stage_of(trial, stage) for trial in trials]
+    stages = [stage_of(trial, stage) for trial in trials]
     end = 1 if stage == "text" else None
-    return [seconds for made in found if made is not None for seconds in made.calls[start:end]]
+    return [
+        seconds
+        for stage_times in stages
+        if stage_times is not None
+        for seconds in stage_times.calls[start:end]
+    ]

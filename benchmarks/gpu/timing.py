@@ -1,15 +1,13 @@
-"""Times of several calls that take turns, each as long as events can measure well."""
+"""Interleaved timing; short calls repeat in a CUDA graph until 5 ms."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 
-import torch
-
-from benchmarks.gpu.bench import Bench, one_line
+from benchmarks.gpu.context import BenchContext, one_line
 from benchmarks.gpu.report import Times
-from wanx.kernels.timing import interleaved
+from wanx.kernels.timing import as_graph, interleaved
 
 Call = Callable[[], object]
 LEAST_SECONDS = 0.005  # of a round; events resolve microseconds, and a launch takes some itself
@@ -17,7 +15,9 @@ MOST_REPEATS = 64
 ROUNDS = (3, 15)
 
 
-def take_turns(bench: Bench, calls: Mapping[str, Call], *, short: bool = False) -> dict[str, Times]:
+def time_interleaved(
+    bench: BenchContext, calls: Mapping[str, Call], *, short: bool = False
+) -> dict[str, Times]:
     """Time calls that have run once already.
 
     Args:
@@ -38,7 +38,7 @@ def take_turns(bench: Bench, calls: Mapping[str, Call], *, short: bool = False) 
         if short and bench.device.type == "cuda":
             count = min(max(math.ceil(LEAST_SECONDS / single), 1), MOST_REPEATS)
             try:
-                call = _graph(call, count)
+                call = as_graph(call, count)
             except RuntimeError as error:
                 count, note = 1, f"no graph: {one_line(error)}"
         repeated.append(call)
@@ -46,17 +46,9 @@ def take_turns(bench: Bench, calls: Mapping[str, Call], *, short: bool = False) 
         notes.append(note)
     lap = sum(single * count for single, count in zip(singles, repeats, strict=True))
     least, most = ROUNDS
-    rounds = min(max(int(bench.allowance / max(lap, 1e-9)), least), most)
+    rounds = min(max(int(bench.seconds_per_comparison / max(lap, 1e-9)), least), most)
     seconds = interleaved(repeated, bench.device, rounds=rounds, warm_ups=int(short))
     return {
         name: Times(seconds=tuple(s / count for s in taken), calls=count, note=note)
         for name, taken, count, note in zip(calls, seconds, repeats, notes, strict=True)
     }
-
-
-def _graph(call: Call, count: int) -> Call:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(count):
-            call()
-    return graph.replay

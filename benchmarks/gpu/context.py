@@ -1,4 +1,4 @@
-"""What every measurement is given: a device, sizes, time, and what was found out before."""
+"""Context of a GPU measurement: device, sizes, deadline, measured peaks."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from benchmarks.gpu.sizes import MODELS, SIZES, Model, Size
 
 
 class DeviceLost(Exception):
-    """A kernel left the GPU in a state in which this process can use it no more."""
+    """A sticky CUDA error; the process must be restarted."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
-    """The first run of something.
+class FirstRun:
+    """Result of running something for the first time.
 
     Attributes:
-        numerics: what was found of its result.
-        error: why there is none, in one line.
+        numerics: distances of its result from the reference.
+        error: why there is no result, in one line.
     """
 
     numerics: dict[str, float] = field(default_factory=dict)
@@ -32,37 +32,39 @@ class Trial:
 
 
 @dataclass(kw_only=True)
-class Bench:
-    """The circumstances of a run.
+class BenchContext:
+    """Circumstances that all measurements of a process share.
 
     Attributes:
         device: where everything runs.
         folder: for what is compiled.
+        table: file of the meta-parameters that tuning finds.
         models: the transformers.
         sizes: the videos.
-        gemm: side of the matrices that find the ceilings.
-        copied: bytes of the copy that does.
+        gemm: side of the square matrices whose products are the ceilings.
+        copy_bytes: bytes of the copy that is a ceiling.
         compiles: whether torch.compile takes part.
-        allowance: seconds for the rounds of one comparison.
+        seconds_per_comparison: for the rounds of one comparison.
         deadline: when all has to be over, by :func:`time.time`.
         ceilings: operations or bytes per second, by name, as far as they were measured.
         crashed: by ``item/subject``, what ended the process before; it is not run again.
-        note: told the name of a subject before it runs for the first time.
-        item: what is being measured.
+        note: told the name of a subject before it runs for the first time, and None after it.
+        item: name of what is being measured.
     """
 
     device: torch.device
     folder: Path
+    table: Path = Path("gpu-tuned.json")
     models: tuple[Model, ...] = MODELS
     sizes: tuple[Size, ...] = SIZES
     gemm: int = 8192
-    copied: int = 2 << 30
+    copy_bytes: int = 2 << 30
     compiles: bool = True
-    allowance: float = 2.0
+    seconds_per_comparison: float = 2.0
     deadline: float = float("inf")
     ceilings: dict[str, float] = field(default_factory=dict)
     crashed: Mapping[str, str] = field(default_factory=dict)
-    note: Callable[[str], None] = lambda subject: None
+    note: Callable[[str | None], None] = lambda subject: None
     item: str = ""
 
     def left(self) -> float:
@@ -76,37 +78,41 @@ class Bench:
         wide = dtype if dtype.itemsize > 1 else torch.bfloat16
         return torch.randn(shape, device=self.device, dtype=wide).to(dtype)
 
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def release(self) -> None:
-        """Give memory back that nothing holds any more."""
+        """Free cached memory."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def attempt(
-        self, subject: str, call: Callable[[], Any], judge: Callable[[Any], dict[str, float]]
-    ) -> Trial:
-        """Run ``call`` for the first time, and let ``judge`` look at its result.
+    def first_run(
+        self, subject: str, call: Callable[[], Any], check: Callable[[Any], dict[str, float]]
+    ) -> FirstRun:
+        """Run ``call`` for the first time, and let ``check`` look at its result.
 
         Raises:
             DeviceLost: it failed in a way from which the device does not recover.
         """
         if reason := self.crashed.get(f"{self.item}/{subject}"):
-            return Trial(error=reason)
+            return FirstRun(error=reason)
         self.note(subject)
         try:
             result = call()
-            self.synchronise()
-            return Trial(numerics=judge(result))
+            self.synchronize()
+            numerics = check(result)
         except Exception as error:
             reason = one_line(error)
             if not usable(self.device):
                 raise DeviceLost(reason) from error
+        else:
+            self.note(None)
+            return FirstRun(numerics=numerics)
+        self.note(None)
         self.release()
-        return Trial(error=reason)
+        return FirstRun(error=reason)
 
     def peak_of(self, call: Callable[[], object]) -> int | None:
         """Bytes that ``call`` takes beyond what is held already; None on a processor."""
@@ -115,12 +121,12 @@ class Bench:
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         call()
-        self.synchronise()
+        self.synchronize()
         return torch.cuda.max_memory_allocated(self.device) - before
 
 
-def nothing(result: object) -> dict[str, float]:
-    """What there is to say of a result that nobody looks at."""
+def no_metrics(result: object) -> dict[str, float]:
+    """Check of a result that has no reference: no metrics."""
     return {}
 
 
@@ -131,7 +137,7 @@ def one_line(error: BaseException) -> str:
 
 
 def usable(device: torch.device) -> bool:
-    """Whether the device still computes: after an illegal access it never does again."""
+    """Check that the device still computes: after an illegal access it never does again."""
     if device.type != "cuda":
         return True
     try:

@@ -1,4 +1,4 @@
-"""What is measured of a step where time is left: its whole depth, and a compiler that tries."""
+"""Optional step benchmarks: all blocks; max-autotune."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from functools import partial
 
 import torch
 
-from benchmarks.gpu.bench import Bench, nothing
+from benchmarks.gpu.context import BenchContext, no_metrics
 from benchmarks.gpu.dit_step import COMPILED, EAGER, OURS, Setup, shape_of, time_steps
+from benchmarks.gpu.dit_variants import plain
 from benchmarks.gpu.plain_dit import BlockCall
-from benchmarks.gpu.report import Found, Row, Times
-from benchmarks.gpu.rounds import take_turns
+from benchmarks.gpu.report import Measurement, ReportItem, Times
 from benchmarks.gpu.sizes import PRECISIONS, Model, Size
-from benchmarks.gpu.subjects import plain
+from benchmarks.gpu.timing import time_interleaved
 
 WHAT = "step, all blocks"
 TUNED = "torch.compile, max-autotune"
 
 
 def whole_depth(
-    bench: Bench, model: Model, size: Size, *, dtype: torch.dtype = torch.bfloat16
-) -> Iterator[Found]:
+    bench: BenchContext, model: Model, size: Size, *, dtype: torch.dtype = torch.bfloat16
+) -> Iterator[ReportItem]:
     """Run all blocks of ours, to see whether a few of them, scaled, tell the truth.
 
     A GPU that is busy for seconds gets hot and slows down; a few blocks don't show that.
@@ -31,9 +31,11 @@ def whole_depth(
     name = f"{OURS} {precision}"
     setup.add_ours(bench, precision)
     subject = setup.subjects[name]
-    trial = bench.attempt(name, partial(subject, setup.inputs[0], 1), nothing)
-    if trial.error is not None:
-        yield Row(what=WHAT, by=name, shape=shape_of(setup), error=trial.error)
+    first_run = bench.first_run(name, partial(subject, setup.inputs[0], 1), no_metrics)
+    if first_run.error is not None:
+        yield Measurement(
+            operation=WHAT, implementation=name, shape=shape_of(setup), error=first_run.error
+        )
         return
     scaled = time_steps(bench, setup, [name])[name]
 
@@ -41,10 +43,10 @@ def whole_depth(
         for values in setup.inputs:
             subject(values, layers)
 
-    times = take_turns(bench, {name: step})[name]
-    yield Row(
-        what=WHAT,
-        by=name,
+    times = time_interleaved(bench, {name: step})[name]
+    yield Measurement(
+        operation=WHAT,
+        implementation=name,
         shape=shape_of(setup),
         times=times,
         numerics={"scaled_over_measured": scaled.median / times.median},
@@ -52,7 +54,7 @@ def whole_depth(
     )
 
 
-def tuned(bench: Bench, model: Model, size: Size) -> Iterator[Found]:
+def autotuned(bench: BenchContext, model: Model, size: Size) -> Iterator[ReportItem]:
     """The plain module under a compiler that tries many kernels, against its default."""
     setup = Setup(bench, model, size, torch.bfloat16)
     modes = {COMPILED: None, TUNED: "max-autotune-no-cudagraphs"}
@@ -62,20 +64,22 @@ def tuned(bench: Bench, model: Model, size: Size) -> Iterator[Found]:
             torch.compile(block, dynamic=False, mode=mode) for block in setup.blocks
         ]
         setup.add(name, plain(setup.plain, blocks), setup.weights, mode=mode)
-    trials = {
-        name: bench.attempt(name, partial(subject, setup.inputs[0], 1), nothing)
+    first_runs = {
+        name: bench.first_run(name, partial(subject, setup.inputs[0], 1), no_metrics)
         for name, subject in setup.subjects.items()
     }
-    good = [name for name, trial in trials.items() if trial.error is None]
+    good = [name for name, first_run in first_runs.items() if first_run.error is None]
     times: dict[str, Times] = time_steps(bench, setup, good)
-    for name, trial in trials.items():
+    for name, first_run in first_runs.items():
         if name not in times:
-            yield Row(what="step", by=name, shape=shape_of(setup), error=trial.error)
+            yield Measurement(
+                operation="step", implementation=name, shape=shape_of(setup), error=first_run.error
+            )
             continue
         speedup = {EAGER: times[EAGER].median / times[name].median} if EAGER in times else {}
-        yield Row(
-            what="step",
-            by=name,
+        yield Measurement(
+            operation="step",
+            implementation=name,
             shape=shape_of(setup),
             times=times[name],
             speedup=speedup,

@@ -1,4 +1,4 @@
-"""The transformers that are compared, each as something that runs any number of blocks."""
+"""Transformers that are compared, each as something that runs any number of blocks."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from wanx.runtime.sessions.aoti.engine import TYPES, ScheduleRunner
 
 # From the inputs of a branch and a number of blocks to the velocity, and the stream before the head
 # where that can be had. Blocks beyond those that there are weights of run the same ones again.
-Subject = Callable[[Weights, int], tuple[Tensor, Tensor | None]]
+DiTVariant = Callable[[Weights, int], tuple[Tensor, Tensor | None]]
 Call = Callable[..., Sequence[Tensor]]
 OUTPUTS = ("velocity", "x")
 
 
-def plain(model: PlainDiT, blocks: Sequence[BlockCall]) -> Subject:
+def plain(model: PlainDiT, blocks: Sequence[BlockCall]) -> DiTVariant:
     """PyTorch's own operators; ``blocks`` are those of ``model``, or compiled."""
 
     def run(values: Weights, count: int) -> tuple[Tensor, Tensor]:
@@ -40,7 +40,7 @@ def plain(model: PlainDiT, blocks: Sequence[BlockCall]) -> Subject:
     return run
 
 
-class Compiled:
+class CompiledDiT:
     """Ours: compiled programs, as an exported bundle runs them."""
 
     def __init__(self, folder: Path, weights: Weights, held: int) -> None:
@@ -53,21 +53,21 @@ class Compiled:
     def __call__(self, values: Weights, count: int) -> tuple[Tensor, Tensor]:
         """Run it."""
         if count not in self._engines:
-            schedule = with_blocks(self._schedule, count, self._held)
+            schedule = schedule_with_blocks(self._schedule, count, self._held)
             self._engines[count] = ScheduleRunner(schedule, self._folder, OUTPUTS, self._weight)
-        made = self._engines[count].run(values)
-        return made["velocity"], made["x"]
+        outputs = self._engines[count].run(values)
+        return outputs["velocity"], outputs["x"]
 
-    def _weight(self, step: Step, wanted: Weight) -> Tensor:
-        key = step.prefix, wanted
+    def _weight(self, step: Step, weight: Weight) -> Tensor:
+        key = step.prefix, weight
         if key not in self._packed:
-            names = [f"{step.prefix}{source}" for source in wanted.sources]
+            names = [f"{step.prefix}{source}" for source in weight.sources]
             parts = [self._weights[name] for name in names]
-            self._packed[key] = packed(parts, wanted.shape, TYPES[wanted.dtype])
+            self._packed[key] = packed(parts, weight.shape, TYPES[weight.dtype])
         return self._packed[key]
 
 
-def with_blocks(schedule: EngineSchedule, count: int, held: int) -> EngineSchedule:
+def schedule_with_blocks(schedule: EngineSchedule, count: int, held: int) -> EngineSchedule:
     """The schedule with ``count`` blocks, whose weights are those of ``held`` in turn."""
     first, block, *_, last = schedule.steps
     repeated = (
@@ -76,7 +76,7 @@ def with_blocks(schedule: EngineSchedule, count: int, held: int) -> EngineSchedu
     return schedule.model_copy(update={"steps": (first, *repeated, last)})
 
 
-class Uncompiled:
+class EagerDiT:
     """Ours without a compiler: the same modules and kernels, one operator after the other."""
 
     def __init__(self, spec: ComponentSpec, dtype: torch.dtype, weights: Weights) -> None:
@@ -91,8 +91,8 @@ class Uncompiled:
         known = dict(values)
         for step in (first, *(blocks[i % len(blocks)] for i in range(count)), last):
             call = self._call(step)
-            made = call(*(known[name] for name in step.inputs))
-            known |= dict(zip(step.outputs, made, strict=True))
+            outputs = call(*(known[name] for name in step.inputs))
+            known |= dict(zip(step.outputs, outputs, strict=True))
         return known["velocity"], known["x"]
 
     def _call(self, step: Step) -> Call:
@@ -148,7 +148,7 @@ def diffusers_version() -> str | None:
     return None if find_spec("diffusers") is None else version("diffusers")
 
 
-class Diffusers:
+class DiffusersDiT:
     """The transformer of diffusers."""
 
     def __init__(self, config: DiTConfig, grid: tuple[int, int, int], weights: Weights) -> None:
