@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from wanx.builtin import find_bundle, is_builtin
+from wanx.commands.completion import complete_target
 from wanx.commands.options import BundlePath, Json, Quiet, bundle_facts, option, print_json
 from wanx.errors import UsageError
 from wanx.interruption import ends_at_interrupt
@@ -12,7 +13,12 @@ from wanx.interruption import ends_at_interrupt
 
 def build(
     bundle: BundlePath,
-    target: Annotated[str, option(help="As for export: aoti, rtx:sm89, tensorrt, cpu.")] = "aoti",
+    target: Annotated[
+        str,
+        option(
+            help="As for export: aoti, rtx:sm89, tensorrt, cpu.", autocompletion=complete_target
+        ),
+    ] = "aoti",
     plugins: Annotated[
         str,
         option(
