@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import signal
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support import interpreter  # noqa: F401  # before any kernel is imported
+# `make floors` runs tests of the runtime where there is no PyTorch, and so no kernel.
+if find_spec("torch"):
+    from tests.support import interpreter  # noqa: F401  # before any kernel is imported
 
 # The heavy packages are imported where they are used: most tests need none of them.
 if TYPE_CHECKING:

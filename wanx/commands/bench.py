@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from wanx.commands.completion import complete_bundle
 from wanx.commands.options import Json, Quiet, Threads, option, print_json
 from wanx.errors import GateError, UsageError, WanxError
 
@@ -21,6 +22,7 @@ def bench(
             help="Folders of bundles, or built-in ones; with --compare: an old and a new "
             "report.json.",
             show_default="the built-in tiny model",
+            autocompletion=complete_bundle,
         ),
     ] = None,
     output: Annotated[
@@ -51,7 +53,11 @@ def bench(
     ] = None,
     baseline: Annotated[
         str | None,
-        option(help="Bundle that the others are compared with.", show_default="the first"),
+        option(
+            help="Bundle that the others are compared with.",
+            show_default="the first",
+            autocompletion=complete_bundle,
+        ),
     ] = None,
     peer: Annotated[
         list[str] | None,

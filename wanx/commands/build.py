@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from wanx.commands.completion import complete_target
 from wanx.commands.options import BundlePath, Json, Quiet, bundle_facts, option, print_json
 from wanx.interruption import exit_on_sigint
 
 
 def build(
     bundle: BundlePath,
-    target: Annotated[str, option(help="As for export: aoti, rtx:sm89, tensorrt, cpu.")] = "aoti",
+    target: Annotated[
+        str,
+        option(
+            help="As for export: aoti, rtx:sm89, tensorrt, cpu.", autocompletion=complete_target
+        ),
+    ] = "aoti",
     plugins: Annotated[
         str,
         option(

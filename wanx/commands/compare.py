@@ -7,16 +7,25 @@ from typing import Annotated
 
 import typer
 
+from wanx.commands.completion import complete_bundle
 from wanx.commands.options import Json, Quiet, Threads, option, print_json
 from wanx.errors import GateError, UsageError
 
 
 def compare(
     candidate: Annotated[
-        str, typer.Argument(help="Folder of the bundle in question, or a built-in one.")
+        str,
+        typer.Argument(
+            help="Folder of the bundle in question, or a built-in one.",
+            autocompletion=complete_bundle,
+        ),
     ],
     reference: Annotated[
-        str, typer.Argument(help="Folder of the bundle that it should equal, or a built-in one.")
+        str,
+        typer.Argument(
+            help="Folder of the bundle that it should equal, or a built-in one.",
+            autocompletion=complete_bundle,
+        ),
     ],
     output: Annotated[
         Path | None,

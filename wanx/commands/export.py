@@ -8,13 +8,23 @@ from typing import Annotated, Any
 
 import typer
 
+from wanx.commands.completion import (
+    complete_bundle,
+    complete_precision,
+    complete_target,
+    complete_task,
+)
 from wanx.commands.options import Json, Quiet, bundle_facts, option, print_json
 from wanx.interruption import exit_on_sigint
 
 
 def export(
     source: Annotated[
-        str, typer.Argument(help="Folder of a checkpoint or bundle, or tiny, the built-in model.")
+        str,
+        typer.Argument(
+            help="Folder of a checkpoint or bundle, or tiny, the built-in model.",
+            autocompletion=complete_bundle,
+        ),
     ] = "tiny",
     output: Annotated[
         Path | None, option("--output", "-o", help="Folder of the bundle to write.")
@@ -23,7 +33,8 @@ def export(
         str,
         option(
             help="Of DiT and text encoder. Storage: auto (as they are), fp32, bf16, fp16. "
-            "Quantised: int8, fp8."
+            "Quantised: int8, fp8.",
+            autocompletion=complete_precision,
         ),
     ] = "auto",
     target: Annotated[
@@ -31,11 +42,16 @@ def export(
         option(
             help="What will run the bundle: cpu, aoti (compiled for this GPU), rtx:sm89 "
             "(TensorRT-RTX for such GPUs, several with commas), tensorrt (for this GPU) or "
-            "tensorrt:sm80+ (and all newer ones)."
+            "tensorrt:sm80+ (and all newer ones).",
+            autocompletion=complete_target,
         ),
     ] = "cpu",
     task: Annotated[
-        str | None, option(help="Insist on this task; an error names what was found.")
+        str | None,
+        option(
+            help="Insist on this task; an error names what was found.",
+            autocompletion=complete_task,
+        ),
     ] = None,
     quantize: Annotated[
         list[str] | None,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from wanx.commands.completion import complete_bundle, complete_solver
 from wanx.commands.options import Json, Quiet, Threads, option, print_json
 from wanx.errors import UsageError
 
@@ -24,7 +25,11 @@ if TYPE_CHECKING:
 
 def run(
     bundle: Annotated[
-        str | None, typer.Argument(help="Folder of the bundle; left out, the built-in tiny model.")
+        str | None,
+        typer.Argument(
+            help="Folder of the bundle; left out, the built-in tiny model.",
+            autocompletion=complete_bundle,
+        ),
     ] = None,
     prompt: Annotated[str | None, typer.Argument(help="What the video shows.")] = None,
     output: Annotated[
@@ -61,7 +66,9 @@ def run(
         float | None, option(help="Weight of the prompt; 1 switches guidance off.")
     ] = None,
     shift: Annotated[float | None, option(help="Shift of the noise schedule.")] = None,
-    solver: Annotated[str, option(help="unipc or dpm++.")] = "unipc",
+    solver: Annotated[str, option(help="unipc or dpm++.", autocompletion=complete_solver)] = (
+        "unipc"
+    ),
     seed: Annotated[int, option(help="Seed of the noise; -1 draws one.")] = -1,
     negative_prompt: Annotated[str | None, option(help="What the video should not show.")] = None,
     fps: Annotated[int | None, option(help="Frames per second of the file.")] = None,
