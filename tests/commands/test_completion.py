@@ -12,10 +12,10 @@ import pytest
 from tests.support.paths import ROOT
 from wanx.builtin import BUILTIN
 from wanx.commands.completion import (
-    TARGETS,
     complete_bundle,
     complete_precision,
     complete_solver,
+    complete_target,
     complete_task,
 )
 from wanx.errors import UsageError
@@ -96,11 +96,11 @@ def test_bundles_are_offered_where_they_lie(
 
 
 def test_what_is_offered_is_what_there_is() -> None:
-    from wanx.exporter import build
     from wanx.exporter.options import ExportOptions
+    from wanx.exporter.targets.registry import TARGETS
     from wanx.runtime.options import RunOptions
 
-    assert build.TARGETS == TARGETS
+    assert complete_target("") == list(TARGETS)
     for precision in complete_precision(""):
         ExportOptions(precision=precision)
     with pytest.raises(UsageError) as refusal:

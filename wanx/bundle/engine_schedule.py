@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     StringConstraints,
     ValidationError,
@@ -20,6 +18,7 @@ from pydantic import (
 )
 
 from wanx.bundle.manifest import Count, Text
+from wanx.bundle.record import Record, first_problem
 from wanx.config.number_formats import GRAPH_INPUTS, WEIGHTS, one_of
 from wanx.errors import CorruptInputError
 from wanx.files.input_file import open_input
@@ -36,11 +35,7 @@ InputType = Annotated[
 ]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, populate_by_name=True)
-
-
-class Weight(_Record):
+class Weight(Record):
     """One weight of a program: its type and shape there, and the tensors it comes from.
 
     Several ``sources`` lie one after the other along the first axis. They are names in the weight
@@ -52,7 +47,7 @@ class Weight(_Record):
     shape: Annotated[tuple[Size, ...], Field(max_length=6)]
 
 
-class Program(_Record):
+class Program(Record):
     """One compiled file; it takes the inputs of a step, then these weights in this order.
 
     ``layers`` counts layers by kind, from the build log; empty for aoti.
@@ -60,10 +55,10 @@ class Program(_Record):
 
     file: FileName
     weights: tuple[Weight, ...]
-    layers: dict[Text, Count] = {}
+    layers: Annotated[dict[Text, Count], Field(default_factory=dict)]
 
 
-class Step(_Record):
+class Step(Record):
     """One call of a program: ``prefix`` goes before the names of its weights."""
 
     program: Name
@@ -72,7 +67,7 @@ class Step(_Record):
     outputs: tuple[Name, ...]
 
 
-class EngineSchedule(_Record):
+class EngineSchedule(Record):
     """Programs and steps of a component.
 
     Two fields have other names in the file: ``types`` and ``batch_limit``.
@@ -134,9 +129,7 @@ def read_schedule(path: Path) -> EngineSchedule:
             raise ValueError(f"it is larger than {MAX_BYTES} bytes")
         return EngineSchedule.model_validate_json(data)
     except ValidationError as error:
-        problem = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(str(part) for part in problem["loc"]) or "plan"
-        reason = f"{where}: {problem['msg']}"
+        reason = first_problem(error, "schedule")
     except ValueError as error:
         reason = str(error)
-    raise CorruptInputError(f"{path}: not the plan of an engine: {reason:.240}; build it again")
+    raise CorruptInputError(f"{path}: not the schedule of an engine: {reason:.240}; build it again")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from wanx.bundle.manifest import printable
+from wanx.bundle.record import printable
 from wanx.errors import CorruptInputError
 from wanx.files.input_file import parse_json_object
 

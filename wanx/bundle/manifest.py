@@ -13,15 +13,14 @@ from typing import Annotated, Literal, Self
 from pydantic import (
     AfterValidator,
     AwareDatetime,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     StringConstraints,
     ValidationError,
     model_validator,
 )
 
+from wanx.bundle.record import Record, first_problem, printable
 from wanx.config.limits import bounded_config
 from wanx.config.models import ModelConfig, RunDefaults, Task
 from wanx.config.number_formats import QUANTIZED, WEIGHTS, one_of
@@ -34,11 +33,6 @@ TOKENIZER = "tokenizer/tokenizer.json"
 FOLDERS = ("graphs", "weights", "engines", "tokenizer", "golden")
 
 _PATH = re.compile(rf"({'|'.join(FOLDERS)})(/[A-Za-z0-9_][A-Za-z0-9_.+-]{{0,127}}){{1,6}}")
-
-
-def printable(text: object) -> str:
-    """``text`` as one line that is safe to print: control characters and the like replaced."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
 
 
 def _bundle_path(path: str) -> str:
@@ -64,18 +58,14 @@ Scheme = Annotated[
 Decibel = Annotated[float, Field(ge=-1000, le=1000)]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-class FileRecord(_Record):
+class FileRecord(Record):
     """Identity of a file of the bundle: its SHA-256 (hex) and its size in bytes."""
 
     sha256: Sha256
     size: Annotated[int, Field(ge=0, le=1 << 44)]
 
 
-class QuantizedLayer(_Record):
+class QuantizedLayer(Record):
     """One 8-bit layer of a recipe.
 
     ``input_scale`` is the step between two neighbouring 8-bit inputs (None: found while running, or
@@ -86,7 +76,7 @@ class QuantizedLayer(_Record):
     sqnr_db: Decibel | None = None
 
 
-class Quantization(_Record):
+class Quantization(Record):
     """The recipe of a component, and what its built graph holds.
 
     ``unquantized_layers`` gives, for each layer that could be 8-bit and is not, the reason.
@@ -103,10 +93,10 @@ class Quantization(_Record):
     layers: dict[Text, QuantizedLayer]
     unquantized_layers: Annotated[dict[Text, Text], Field(alias="kept")]
     verified_counts: Annotated[dict[Text, Count], Field(alias="found")]
-    kernels: dict[Text, Count] = {}
+    kernels: Annotated[dict[Text, Count], Field(default_factory=dict)]
 
 
-class Component(_Record):
+class Component(Record):
     """One network: its graph, the weight files that the graph may read, what is inside.
 
     ``engines`` names, per target, what runs instead of the portable graph.
@@ -114,7 +104,7 @@ class Component(_Record):
     """
 
     graph: BundlePath
-    engines: dict[Name, BundlePath] = {}
+    engines: Annotated[dict[Name, BundlePath], Field(default_factory=dict)]
     weights: tuple[BundlePath, ...] = ()
     storage: dict[Text, Count]
     nodes: Count
@@ -123,7 +113,7 @@ class Component(_Record):
     quantization: Quantization | None = None
 
 
-class Provenance(_Record):
+class Provenance(Record):
     """Origin of the weights, and the tools that wrote the bundle (name to version)."""
 
     source: Text
@@ -133,7 +123,7 @@ class Provenance(_Record):
     created: AwareDatetime
 
 
-class Manifest(_Record):
+class Manifest(Record):
     """The content of ``manifest.json``; ``files`` lists every other file of the bundle."""
 
     schema_version: Annotated[int, Field(ge=1, le=SCHEMA_VERSION)] = SCHEMA_VERSION
@@ -198,16 +188,6 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
         return Manifest.model_validate_json(data)
     except ValidationError as error:
         raise CorruptInputError(
-            f"{path}: not an acceptable manifest: {_first_problem(error)}: "
+            f"{path}: not an acceptable manifest: {first_problem(error, 'manifest')}: "
             "copy or export the bundle again"
         ) from None
-
-
-def _first_problem(error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_context=False)[0]
-    where = ".".join(str(part) for part in first["loc"]) or "manifest"
-    seen = (
-        "" if isinstance(first["input"], dict | ModelConfig) else f" (found {first['input']!r:.60})"
-    )
-    more = f", and {error.error_count() - 1} more" if error.error_count() > 1 else ""
-    return printable(f"{where:.120}: {first['msg'].removeprefix('Value error, '):.240}{seen}{more}")

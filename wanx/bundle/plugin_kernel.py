@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from operator import add, floordiv, mul
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints, ValidationError
 from pydantic import model_validator as checked
 
+from wanx.bundle.record import Record, first_problem
 from wanx.config.number_formats import KERNEL_TENSORS, one_of
 from wanx.errors import CorruptInputError, EnvironmentMismatchError, WanxError
 
@@ -35,31 +36,27 @@ Expression = Annotated[tuple[Token, ...], Field(min_length=1, max_length=32)]
 ElementType = Annotated[str, StringConstraints(pattern=one_of(row.name for row in KERNEL_TENSORS))]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-class Value(_Record):
+class Value(Record):
     """An input or output: its type, and its shape, whose axes are numbers or named."""
 
     dtype: ElementType
     shape: Annotated[tuple[Size | Axis, ...], Field(max_length=8)]
 
 
-class Pointer(_Record):
+class Pointer(Record):
     """The address of a tensor, inputs before outputs, and ``offset`` bytes into it."""
 
     tensor: Annotated[int, Field(ge=0, lt=64)]
     offset: Size = 0
 
 
-class Integer(_Record):
+class Integer(Record):
     """A 32-bit number that depends on sizes."""
 
     integer: Expression
 
 
-class Real(_Record):
+class Real(Record):
     """A number in fp32."""
 
     real: Annotated[float, Field(allow_inf_nan=False)]
@@ -68,7 +65,7 @@ class Real(_Record):
 Argument = Pointer | Integer | Real
 
 
-class Variant(_Record):
+class Variant(Record):
     """The kernel for one GPU.
 
     Attributes:
@@ -116,7 +113,7 @@ class Variant(_Record):
         return values
 
 
-class Description(_Record):
+class Description(Record):
     """Inputs and outputs of a kernel, and its launch on each GPU."""
 
     schema_version: Literal[1] = 1
@@ -267,9 +264,7 @@ def read_plugin_kernel(description: bytes, code: bytes) -> PluginKernel:
         if not all(binary.startswith(ELF) for _, binary in kernel._binaries()):
             raise ValueError("a binary is no compiled code")
     except ValidationError as error:
-        problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(str(part) for part in problem["loc"]) or "description"
-        reason = f"{where:.80}: {problem['msg']:.200}"
+        reason = first_problem(error, "description")
     except ValueError as error:
         reason = str(error)
     else:

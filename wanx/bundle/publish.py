@@ -25,7 +25,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from wanx.bundle.manifest import MANIFEST, FileRecord, Manifest, printable
+from wanx.bundle.manifest import MANIFEST, FileRecord, Manifest
+from wanx.bundle.record import printable
 from wanx.errors import UsageError
 from wanx.files.checksum import sha256_file
 from wanx.files.disk import preflight_space, sync, translate_disk_errors

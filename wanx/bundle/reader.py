@@ -25,9 +25,9 @@ from wanx.bundle.manifest import (
     Manifest,
     Provenance,
     parse_manifest,
-    printable,
 )
 from wanx.bundle.publish import recover
+from wanx.bundle.record import printable
 from wanx.errors import CorruptInputError, UsageError, WanxError
 
 __all__ = [

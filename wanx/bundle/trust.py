@@ -12,11 +12,10 @@ import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-import platformdirs
-
 from wanx.bundle.manifest import FileRecord
 from wanx.bundle.reader import Bundle
 from wanx.errors import EnvironmentMismatchError
+from wanx.files.cache import cache_path
 
 TRUST_VARIABLE = "WANX_TRUST_ENGINES"
 
@@ -49,12 +48,9 @@ def require_trusted(bundle: Bundle, component: str, target: str) -> None:
 
 def _trust_marker(engine: str, files: Mapping[str, FileRecord]) -> Path | None:
     """Path of an engine's marker; its name is a digest of every byte in the engine's folder."""
-    cache = platformdirs.user_cache_path("wanx", appauthor=False)
-    if not cache.is_absolute():  # there is no home folder
-        return None
     folder = PurePosixPath(engine).parent
     facts = [
         f"{p} {r.sha256}" for p, r in sorted(files.items()) if folder in PurePosixPath(p).parents
     ]
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()
-    return cache / "built" / digest
+    return cache_path("built", digest)

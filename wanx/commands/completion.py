@@ -12,9 +12,6 @@ from typing import get_args
 from wanx.builtin import BUILTIN
 from wanx.config.models import Task
 
-# Those of wanx.exporter.build, whose import takes seconds.
-TARGETS = ("cpu", "aoti", "rtx", "tensorrt")
-
 
 def complete_bundle(incomplete: str) -> list[str]:
     """List the built-in bundles and those in the folder that is being typed."""
@@ -45,7 +42,9 @@ def complete_solver(incomplete: str) -> list[str]:
 
 def complete_target(incomplete: str) -> list[str]:
     """List the targets, without the GPUs that may follow them."""
-    return _starting_with(incomplete, TARGETS)
+    from wanx.runtime.sessions.registry import BACKENDS
+
+    return _starting_with(incomplete, tuple(BACKENDS))
 
 
 def complete_task(incomplete: str) -> list[str]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import platformdirs
+from wanx.files.cache import cache_path, read_cached, write_cached
 
 _CHUNK = 1 << 20
 _SETTLED_NS = 2_000_000_000  # coarsest timestamp of a file system in use (FAT)
@@ -47,14 +46,12 @@ class DigestCache:
 
     def __init__(self, folder: Path) -> None:
         """Load what is remembered about the files under ``folder``."""
-        cache = platformdirs.user_cache_path("wanx", appauthor=False)
         key = hashlib.sha256(os.fsencode(folder)).hexdigest()
-        # Without a home folder the path stays relative, "~/.cache": it would land in the cwd.
-        self._path = cache / "verified" / f"{key}.json" if cache.is_absolute() else None
+        self._path = cache_path("verified", f"{key}.json")
         self._entries: dict[str, list[object]] = {}
         self._changed = False
-        with suppress(OSError, ValueError, RecursionError):
-            loaded = json.loads(self._path.read_bytes()) if self._path else {}
+        with suppress(ValueError, RecursionError):
+            loaded = json.loads(read_cached(self._path))
             self._entries = loaded if isinstance(loaded, dict) else {}
 
     def digest(self, name: str, stat: os.stat_result) -> str | None:
@@ -74,18 +71,8 @@ class DigestCache:
 
     def save(self) -> None:
         """Write what was recorded, in one step."""
-        if not self._changed or self._path is None:
-            return
-        with suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self._path.parent)
-            try:
-                with open(handle, "w", encoding="utf-8") as file:
-                    json.dump(self._entries, file)
-                os.replace(temporary, self._path)
-            except BaseException:
-                os.unlink(temporary)
-                raise
+        if self._changed:
+            write_cached(self._path, json.dumps(self._entries).encode())
 
 
 def _identity(stat: os.stat_result) -> list[object]:

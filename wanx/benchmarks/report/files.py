@@ -6,12 +6,13 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from wanx.benchmarks.report.html import require_packages
 from wanx.errors import UsageError, WanxError
+from wanx.files.atomic import replacing
 
 
 def prepare_folder(folder: Path) -> None:
@@ -58,18 +59,12 @@ def write_files(texts: Mapping[Path, str]) -> None:
     Raises:
         WanxError: the disk is full or failing.
     """
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in texts}
     try:
-        for path, text in texts.items():
-            temporary[path].write_text(text, encoding="utf-8")
-        for path, partial in temporary.items():
-            os.replace(partial, path)
+        with ExitStack() as stack:
+            for path, text in texts.items():
+                stack.enter_context(replacing(path)).write_text(text, encoding="utf-8")
     except OSError as error:
         raise WanxError(
             f"the report cannot be written: {error.strerror} ({error.filename}); free some space "
             "or choose another folder"
         ) from None
-    finally:
-        for partial in temporary.values():
-            with suppress(OSError):
-                partial.unlink()

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wanx.benchmarks.report.files import dumps, json_safe, prepare_folder, write_files
+from wanx.benchmarks.speed.analysis import require_packages, with_rooflines
 from wanx.benchmarks.speed.pages.markdown import to_markdown
 from wanx.benchmarks.speed.pages.page import Stills, render
 from wanx.benchmarks.speed.pages.stills import read_stills
 from wanx.benchmarks.speed.peers import with_agreements
 from wanx.benchmarks.speed.results import Results, pluralize, with_problem
-from wanx.benchmarks.speed.roofline.analysis import require_packages, with_rooflines
 from wanx.benchmarks.speed.suite import Suite, measure
 from wanx.benchmarks.speed.sweep import default_sizes, sweep
 from wanx.errors import CancelledError, WanxError

@@ -30,9 +30,10 @@ def main(spec_path: str, result_path: str) -> None:
 
 
 def _wanx(spec: dict[str, Any]) -> dict[str, Any]:
-    import wanx
+    from wanx.builtin import open_named
+    from wanx.runtime.pipeline import Pipeline
 
-    pipeline = wanx.load(spec["bundle"], threads=spec["threads"])
+    pipeline = Pipeline(open_named(spec["bundle"]), threads=spec["threads"])
     ready = time.monotonic()
     latents = []
     generated = pipeline.run(
@@ -48,13 +49,11 @@ def _wanx(spec: dict[str, Any]) -> dict[str, Any]:
 
 def _peer(spec: dict[str, Any]) -> dict[str, Any]:
     from wanx.benchmarks.peers.diffusers import generate
-    from wanx.builtin import is_builtin
-    from wanx.bundle.reader import open_bundle
+    from wanx.builtin import open_named
     from wanx.runtime.inputs.reading import read_inputs
     from wanx.runtime.resolve import resolve
 
-    folder = Path(spec["bundle"])
-    bundle = open_bundle(folder, allow_hard_links=is_builtin(folder))
+    bundle = open_named(spec["bundle"])
     options = _options(spec)
     inputs = read_inputs(options, bundle.manifest.task)
     run = resolve(options, bundle.manifest.config, inputs)

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import platformdirs
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
@@ -21,6 +20,7 @@ from wanx.checkpoints.checkpoint import Checkpoint
 from wanx.errors import WanxError
 from wanx.exporter.calibration.observers import Observers
 from wanx.exporter.calibration.tensor_cache import load_tensors, save_tensors
+from wanx.files.cache import cache_path
 from wanx.runtime.inputs.reading import Inputs
 from wanx.runtime.options import ResolvedRun
 from wanx.version import __version__
@@ -124,9 +124,7 @@ def state_path(
         "asked": [str(item) for item in cache_key_parts],
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    cache = platformdirs.user_cache_path("wanx", appauthor=False)
-    # Without a home folder the path stays relative, "~/.cache": it would land in the cwd.
-    return cache / "calibration" / f"{key[:32]}.safetensors" if cache.is_absolute() else None
+    return cache_path("calibration", f"{key[:32]}.safetensors")
 
 
 def _input_identities(inputs: Inputs) -> Iterator[object]:

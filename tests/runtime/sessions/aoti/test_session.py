@@ -246,7 +246,7 @@ def test_without_pytorch(compiled: Bundle, monkeypatch: pytest.MonkeyPatch) -> N
     [
         (lambda text: text.replace('"embed.pt2"', '"../embed.pt2"'), "file"),
         (lambda text: text.replace('"tokens"', '"tokins"', 1), "reads tokens, which nothing makes"),
-        (lambda text: text[:100], "not the plan of an engine"),
+        (lambda text: text[:100], "not the schedule of an engine"),
         (lambda text: text.replace('"schema_version": 1', '"schema_version": 2'), "schema_version"),
         (lambda text: text + " " * (8 << 20), "larger than"),
     ],

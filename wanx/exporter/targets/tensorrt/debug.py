@@ -23,10 +23,10 @@ import onnxruntime
 import torch
 from onnx import TensorProto
 
-from wanx.builtin import find_bundle, is_builtin
+from wanx.builtin import open_named
 from wanx.bundle.engine_schedule import EngineSchedule, Program
 from wanx.bundle.golden_steps import GOLDEN, read_golden
-from wanx.bundle.reader import Bundle, open_bundle
+from wanx.bundle.reader import Bundle
 from wanx.errors import EnvironmentMismatchError, UsageError, WanxError
 from wanx.exporter.components import ComponentSpec, component_specs
 from wanx.exporter.graph.attach import IR_TYPES
@@ -224,8 +224,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("debug"), help="a new folder")
     asked = parser.parse_args()
     try:
-        root = find_bundle(asked.bundle)
-        bundle = open_bundle(root, allow_hard_links=is_builtin(root))
+        bundle = open_named(asked.bundle)
         folder = write_step(bundle, asked.component, asked.step, asked.output)
     except (WanxError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

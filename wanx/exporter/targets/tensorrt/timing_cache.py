@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-import platformdirs
+from wanx.files.cache import cache_path, read_cached, write_cached
 
 
 class TimingCache:
@@ -20,13 +16,12 @@ class TimingCache:
 
     def __init__(self, config: Any, name: str) -> None:
         """Load the timings that an earlier build left under ``name`` into a configuration."""
-        self._config, self._known, self._file = config, b"", _file(name)
+        self._config, self._file = config, cache_path("tensorrt", "timing", name)
+        self._known = b""
         self._cache = None
         if not hasattr(config, "create_timing_cache"):
             return
-        if self._file is not None:
-            with suppress(OSError):
-                self._known = self._file.read_bytes()
+        self._known = read_cached(self._file)
         for content in dict.fromkeys((self._known, b"")):
             self._cache = config.create_timing_cache(content)
             if self._cache is not None and config.set_timing_cache(self._cache, False):
@@ -35,21 +30,8 @@ class TimingCache:
 
     def write(self) -> None:
         """Save what was added, whole or not at all."""
-        if self._cache is None or self._file is None:
+        if self._cache is None:
             return
         content = bytes(self._cache.serialize())
-        if not content or content == self._known:
-            return
-        with suppress(OSError):
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, fresh = tempfile.mkstemp(dir=self._file.parent)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-            os.replace(fresh, self._file)
-
-
-def _file(name: str) -> Path | None:
-    cache = platformdirs.user_cache_path("wanx", appauthor=False)
-    if not cache.is_absolute():  # there is no home folder
-        return None
-    return cache / "tensorrt" / "timing" / name
+        if content and content != self._known:
+            write_cached(self._file, content)

@@ -15,9 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from wanx.errors import EnvironmentMismatchError
+from wanx.files.cache import cache_path
 
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx-cu13"}
 MODULES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}  # by target
@@ -84,9 +83,9 @@ def _name_library(*, imported: bool) -> None:
 def _links(folder: Path) -> Path:
     """Make a folder of links to the libraries: in the user's cache, or a temporary one."""
     digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
-    links = platformdirs.user_cache_path("wanx", appauthor=False) / "tensorrt" / digest
+    links = cache_path("tensorrt", digest)
     try:
-        if links.is_absolute():  # else there is no home folder
+        if links is not None:
             return _linked(folder, links)
     except OSError:
         pass
