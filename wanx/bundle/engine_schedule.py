@@ -55,7 +55,7 @@ class Program(Record):
 
     file: FileName
     weights: tuple[Weight, ...]
-    layers: Annotated[dict[Text, Count], Field(default_factory=dict)]
+    layers: dict[Text, Count] = Field(default_factory=dict)
 
 
 class Step(Record):

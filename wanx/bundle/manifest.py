@@ -93,7 +93,7 @@ class Quantization(Record):
     layers: dict[Text, QuantizedLayer]
     unquantized_layers: Annotated[dict[Text, Text], Field(alias="kept")]
     verified_counts: Annotated[dict[Text, Count], Field(alias="found")]
-    kernels: Annotated[dict[Text, Count], Field(default_factory=dict)]
+    kernels: dict[Text, Count] = Field(default_factory=dict)
 
 
 class Component(Record):
@@ -104,7 +104,7 @@ class Component(Record):
     """
 
     graph: BundlePath
-    engines: Annotated[dict[Name, BundlePath], Field(default_factory=dict)]
+    engines: dict[Name, BundlePath] = Field(default_factory=dict)
     weights: tuple[BundlePath, ...] = ()
     storage: dict[Text, Count]
     nodes: Count
