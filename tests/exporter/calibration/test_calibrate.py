@@ -15,7 +15,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-import wanx
 import wanx.exporter.calibration.state as calibration_state
 from tests.support.peers import relative_error
 from tests.support.small_models import Task, load_dit, record_inputs, small_model
@@ -311,7 +310,7 @@ def test_a_kill_while_saving_leaves_the_step_before(
         os.rename(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(calibration_state.os, "replace", stop_second)
+        patch.setattr(os, "replace", stop_second)
         with pytest.raises(KeyboardInterrupt):
             calibrate(*model, OPTIONS, points_of(model[0]))
     assert len(forwards) == 2
@@ -372,7 +371,7 @@ def test_whatever_changes_what_is_seen_changes_the_key(
     assert key(checkpoint, bundle, base, "x") == first
 
     with monkeypatch.context() as patch:
-        patch.setattr(wanx, "__version__", "99")
+        patch.setattr(calibration_state, "__version__", "99")
         keys["version"] = key(checkpoint, bundle, base, "x")
     files = dict(bundle.manifest.files)
     files["weights/text_encoder.safetensors"] = files["weights/vae.safetensors"]
