@@ -6,7 +6,7 @@ import hashlib
 import platform
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -113,8 +113,8 @@ def write_bundle(planned: ExportPlan, progress: Progress = no_progress) -> Bundl
 
 def _build(resolved: ResolvedExport, folder: Path, progress: Progress) -> None:
     options, checkpoint = resolved.options, resolved.checkpoint
-    build = _Build(resolved, folder, progress)
     specs = component_specs(checkpoint.config)
+    build = _Build(resolved, specs, folder, progress)
     recipes = {}
     if "text_encoder" in resolved.eight_bit:
         recipes["text_encoder"] = text_recipe(checkpoint.config.text_encoder)
@@ -124,13 +124,15 @@ def _build(resolved: ResolvedExport, folder: Path, progress: Progress) -> None:
         build.add([spec for spec in specs if spec.weights != "dit"], recipes)
         recipes["dit"], golden = choose_recipe(
             checkpoint, build.bundle(), resolved.scheme, options.quantize, options.calibration,
-            progress,
+            progress, resolved.runs,
         )  # fmt: skip
         build.add([spec for spec in specs if spec.weights == "dit"], recipes)
     else:
         build.add(specs, recipes)
         if options.calibration.golden_steps:
-            golden = record_golden(checkpoint, build.bundle(), options.calibration, progress)
+            golden = record_golden(
+                checkpoint, build.bundle(), options.calibration, progress, resolved.runs
+            )
     if golden is not None and options.calibration.golden_steps:
         (folder / GOLDEN).parent.mkdir()
         write_golden(golden, folder / GOLDEN)
@@ -148,8 +150,15 @@ def _build(resolved: ResolvedExport, folder: Path, progress: Progress) -> None:
 class _Build:
     """A bundle that grows by components in a folder."""
 
-    def __init__(self, resolved: ResolvedExport, folder: Path, progress: Progress) -> None:
+    def __init__(
+        self,
+        resolved: ResolvedExport,
+        specs: Sequence[ComponentSpec],
+        folder: Path,
+        progress: Progress,
+    ) -> None:
         self._resolved, self._folder, self._progress = resolved, folder, progress
+        self._names = [spec.name for spec in specs]
         self._components: dict[str, Component] = {}
         self._sha256: dict[str, str] = {}
         self._sources: dict[str, str] = {}
@@ -173,13 +182,12 @@ class _Build:
     def bundle(self) -> Bundle:
         """Bundle of the components so far; it may lack some, and golden steps."""
         resolved = self._resolved
-        names = [spec.name for spec in component_specs(resolved.checkpoint.config)]
         manifest = Manifest(
             wanx_version=__version__,
             config=resolved.checkpoint.config,
             precision=resolved.precision,
             target="cpu",
-            components={n: self._components[n] for n in names if n in self._components},
+            components={n: self._components[n] for n in self._names if n in self._components},
             provenance=Provenance(
                 source=resolved.checkpoint.source.name,
                 source_layout=resolved.checkpoint.layout,
@@ -216,8 +224,8 @@ class _Build:
                 raise
 
     def _count_traced(self, here: int) -> None:
-        total = len(component_specs(self._resolved.checkpoint.config))
-        self._progress("trace graphs", len(self._components) + here, total, "steps")
+        count = len(self._components) + here
+        self._progress("trace graphs", count, len(self._names), "steps")
 
     def _write_groups(
         self, groups: list[str], recipes: Mapping[str, Recipe], stop: threading.Event

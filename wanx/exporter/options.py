@@ -9,11 +9,15 @@ from wanx.checkpoints.checkpoint import Checkpoint
 from wanx.config.models import ModelConfig, Task
 from wanx.config.number_formats import BY_SAFETENSORS, FLOATS, WEIGHTS
 from wanx.errors import UsageError
-from wanx.exporter.calibration.options import CalibrationOptions, golden_only, planned_runs
+from wanx.exporter.calibration.options import (
+    CalibrationOptions,
+    PlannedRuns,
+    golden_only,
+    planned_runs,
+)
 from wanx.exporter.quantization.recipe import dit_candidates, require_matches, text_recipe
 from wanx.exporter.quantization.scheme import SCHEMES, WEIGHT_ONLY, QuantizeOptions, Scheme
 from wanx.exporter.targets.registry import parse_target
-from wanx.runtime.options import ResolvedRun
 
 PRECISIONS = tuple(row.name for row in WEIGHTS)
 STORED_TYPES = {row.name: row.safetensors for row in FLOATS}
@@ -84,7 +88,7 @@ class ResolvedExport:
         scheme: number format of 8-bit layers; None where there are none.
         options: as the user gave them.
         eight_bit: per group, the tensors that the scheme would store in 8 bits.
-        runs: trajectories that are watched to calibrate, or that golden steps are recorded from.
+        runs: runs with their inputs, to calibrate with or to record golden steps from.
     """
 
     checkpoint: Checkpoint
@@ -94,7 +98,7 @@ class ResolvedExport:
     scheme: Scheme | None
     options: ExportOptions
     eight_bit: dict[str, frozenset[str]]
-    runs: tuple[ResolvedRun, ...]
+    runs: PlannedRuns
 
     def stored_type(self, group: str, dtype: str) -> str:
         """Type in which a tensor of type ``dtype`` of a group of weights is written."""
@@ -151,14 +155,12 @@ def resolve(options: ExportOptions, checkpoint: Checkpoint) -> ResolvedExport:
     )
 
 
-def _runs(
-    options: CalibrationOptions, config: ModelConfig, *, calibrates: bool
-) -> tuple[ResolvedRun, ...]:
+def _runs(options: CalibrationOptions, config: ModelConfig, *, calibrates: bool) -> PlannedRuns:
     if not calibrates:
         if not options.golden_steps:
             return ()
         options = golden_only(options)
-    return tuple(run for run, _ in planned_runs(options, config))
+    return planned_runs(options, config)
 
 
 def _eight_bit(checkpoint: Checkpoint, options: QuantizeOptions) -> dict[str, frozenset[str]]:

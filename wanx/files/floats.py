@@ -26,7 +26,7 @@ _BLOCK = 1 << 16  # numbers converted at a time, so that they are still in the c
 
 
 def has_nonfinite(chunk: Chunk, dtype: str) -> bool:
-    """Whether a chunk holds a NaN or an infinity.
+    """True if a chunk holds a NaN or an infinity.
 
     Works on bit patterns: as unsigned integers the negative non-finite numbers are the largest, as
     signed integers the positive ones are, so two maxima decide.

@@ -119,8 +119,8 @@ def _tensor_bytes(dtype: str, shape: Iterable[int]) -> int | None:
     return None if bits % 8 else bits // 8
 
 
-def _corrupt(path: Path, found: str) -> CorruptInputError:
-    return CorruptInputError(f"{path}: {found}; download or export the file again")
+def _corrupt(path: Path, problem: str) -> CorruptInputError:
+    return CorruptInputError(f"{path}: {problem}; download or export the file again")
 
 
 class SafetensorsWriter:

@@ -136,13 +136,13 @@ def resources(compiled: Any) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        found = subprocess.run(
+        listing = subprocess.run(
             [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)],
             capture_output=True,
             text=True,
             check=True,
         ).stdout
-    usage = {name: int(number) for name, number in re.findall(r"(REG|STACK):(\d+)", found)}
+    usage = {name: int(number) for name, number in re.findall(r"(REG|STACK):(\d+)", listing)}
     return {
         "registers": usage["REG"],
         "stack": usage["STACK"],
@@ -227,14 +227,14 @@ def main() -> None:
     """Compile everything and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sm", type=int, action="append", help="such as 90; repeat for several")
-    asked = parser.parse_args().sm or KNOWN_SM
-    if unknown := [sm for sm in asked if sm not in KNOWN_SM]:
+    sms = parser.parse_args().sm or KNOWN_SM
+    if unknown := [sm for sm in sms if sm not in KNOWN_SM]:
         known = ", ".join(map(str, KNOWN_SM))
         print(f"error: there is nothing for SM {unknown[0]}; known are {known}", file=sys.stderr)
         sys.exit(UsageError.exit_code)
     print(f"{'kernel':40} sm  registers  stack  shared")
     spilled = 0
-    for sm in asked:
+    for sm in sms:
         for name, launch in launches_of_wan(sm):
             if sm >= launch.oldest_sm:
                 used = resources(compile_for(launch, sm))

@@ -139,13 +139,13 @@ def _gemm_8bit_kernel(  # type: ignore[no-untyped-def]
     y += tl.load(bias + first_n + weight_row).to(tl.float32)[None, :]
     inside = (row[:, None] < M - first_m) & (column[None, :] < N - first_n)
     first = first_row * N + first_n
-    place = row[:, None] * N + column[None, :]
+    offsets = row[:, None] * N + column[None, :]
     if GELU:
         y = round_to_8bit(gelu_tanh(y) / tl.load(out_scale), out.dtype.element_ty)
     elif RESIDUAL:
         y *= tl.load(gate + batch * gate_stride + first_n + weight_row)[None, :]
-        y += tl.load(residual + first + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + first + place, y.to(out.dtype.element_ty), mask=inside)
+        y += tl.load(residual + first + offsets, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + first + offsets, y.to(out.dtype.element_ty), mask=inside)
 
 
 def launch_gemm_8bit(

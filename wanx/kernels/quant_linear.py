@@ -122,12 +122,12 @@ def _choose(
     """Choose the fastest product for an op on this GPU, or say why none can run."""
     values = (x8, x_scale, weight8, weight_scale, bias)
     n, k = weight8.shape
-    found: Run | str = ""
+    choice: Run | str = ""
     for name in ranking(op, sm_of(x8), n=n, k=k):
-        found = candidate(name, *values)
-        if not isinstance(found, str):
+        choice = candidate(name, *values)
+        if not isinstance(choice, str):
             break
-    return found
+    return choice
 
 
 def candidate(

@@ -71,7 +71,7 @@ class Difference:
 
     @property
     def finite(self) -> bool:
-        """Whether neither side holds NaN or infinity."""
+        """True if neither side holds NaN or infinity."""
         return math.isfinite(self.power + self.signal)
 
     @property

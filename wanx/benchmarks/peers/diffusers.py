@@ -81,11 +81,11 @@ def generate(
 
     def pipeline(**parts: Any) -> Any:
         missing = {"tokenizer", "text_encoder", "transformer", "vae"} - parts.keys()
-        made = diffusers.WanPipeline(
+        pipeline = diffusers.WanPipeline(
             **dict.fromkeys(missing), **{"scheduler": _scheduler(diffusers, run), **parts}
         )
-        made.set_progress_bar_config(disable=True)
-        return made
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
     with timer.stage("text"):
         with timer.loading():
@@ -134,7 +134,7 @@ def generate(
                 latents.append(values["latents"].clone())
             return {}
 
-        made = denoise(callback_on_step_end=note).frames
+        latent = denoise(callback_on_step_end=note).frames
         del denoise, video, transformer
     with timer.stage("decode"):
         with timer.loading():
@@ -144,7 +144,7 @@ def generate(
                 torch.tensor(values, device=device).view(1, -1, 1, 1, 1)
                 for values in (config.vae.latent_mean, config.vae.latent_std)
             )
-            pixels = vae.decode(made.float() * std + mean, return_dict=False)[0]
+            pixels = vae.decode(latent.float() * std + mean, return_dict=False)[0]
             levels = (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().byte()
             frames = levels[0].permute(1, 2, 3, 0).cpu().numpy()
         with timer.writing(), VideoWriter(output, run.width, run.height, fps=run.fps) as writer:

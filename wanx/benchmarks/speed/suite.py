@@ -210,12 +210,12 @@ def _labels(bundles: Sequence[Bundle]) -> list[str]:
     ]
 
 
-def _baseline(asked: str | None, labels: Sequence[str]) -> int:
-    if asked is None:
+def _baseline(name: str | None, labels: Sequence[str]) -> int:
+    if name is None:
         return 0
-    label = Path(asked).name
+    label = Path(name).name
     if label not in labels:
-        raise UsageError(f"--baseline {asked} is not measured here; choose {', '.join(labels)}")
+        raise UsageError(f"--baseline {name} is not measured here; choose {', '.join(labels)}")
     return labels.index(label)
 
 

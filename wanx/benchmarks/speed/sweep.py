@@ -181,7 +181,7 @@ def sweep(
         for length, seconds in taken.items()
     ]
     model = fit(list(taken), [median(seconds) for seconds in taken.values()])
-    asked = {int(np.prod(grid_of(bundle, *size))): label(*size) for size in predict}
+    labels = {int(np.prod(grid_of(bundle, *size))): label(*size) for size in predict}
     return Sweep(
         subject=subject,
         branches=branches,
@@ -189,7 +189,7 @@ def sweep(
         fit=model,
         predictions=tuple(
             Prediction(label=name, tokens=length, seconds=model.seconds(length))
-            for length, name in sorted(asked.items())
+            for length, name in sorted(labels.items())
             if length not in taken
         ),
     )

@@ -20,7 +20,12 @@ from wanx.bundle.reader import Bundle
 from wanx.checkpoints.checkpoint import Checkpoint
 from wanx.exporter.calibration.blockwise_dit import BlockwiseDiT
 from wanx.exporter.calibration.observers import Observers
-from wanx.exporter.calibration.options import CalibrationOptions, golden_only, planned_runs
+from wanx.exporter.calibration.options import (
+    CalibrationOptions,
+    PlannedRuns,
+    golden_only,
+    planned_runs,
+)
 from wanx.exporter.calibration.state import Calibration, state_path
 from wanx.progress import Progress, no_progress
 from wanx.runtime.denoise import DenoisingRun
@@ -37,6 +42,7 @@ def calibrate(
     options: CalibrationOptions,
     points: Iterable[str] = (),
     progress: Progress = no_progress,
+    runs: PlannedRuns | None = None,
 ) -> Calibration:
     """Run trajectories over the denoiser of a checkpoint, watching ``points``.
 
@@ -48,15 +54,17 @@ def calibrate(
             ``blocks.3.self_attn.attend``, whose inputs become ``….q``, ``….k`` and ``….v``. Where
             there are none, nothing is saved.
         progress: told how many blocks are done.
+        runs: planned from the options before; None plans them.
 
     Raises:
         UsageError: the calibration file or an option cannot be.
         WanxError: an activation is not finite; the message names the layer.
     """
     config, watched = checkpoint.config, sorted(points)
-    runs = planned_runs(options, config)
-    asked = (*watched, options.golden_steps)
-    path = state_path(checkpoint, bundle, runs, asked) if watched else None
+    if runs is None:
+        runs = planned_runs(options, config)
+    key_parts = (*watched, options.golden_steps)
+    path = state_path(checkpoint, bundle, runs, key_parts) if watched else None
     trajectories = [encoded.start() for encoded in RunParts.of(bundle).encode(runs)]
     if path is not None and options.fresh:
         path.unlink(missing_ok=True)
@@ -65,7 +73,7 @@ def calibrate(
         for velocity in velocities:
             trajectory.step(velocity)
     dit = BlockwiseDiT(config.dit, checkpoint.components["dit"].tensors)
-    capture_launches = golden_numbers(options.steps, options.golden_steps)
+    recorded_steps = golden_numbers(options.steps, options.golden_steps)
     blocks = config.dit.num_layers + len(config.dit.vace_layers)
     watch = watching(state.observers, watched)
     first = trajectories[0]
@@ -77,7 +85,7 @@ def calibrate(
             progress(stage, done + count, first.steps * blocks, "steps")
 
         answers = _answers(dit, trajectories, watch, on_block)
-        if first.steps_done + 1 in capture_launches:
+        if first.steps_done + 1 in recorded_steps:
             state.golden = _with_step(state.golden, runs[0][0], first, answers[0])
         for trajectory, answer, velocities in zip(
             trajectories, answers, state.history, strict=True
@@ -93,6 +101,7 @@ def record_golden(
     bundle: Bundle,
     options: CalibrationOptions,
     progress: Progress = no_progress,
+    runs: PlannedRuns | None = None,
 ) -> Golden:
     """Run one short trajectory of ``golden_steps`` steps over a checkpoint, and keep all of it.
 
@@ -101,11 +110,12 @@ def record_golden(
         bundle: has every other component, and the tokenizer.
         options: the first prompt and the size count.
         progress: told how many blocks are done.
+        runs: planned with :func:`golden_only` before; None plans them.
 
     Raises:
         UsageError, WanxError: as :func:`calibrate`.
     """
-    golden = calibrate(checkpoint, bundle, golden_only(options), (), progress).golden
+    golden = calibrate(checkpoint, bundle, golden_only(options), (), progress, runs).golden
     assert golden is not None, "golden_steps is 0"
     return golden
 
@@ -122,14 +132,14 @@ def _answers(
     on_block: Callable[[int, int], None],
 ) -> list[dict[Branch, Float32]]:
     """Velocities of the coming step of every trajectory, per branch."""
-    asked = [
+    jobs = [
         (index, branch, feeds | trajectory.constants)
         for index, trajectory in enumerate(trajectories)
         for branch, feeds in trajectory.feeds().items()
     ]
-    results = dit.run([feeds for _, _, feeds in asked], watch=watch, on_block=on_block)
+    results = dit.run([feeds for _, _, feeds in jobs], watch=watch, on_block=on_block)
     answers: list[dict[Branch, Float32]] = [{} for _ in trajectories]
-    for (index, branch, _), velocity in zip(asked, results, strict=True):
+    for (index, branch, _), velocity in zip(jobs, results, strict=True):
         answers[index][branch] = velocity
     return answers
 
@@ -138,14 +148,14 @@ def watching(
     observers: Observers, points: Iterable[str]
 ) -> Callable[[nn.Module, str], AbstractContextManager[None]]:
     """Make what hooks the points of one block onto observers while its samples run."""
-    wanted = frozenset(points)
+    names = frozenset(points)
 
     @contextmanager
     def watch(block: nn.Module, name: str) -> Iterator[None]:
         with ExitStack() as hooks:
             for child, module in block.named_modules():
                 point = f"{name}.{child}"
-                if point in wanted:
+                if point in names:
                     handle = module.register_forward_pre_hook(_hook(observers, point))
                     hooks.callback(handle.remove)
             yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,14 +61,16 @@ class CalibrationOptions:
                 raise UsageError(f"{flag} is {value}; choose {minimum} to {maximum}")
 
 
+# Runs with the images and videos that they start from.
+PlannedRuns = Sequence[tuple[ResolvedRun, Inputs]]
+
+
 def golden_only(options: CalibrationOptions) -> CalibrationOptions:
     """One short trajectory, all of whose steps are kept."""
     return replace(options, prompts=1, steps=options.golden_steps, max_tokens=_GOLDEN_TOKENS)
 
 
-def planned_runs(
-    options: CalibrationOptions, config: ModelConfig
-) -> list[tuple[ResolvedRun, Inputs]]:
+def planned_runs(options: CalibrationOptions, config: ModelConfig) -> PlannedRuns:
     """Read and check what :func:`~wanx.exporter.calibration.calibrate.calibrate` would run.
 
     Raises:

@@ -11,7 +11,7 @@ from wanx.bundle.reader import Bundle
 from wanx.checkpoints.checkpoint import Checkpoint
 from wanx.exporter.calibration.blockwise_dit import BlockwiseDiT
 from wanx.exporter.calibration.calibrate import calibrate
-from wanx.exporter.calibration.options import CalibrationOptions
+from wanx.exporter.calibration.options import CalibrationOptions, PlannedRuns
 from wanx.exporter.quantization.recipe import Recipe, dit_candidates, shared_input
 from wanx.exporter.quantization.recipe_cache import load_recipe, save_recipe
 from wanx.exporter.quantization.scheme import QuantizeOptions, Scheme
@@ -26,6 +26,7 @@ def choose_recipe(
     options: QuantizeOptions,
     calibration: CalibrationOptions,
     progress: Progress,
+    runs: PlannedRuns | None = None,
 ) -> tuple[Recipe, Golden]:
     """Decide which layers of a denoiser become 8-bit, and with which scales.
 
@@ -52,7 +53,7 @@ def choose_recipe(
     observed_inputs |= {f"blocks.{block}.self_attn.attend" for block in range(config.num_layers)}
     # Measuring needs a recorded step, even if the bundle is to keep none.
     with_golden_step = replace(calibration, golden_steps=max(1, calibration.golden_steps))
-    state = calibrate(checkpoint, bundle, with_golden_step, observed_inputs, progress)
+    state = calibrate(checkpoint, bundle, with_golden_step, observed_inputs, progress, runs)
     assert state.golden is not None
     path = None
     if state.path is not None:

@@ -156,7 +156,7 @@ def scale_tensors(tensors: Mapping[str, TensorSource], recipe: Recipe) -> dict[s
 
     Call it once the weights are written.
     """
-    found = {
+    scales = {
         f"{name}_scale": source.scale
         for name, source in tensors.items()
         if isinstance(source, QuantizedTensor)
@@ -166,17 +166,17 @@ def scale_tensors(tensors: Mapping[str, TensorSource], recipe: Recipe) -> dict[s
         scale = recipe.layers[name]
         if scale is not None and shared_input(name) not in shared:
             shared.add(shared_input(name))
-            found[f"{name}.input_scale"] = torch.tensor(scale)
-    for name, scales in recipe.attention.items():
-        for letter, scale in zip("qkv", scales, strict=True):
-            found[f"{name}.{letter}_scale"] = torch.tensor(scale)
-    return found | dict(recipe.smooth)
+            scales[f"{name}.input_scale"] = torch.tensor(scale)
+    for name, of_qkv in recipe.attention.items():
+        for letter, value in zip("qkv", of_qkv, strict=True):
+            scales[f"{name}.{letter}_scale"] = torch.tensor(value)
+    return scales | dict(recipe.smooth)
 
 
 def _place_among_readers(layer: str) -> int:
     """Number of a layer among those that read its input: the first one names their scale."""
     for group in SHARED_INPUTS:
-        for place, member in enumerate(group):
+        for position, member in enumerate(group):
             if layer.endswith(f".{member}"):
-                return place
+                return position
     return 0

@@ -91,8 +91,8 @@ def _round_rows_kernel(  # type: ignore[no-untyped-def]
     row = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]
     column = head * HEAD + tl.arange(0, HEAD)[None, :]
     inside = row < length
-    place = x + batch * batch_stride + row * stride + column
-    value = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    pointers = x + batch * batch_stride + row * stride + column
+    value = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
     if CENTRE:
         value = tl.where(inside, value - tl.load(mean + batch * heads * HEAD + column), 0.0)
     scale = tl.maximum(tl.max(tl.max(tl.abs(value), 1), 0), 1e-30) / 127.0
@@ -112,8 +112,8 @@ def _round_values_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     column = tl.arange(0, HEAD)
     channel = (batch * heads + head) * HEAD + column
-    place = v + batch * batch_stride + row[:, None] * stride + head * HEAD + column[None, :]
-    value = tl.load(place, mask=row[:, None] < length, other=0.0).to(tl.float32)
+    pointers = v + batch * batch_stride + row[:, None] * stride + head * HEAD + column[None, :]
+    value = tl.load(pointers, mask=row[:, None] < length, other=0.0).to(tl.float32)
     rounded = round_to_8bit(value / tl.load(scales + channel)[None, :], tl.float8e4nv)
     turned = out + channel[:, None] * padded + row[None, :]
     tl.store(turned, tl.trans(rounded), mask=row[None, :] < padded)

@@ -183,8 +183,8 @@ def commands(folder: Path, target: str) -> list[str]:
         folder: from :func:`write_step`.
         target: ``rtx`` or ``tensorrt``.
     """
-    reference, engine, inputs, wanted = (
-        str(folder / name) for name in (REFERENCE, ENGINE, INPUTS, "wanted.json")
+    reference, engine, inputs, saved_outputs = (
+        str(folder / name) for name in (REFERENCE, ENGINE, INPUTS, "reference-outputs.json")
     )
     rtx = "POLYGRAPHY_USE_TENSORRT_RTX=1 " if target == "rtx" else ""
     first = ["polygraphy", "run", reference, "--onnxrt"]
@@ -193,8 +193,8 @@ def commands(folder: Path, target: str) -> list[str]:
     load = ["--load-inputs", inputs]
     profile = _profile(onnx.load(engine, load_external_data=False))
     return [
-        shlex.join([*first, *load, "--save-outputs", wanted]),
-        rtx + shlex.join([*second, *load, "--load-outputs", wanted, *threshold, *profile]),
+        shlex.join([*first, *load, "--save-outputs", saved_outputs]),
+        rtx + shlex.join([*second, *load, "--load-outputs", saved_outputs, *threshold, *profile]),
     ]
 
 
@@ -222,14 +222,14 @@ def main() -> None:
     parser.add_argument("--step", default="blocks.0", help="such as embed; blocks.0 unless given")
     parser.add_argument("--target", choices=("rtx", "tensorrt"), default="rtx", help="rtx or other")
     parser.add_argument("-o", "--output", type=Path, default=Path("debug"), help="a new folder")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     try:
-        bundle = open_named(asked.bundle)
-        folder = write_step(bundle, asked.component, asked.step, asked.output)
+        bundle = open_named(arguments.bundle)
+        folder = write_step(bundle, arguments.component, arguments.step, arguments.output)
     except (WanxError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 1))
-    print("\n".join(commands(folder, asked.target)))
+    print("\n".join(commands(folder, arguments.target)))
 
 
 if __name__ == "__main__":
