@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 from benchmarks.gpu.context import BenchContext
 from benchmarks.gpu.report import Measurement, ReportItem
+from benchmarks.tuning.tune import gpu_timer, gpu_versions, tune
+from benchmarks.tuning.workloads import workloads
 from wanx.errors import EnvironmentMismatchError
 from wanx.kernels.launch import sm_of
 from wanx.kernels.launch_config import TABLE, Entry, dump_table, load_table, merge_entries
-from wanx.kernels.tuning.tune import gpu_timer, gpu_versions, tune
-from wanx.kernels.tuning.workloads import workloads
 
 SECONDS = 40.0  # for the candidates of one workload; what is not tried then is dropped
 

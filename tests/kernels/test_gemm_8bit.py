@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.tuning.workloads import GEMMS
 from tests.support.interpreter import DEVICE
 from wanx.kernels.aot_compile import record
 from wanx.kernels.gemm_8bit import launch_gemm_8bit
 from wanx.kernels.launch_config import config, with_config
-from wanx.kernels.tuning.workloads import GEMMS
 
 E4M3 = torch.float8_e4m3fn
 EIGHT_BIT = [torch.int8, E4M3]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.tuning.workloads import BACKEND_BITS, GRIDS, OPS, configured, workload
 from wanx.kernels import launch_config
 from wanx.kernels.aot_compile import record
 from wanx.kernels.attention.backends import BACKENDS, ranked_backends
@@ -20,7 +21,6 @@ from wanx.kernels.launch_config import (
     nearest_entry,
     with_config,
 )
-from wanx.kernels.tuning.workloads import BACKEND_BITS, GRIDS, OPS, configured, workload
 
 TABLE = load_table(launch_config.TABLE)
 

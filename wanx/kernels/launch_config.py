@@ -6,7 +6,7 @@ the ranking of backends of attention, fastest first. What was measured says on w
 microseconds; ``null`` marks what follows from registers and shared memory alone, or from
 experience elsewhere. Entries with no SM are for GPUs that have none of their own.
 
-``python -m wanx.kernels.tuning.tune`` measures and writes new entries.
+``python -m benchmarks.tuning.tune`` measures and writes new entries.
 """
 
 from __future__ import annotations

@@ -13,16 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-import wanx.kernels.tuning.workloads as workloads_module
-from tests.support.interpreter import DEVICE
-from wanx.errors import EnvironmentMismatchError, UsageError
-from wanx.kernels import launch_config
-from wanx.kernels.attention import backends
-from wanx.kernels.launch_config import config, load_table
-from wanx.kernels.timing import interleaved
-from wanx.kernels.tuning import tune
-from wanx.kernels.tuning.tune import main, measure, run, tune_ops
-from wanx.kernels.tuning.workloads import (
+import benchmarks.tuning.workloads as workloads_module
+from benchmarks.tuning import tune
+from benchmarks.tuning.tune import main, measure, run, tune_ops
+from benchmarks.tuning.workloads import (
     GEMMS,
     GRIDS,
     LENGTHS,
@@ -33,6 +27,12 @@ from wanx.kernels.tuning.workloads import (
     grid,
     workloads,
 )
+from tests.support.interpreter import DEVICE
+from wanx.errors import EnvironmentMismatchError, UsageError
+from wanx.kernels import launch_config
+from wanx.kernels.attention import backends
+from wanx.kernels.launch_config import config, load_table
+from wanx.kernels.timing import interleaved
 
 CPU, MACHINE = torch.device("cpu"), {"gpu": "a GPU", "torch": "2", "triton": "3"}
 RIGHT = torch.linspace(-1, 1, 100)
@@ -272,7 +272,7 @@ def test_the_ends_of_every_grid_compile() -> None:
     code = """
 import torch
 from wanx.kernels.aot_compile import compile_for, record
-from wanx.kernels.tuning.workloads import GRIDS, workloads
+from benchmarks.tuning.workloads import GRIDS, workloads
 for op in GRIDS:
     candidates = list(workloads(op, torch.device("meta")))[-1].prepare()
     for candidate in (candidates[1], candidates[-1]):

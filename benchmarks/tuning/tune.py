@@ -1,6 +1,6 @@
 """Tuning: the fastest meta-parameters and backends on this GPU, written to the table.
 
-    python -m wanx.kernels.tuning.tune --op attention -o tuned.json
+    python -m benchmarks.tuning.tune --op attention -o tuned.json
 
 measures the ops that are named, or all, at Wan's sizes. What fails to compile or to launch, or
 whose result differs, is dropped; the rest runs in turn for some rounds, and the best median wins.
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.tuning.workloads import BACKEND_BITS, OPS, RANKED, Candidate, Workload, workloads
 from wanx.errors import EnvironmentMismatchError, UsageError, WanxError
 from wanx.kernels.launch import PROGRAMS_HAVE_TMA, sm_of
 from wanx.kernels.launch_config import (
@@ -38,7 +39,6 @@ from wanx.kernels.launch_config import (
 )
 from wanx.kernels.tensor_metrics import Difference
 from wanx.kernels.timing import ROUNDS, as_graph, interleaved
-from wanx.kernels.tuning.workloads import BACKEND_BITS, OPS, RANKED, Candidate, Workload, workloads
 
 # Seconds of each call, round by round.
 Timer = Callable[[Sequence[Callable[[], object]]], list[list[float]]]
