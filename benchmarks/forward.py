@@ -13,7 +13,7 @@ import itertools
 import json
 import statistics
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,19 +25,21 @@ from wanx.checkpoints import key_maps
 from wanx.checkpoints.tensor_source import SafetensorsTensor
 from wanx.checkpoints.weights import ComponentWeights
 from wanx.config.models import DiTConfig
-from wanx.exporter.calibration.blockwise_dit import StreamedDiT
+from wanx.config.number_formats import BY_SAFETENSORS
+from wanx.exporter.calibration.blockwise_dit import BlockwiseDiT
 from wanx.exporter.calibration.calibrate import watching
 from wanx.exporter.calibration.observers import Observers, input_scale
 from wanx.exporter.component_writer import save_graph
 from wanx.exporter.components import dit_spec
-from wanx.exporter.graph.attach import attach
+from wanx.exporter.graph.attach import attach_weights
 from wanx.exporter.graph.trace import trace
 from wanx.exporter.quantization.quantize import quantize_weights, scale_tensors
 from wanx.exporter.quantization.quantized_spec import quantized_spec
 from wanx.exporter.quantization.recipe import Recipe, dit_candidates, shared_input
 from wanx.exporter.quantization.scheme import SCHEMES, QuantizeOptions
 from wanx.exporter.targets import onnxruntime as target
-from wanx.files.safetensors import DTYPE_BYTES, SafetensorsWriter, read_header
+from wanx.files.safetensors import SafetensorsWriter, read_header
+from wanx.kernels.timing import interleaved
 from wanx.runtime.sessions.onnxruntime import create_session
 from wanx.runtime.tokens import patchify, rope_tables, unpatchify
 
@@ -71,8 +73,8 @@ def export(sources: dict[str, SafetensorsTensor], folder: Path) -> Path:
     """Write the graph in fp32 as wanx would; return its path."""
     graph = trace(dit_spec(CONFIG))
     refs = {n: read_header(source.file).entries[n] for n, source in sources.items()}
-    attach(graph, refs, folder)
-    target.specialise(graph)
+    attach_weights(graph, refs, folder)
+    target.optimize_for_ort(graph)
     save_graph(graph, folder / "dit.onnx")
     return folder / "dit.onnx"
 
@@ -84,12 +86,12 @@ def export_int8(
     layers, _ = dit_candidates(CONFIG, QuantizeOptions())
     observers = Observers()
     watch = watching(observers, {shared_input(layer) for layer in layers})
-    StreamedDiT(CONFIG, sources).run([feeds], watch=watch)
+    BlockwiseDiT(CONFIG, sources).run([feeds], watch=watch)
     scales = {n: input_scale(observers[shared_input(n)], 127) for n in layers}
     recipe = Recipe(scheme=SCHEMES["int8"], layers=scales)
     weights = ComponentWeights(component="dit", tensors=dict(sources), files=())
     tensors = quantize_weights(weights, recipe)
-    rows = sorted(tensors.items(), key=lambda row: -DTYPE_BYTES[row[1].dtype])
+    rows = sorted(tensors.items(), key=lambda row: -BY_SAFETENSORS[row[1].dtype].bits)
     header = [(name, source.dtype, source.shape) for name, source in rows]
     with SafetensorsWriter(folder / "int8.safetensors", header) as writer:
         for _, source in rows:
@@ -102,14 +104,14 @@ def export_int8(
         for value in extra.values():
             writer.write(value.float().contiguous().numpy().tobytes())
     graph = trace(quantized_spec(dit_spec(CONFIG), recipe))
-    attach(graph, refs | writer.header.entries, folder)
-    target.specialise(graph)
+    attach_weights(graph, refs | writer.header.entries, folder)
+    target.optimize_for_ort(graph)
     save_graph(graph, folder / "int8.onnx")
     return folder / "int8.onnx"
 
 
 def measure(tokens: int, rounds: int, threads: int, *, int8: bool) -> dict[str, float]:
-    """Time ``rounds`` rounds of taking turns, after one that is not counted."""
+    """Time ``rounds`` interleaved rounds, after one that is not counted."""
     torch.set_num_threads(threads)
     model = peer()
     grid = GRIDS[tokens]
@@ -136,24 +138,26 @@ def measure(tokens: int, rounds: int, threads: int, *, int8: bool) -> dict[str, 
                     torch.from_numpy(latent)[None], torch.tensor([900]), torch.from_numpy(context)
                 ).sample.numpy()
 
-        seconds: dict[str, list[float]] = {"diffusers": [], **{n: [] for n in sessions}}
-        results = {}
-        for _ in range(rounds + 1):
-            for subject in seconds:
-                time.sleep(0.2)  # the threads of the one before still spin
-                start = time.perf_counter()
-                if subject == "diffusers":
-                    results[subject] = diffusers()[0]
-                else:
-                    (velocity,) = sessions[subject].run(["velocity"], feeds)
-                    results[subject] = unpatchify(velocity[0], grid)
-                seconds[subject].append(time.perf_counter() - start)
+        results: dict[str, np.ndarray] = {}
+
+        def run(subject: str) -> None:
+            if subject == "diffusers":
+                results[subject] = diffusers()[0]
+            else:
+                (velocity,) = sessions[subject].run(["velocity"], feeds)
+                results[subject] = unpatchify(velocity[0], grid)
+
+        subjects = ["diffusers", *sessions]
+        calls = [partial(run, subject) for subject in subjects]
+        # The threads of the one before spin for a while.
+        taken = interleaved(calls, torch.device("cpu"), rounds=rounds, warm_ups=1, pause=0.2)
+        seconds = dict(zip(subjects, taken, strict=True))
     want = results["diffusers"]
     figures: dict[str, float] = {"tokens": tokens, "threads": threads}
     for subject, times in seconds.items():
-        figures[f"{subject}_seconds"] = statistics.median(times[1:])
+        figures[f"{subject}_seconds"] = statistics.median(times)
     for ours, theirs in itertools.combinations(reversed(seconds), 2):
-        pairs = zip(seconds[ours][1:], seconds[theirs][1:], strict=True)
+        pairs = zip(seconds[ours], seconds[theirs], strict=True)
         figures[f"{ours}_over_{theirs}"] = statistics.median(b / a for a, b in pairs)
     error = np.abs(results["wanx"] - want).max() / np.abs(want).max()
     figures["relative_difference"] = float(error)

@@ -1,4 +1,4 @@
-"""How close fp8 stays to bf16 in one full-size block, on the processor.
+"""Accuracy of fp8 against bf16 in one full-size block, on the processor.
 
 Run it as ``python -m benchmarks.fp8_block``. Weights and inputs are random, scales are those of
 the inputs. What runs is what the target aoti compiles, uncompiled, against a straightforward
@@ -13,20 +13,20 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.numerics import cosine
+from benchmarks.gpu.context import BenchContext
+from benchmarks.gpu.distances import cosine
+from benchmarks.gpu.dit_variants import EagerDiT
 from benchmarks.gpu.plain_dit import PlainDiT
 from benchmarks.gpu.random_dit import (
     Weights,
-    quantised,
+    input_amax,
+    quantized,
     random_inputs,
     random_weights,
     recipe_of,
-    shallow,
-    watched,
+    with_blocks,
 )
 from benchmarks.gpu.sizes import MODELS
-from benchmarks.gpu.subjects import Uncompiled
 from wanx.config.models import DiTConfig
 from wanx.exporter.components import dit_spec
 from wanx.exporter.quantization.quantized_spec import quantized_spec
@@ -46,28 +46,28 @@ def plain(config: DiTConfig, weights: Weights, dtype: torch.dtype) -> PlainDiT:
 
 def measure(config: DiTConfig, grid: tuple[int, int, int]) -> dict[str, float]:
     """Cosines of the velocity, and of what the block adds to the stream."""
-    bench = Bench(device=torch.device("cpu"), folder=Path())
+    bench = BenchContext(device=torch.device("cpu"), folder=Path())
     torch.manual_seed(0)
-    config = shallow(config, 1)
+    config = with_blocks(config, 1)
     weights = random_weights(bench, config, torch.bfloat16)
     values, _ = random_inputs(bench, config, grid)
     with torch.inference_mode():
         model = plain(config, weights, torch.bfloat16)
-        amax = watched(model, values)
+        amax = input_amax(model, values)
         _, before = model(values, [])
         answers = {"bf16": model(values)}
         answers["fp32"] = plain(config, weights, torch.float32)(values)
         for name, attention in (("fp8", False), ("fp8 attention too", True)):
             recipe = recipe_of(config, attention, amax)
             spec = quantized_spec(dit_spec(config), recipe)
-            ours = Uncompiled(spec, torch.bfloat16, quantised(weights, recipe))
+            ours = EagerDiT(spec, torch.bfloat16, quantized(weights, recipe))
             answers[name] = ours(values, 1)
-        found = {}
+        figures = {}
         for one, other in (("fp8", "bf16"), ("fp8 attention too", "bf16"), ("bf16", "fp32")):
             (velocity, x), (right, stream) = answers[one], answers[other]
-            found[f"velocity, {one} to {other}"] = cosine(velocity, right)
-            found[f"block, {one} to {other}"] = cosine(x - before, stream - before)
-    return found
+            figures[f"velocity, {one} to {other}"] = cosine(velocity, right)
+            figures[f"block, {one} to {other}"] = cosine(x - before, stream - before)
+    return figures
 
 
 def main() -> None:

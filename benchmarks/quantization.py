@@ -31,7 +31,9 @@ def export_uncalibrated(source: Path, output: Path, precision: str) -> None:
 
     def fixed(checkpoint, bundle, scheme, options, *_):  # type: ignore[no-untyped-def]
         layers, kept = dit_candidates(checkpoint.config.dit, options)
-        return Recipe(scheme=scheme, layers=dict.fromkeys(layers, 1.0), kept=kept), None
+        return Recipe(
+            scheme=scheme, layers=dict.fromkeys(layers, 1.0), unquantized_layers=kept
+        ), None
 
     def timed(resolved, group, *args):  # type: ignore[no-untyped-def]
         start = time.perf_counter()
@@ -49,7 +51,7 @@ def export_uncalibrated(source: Path, output: Path, precision: str) -> None:
 
 
 def seconds_file(output: Path) -> Path:
-    """Where the exporting process leaves the time of the weights."""
+    """Path at which the exporting process leaves the time of the weights."""
     return output.with_name(output.name + ".seconds")
 
 

@@ -18,11 +18,13 @@ import torch
 
 from wanx.config.models import PRESETS
 from wanx.exporter.components import ComponentSpec, component_specs
+from wanx.exporter.partition.partition import partition
 from wanx.exporter.quantization.quantized_spec import quantized_spec
 from wanx.exporter.quantization.recipe import Recipe, dit_candidates, text_recipe
 from wanx.exporter.quantization.scheme import SCHEMES, QuantizeOptions
-from wanx.exporter.targets.tensorrt import flavour, target
+from wanx.exporter.targets.tensorrt.gpus import parse_target
 from wanx.exporter.targets.tensorrt.ranges import ranges
+from wanx.exporter.targets.tensorrt.target import TensorRTBuilder
 
 
 def quantised(spec: ComponentSpec, name: str, precision: str, attention: str) -> ComponentSpec:
@@ -49,11 +51,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=PRESETS)
     parser.add_argument("--precision", choices=("bf16", "int8", "fp8"), default="fp8")
-    parser.add_argument("--attention", choices=("high", "fp8"), default="high")
+    parser.add_argument("--attention", choices=("none", "fp8"), default="none")
     parser.add_argument("--target", default="rtx:sm89")
     asked = parser.parse_args()
-    asked_target = flavour.parse_target(asked.target)
-    assert asked_target is not None
+    target = parse_target(asked.target)
+    assert target is not None
     config = PRESETS[asked.model]
     start = time.perf_counter()
     total = 0
@@ -63,9 +65,10 @@ def main() -> None:
             begun = time.perf_counter()
             folder = Path(name) / spec.name
             sizes = ranges(config, fp8_attention=asked.attention == "fp8")
-            plan = target.build(built, torch.bfloat16, asked_target, sizes, folder)
+            builder = TensorRTBuilder(target=target, ranges=sizes)
+            schedule = builder.build(spec.name, partition(built, torch.bfloat16), folder)
             seconds = time.perf_counter() - begun
-            for program in plan.programs.values():
+            for program in schedule.programs.values():
                 size = (folder / program.file).stat().st_size
                 total += size
                 row = {"component": spec.name, "engine": program.file, "bytes": size}

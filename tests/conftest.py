@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import signal
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support import interpreter  # noqa: F401  # before any kernel is imported
+# `make floors` runs tests of the runtime where there is no PyTorch, and so no kernel.
+if find_spec("torch"):
+    from tests.support import interpreter  # noqa: F401  # before any kernel is imported
 
 # The heavy packages are imported where they are used: most tests need none of them.
 if TYPE_CHECKING:
@@ -85,13 +88,13 @@ def export_quickly() -> Export:
     import wanx.exporter.export as exporter
     from wanx.exporter.options import ExportOptions
     from wanx.exporter.source import open_source
-    from wanx.progress import silent
+    from wanx.progress import no_progress
 
     traced: list[tuple[object, ir.Model]] = []
     trace = exporter._trace
 
     def export(
-        source: Path, output: Path, *, progress: Progress = silent, **options: Any
+        source: Path, output: Path, *, progress: Progress = no_progress, **options: Any
     ) -> Bundle:
         def trace_once(spec: ComponentSpec, recipe: Recipe | None) -> ir.Model:
             config = getattr(open_source(source).config, spec.weights)

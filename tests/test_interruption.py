@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from wanx.interruption import INTERRUPTED, ends_at_interrupt, undone_by_interrupt
+from wanx.interruption import INTERRUPTED, cleanup_on_sigint, exit_on_sigint
 
 # The C library calls back into Python, which is interrupted there.
 PROGRAM = """
 import ctypes, os, signal, sys
 from contextlib import ExitStack
 from pathlib import Path
-from wanx.interruption import ends_at_interrupt, undone_by_interrupt
+from wanx.interruption import exit_on_sigint, cleanup_on_sigint
 
 @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 def compare(a, b):
@@ -36,11 +36,11 @@ def fails():
 
 with ExitStack() as stack:
     if sys.argv[2] == "ends":
-        stack.enter_context(ends_at_interrupt())
-    stack.enter_context(undone_by_interrupt(lambda: undo("first ")))
-    with undone_by_interrupt(lambda: undo("done ")):
+        stack.enter_context(exit_on_sigint())
+    stack.enter_context(cleanup_on_sigint(lambda: undo("first ")))
+    with cleanup_on_sigint(lambda: undo("done ")):
         pass
-    stack.enter_context(undone_by_interrupt(fails))
+    stack.enter_context(cleanup_on_sigint(fails))
     ctypes.CDLL(None).qsort((ctypes.c_int * 2)(1, 2), 2, ctypes.sizeof(ctypes.c_int), compare)
     print("went on")
 """
@@ -67,10 +67,10 @@ def test_an_exception_would_not_have_ended_it(tmp_path: Path) -> None:
 
 def test_the_handler_before_comes_back(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
-    with ends_at_interrupt():
+    with exit_on_sigint():
         assert signal.getsignal(signal.SIGINT) != before
     assert signal.getsignal(signal.SIGINT) == before
     undone: list[str] = []
-    with pytest.raises(KeyboardInterrupt), undone_by_interrupt(lambda: undone.append("no")):
+    with pytest.raises(KeyboardInterrupt), cleanup_on_sigint(lambda: undone.append("no")):
         os.kill(os.getpid(), signal.SIGINT)
     assert undone == []

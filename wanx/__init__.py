@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from wanx.errors import (
     UsageError,
     WanxError,
 )
-from wanx.progress import Progress, silent
+from wanx.progress import Progress, no_progress
 from wanx.version import __version__
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ def export(
     gate: bool = False,
     quantize: QuantizeOptions | None = None,
     calibration: CalibrationOptions | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Bundle:
     """Export a checkpoint to a bundle; see :class:`wanx.exporter.options.ExportOptions`.
 
@@ -164,7 +163,7 @@ def verify(
     *,
     golden: bool = True,
     threads: int | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Verification:
     """Hash every file of a bundle and run its golden steps.
 
@@ -182,12 +181,8 @@ def build(
     bundle: str | Path,
     *,
     target: str = "aoti",
-    progress: Progress = silent,
-    plugins: str = "auto",
-    sizes: Sequence[tuple[int, int]] = (),
-    frames: int | None = None,
-    workspace: int | None = None,
-    opt_level: int | None = None,
+    progress: Progress = no_progress,
+    **options: Any,
 ) -> Bundle:
     """Build the engines of another target into a bundle, which runs on them from then on.
 
@@ -196,32 +191,29 @@ def build(
         target: ``aoti``, ``rtx:sm89`` (and other GPUs, with commas), ``tensorrt``,
             ``tensorrt:sm80+``, or ``cpu``, which needs none.
         progress: told how far each stage is.
-        plugins: of TensorRT: ``auto``, ``none``, or kernels of ours with commas between them.
-        sizes: width and height in pixels that TensorRT's engines cover, the usual one first; none
-            covers all of Wan2.1.
-        frames: most frames that they cover; None takes the model's own.
-        workspace: most bytes that one of their kernels may work in; None leaves it to TensorRT.
-        opt_level: 0 to 5, of TensorRT's builder; None leaves it to TensorRT.
+        options: of TensorRT's builder, such as ``plugins`` and ``sizes``; see
+            :class:`wanx.exporter.targets.options.BuilderOptions`.
 
     Raises:
-        UsageError: an option is out of range, or there is no such target.
+        UsageError: an option is out of range, there is no such target, or the bundle is built in.
         WanxError: the bundle is damaged or cannot be written, or the target cannot be built here.
     """
     from wanx.exporter.packages import require_packages
 
     require_packages()
+    from wanx.builtin import find_bundle, is_builtin
     from wanx.bundle.reader import open_bundle
-    from wanx.exporter.build import EngineOptions
     from wanx.exporter.build import build as run_build
-    from wanx.exporter.targets.tensorrt.tuning import Tuning
+    from wanx.exporter.targets.options import BuilderOptions
 
-    options = EngineOptions(
-        plugins=plugins,
-        sizes=tuple(sizes),
-        frames=frames,
-        tuning=Tuning(workspace=workspace, opt_level=opt_level),
-    )
-    return run_build(open_bundle(Path(bundle)), target, progress, options)
+    settings = BuilderOptions(**options)
+    folder = find_bundle(bundle)
+    if is_builtin(folder):
+        raise UsageError(
+            f"{bundle} is built in and stays as it is; `wanx export {bundle} --target {target}` "
+            "makes a bundle of it"
+        )
+    return run_build(open_bundle(folder), target, progress, settings)
 
 
 def compare(
@@ -231,7 +223,7 @@ def compare(
     prompts: str | Path | None = None,
     clips: bool = True,
     threads: int | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     **options: Any,
 ) -> Comparison:
     """Measure the accuracy of a bundle against another one of the same model.
@@ -269,7 +261,7 @@ def bench(
     options: BenchOptions | None = None,
     extras: Extras | None = None,
     command: str = "wanx.bench(...)",
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Results:
     """Measure how fast bundles are, and write ``report.json``, ``.html`` and ``.md``.
 

@@ -29,8 +29,15 @@ from wanx.version import __version__
 class _Group(TyperGroup):
     """Turns what wanx raises into one line and an exit code."""
 
+    def get_params(self, ctx: typer.Context) -> list[Any]:  # type: ignore[override]
+        """Keep the environment out of these options, since each replaces the command."""
+        params = super().get_params(ctx)
+        for param in params:
+            param.allow_from_autoenv = False  # type: ignore[attr-defined]
+        return params
+
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
-        """Run the command that was asked for."""
+        """Run the command."""
         try:
             return super().invoke(ctx)
         except WanxError as error:
@@ -53,7 +60,6 @@ app = typer.Typer(
     "WANX_DEBUG=1 shows tracebacks.",
     context_settings={"auto_envvar_prefix": "WANX", "help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

@@ -22,7 +22,7 @@ class GateError(WanxError):
 
 
 class EnvironmentMismatchError(WanxError):
-    """This machine, driver or library cannot do what was asked."""
+    """This machine, driver or library lacks what the command needs."""
 
     exit_code = 4
 

@@ -16,24 +16,24 @@ from types import FrameType
 INTERRUPTED = "interrupted: nothing partial was left behind"
 EXIT_CODE = 130
 
-_undos: list[Callable[[], object]] = []
+_cleanups: list[Callable[[], object]] = []
 
 
 @contextmanager
-def undone_by_interrupt(undo: Callable[[], object]) -> Iterator[None]:
-    """Have ``undo`` called if Ctrl-C ends the process inside the block."""
-    _undos.append(undo)
+def cleanup_on_sigint(cleanup: Callable[[], object]) -> Iterator[None]:
+    """Have ``cleanup`` called if Ctrl-C ends the process inside the block."""
+    _cleanups.append(cleanup)
     try:
         yield
     finally:
-        _undos.remove(undo)
+        _cleanups.remove(cleanup)
 
 
 @contextmanager
-def ends_at_interrupt() -> Iterator[None]:
+def exit_on_sigint() -> Iterator[None]:
     """Let Ctrl-C end the process with exit code 130 from anywhere inside the block.
 
-    Nothing is raised, so only what :func:`undone_by_interrupt` names is undone, the latest first.
+    Nothing is raised, so only what :func:`cleanup_on_sigint` names is undone, the latest first.
     """
     before = signal.signal(signal.SIGINT, _end)
     try:
@@ -44,9 +44,9 @@ def ends_at_interrupt() -> Iterator[None]:
 
 def _end(number: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for undo in reversed(_undos):
+    for cleanup in reversed(_cleanups):
         with suppress(Exception):
-            undo()
+            cleanup()
     with suppress(OSError):
         sys.stdout.flush()
         os.write(sys.stderr.fileno(), f"{INTERRUPTED}\n".encode())

@@ -12,15 +12,28 @@ class Progress(Protocol):
     """Called with the work done so far; ``done == total`` ends a stage."""
 
     def __call__(self, stage: str, done: int, total: int, unit: Unit) -> None:
-        """Take note that ``done`` of ``total`` units of ``stage`` are finished."""
+        """Record that ``done`` of ``total`` units of ``stage`` are finished."""
 
 
-def silent(stage: str, done: int, total: int, unit: Unit) -> None:
+def no_progress(stage: str, done: int, total: int, unit: Unit) -> None:
     """Report to nobody."""
 
 
+def step_counter(progress: Progress, stage: str, total: int) -> Callable[[], None]:
+    """Begin a stage of ``total`` steps, and return a function that counts one of them."""
+    done = 0
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        progress(stage, done, total, "steps")
+
+    progress(stage, 0, total, "steps")
+    return count
+
+
 def byte_counter(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
-    """Turn a progress function into one that is told portions of bytes."""
+    """Adapt a progress function to portions of bytes."""
     done = 0
 
     def count(portion: int) -> None:

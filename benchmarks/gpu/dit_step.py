@@ -14,32 +14,32 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.bench import Bench, Trial, nothing
-from benchmarks.gpu.numerics import cosine
-from benchmarks.gpu.plain_dit import BlockCall, PlainDiT
-from benchmarks.gpu.programs import why_not
-from benchmarks.gpu.random_dit import (
-    Weights,
-    quantised,
-    random_inputs,
-    random_weights,
-    recipe_of,
-    shallow,
-    watched,
-)
-from benchmarks.gpu.report import Found, Goal, Row, Times
-from benchmarks.gpu.rounds import Call, take_turns
-from benchmarks.gpu.sizes import PRECISIONS, Model, Size, step_flops
-from benchmarks.gpu.subjects import (
-    Compiled,
-    Diffusers,
-    Subject,
-    Uncompiled,
+from benchmarks.gpu.context import BenchContext, FirstRun, no_metrics
+from benchmarks.gpu.distances import cosine
+from benchmarks.gpu.dit_variants import (
+    CompiledDiT,
+    DiffusersDiT,
+    DiTVariant,
+    EagerDiT,
     diffusers_version,
     plain,
 )
+from benchmarks.gpu.plain_dit import BlockCall, PlainDiT
+from benchmarks.gpu.programs import compile_error
+from benchmarks.gpu.random_dit import (
+    Weights,
+    input_amax,
+    quantized,
+    random_inputs,
+    random_weights,
+    recipe_of,
+    with_blocks,
+)
+from benchmarks.gpu.report import Goal, Measurement, ReportItem, Times
+from benchmarks.gpu.sizes import PRECISIONS, Model, Size, step_flops
+from benchmarks.gpu.timing import Call, time_interleaved
 from wanx.benchmarks.speed.roofline.gpu_peaks import BF16
-from wanx.bundle.engine_schedule import PLAN
+from wanx.bundle.engine_schedule import SCHEDULE
 from wanx.config.models import DiTConfig
 from wanx.exporter.components import dit_spec
 from wanx.exporter.quantization.quantized_spec import quantized_spec
@@ -57,13 +57,13 @@ _SECONDS = {
 class Setup:
     """The subjects of one model at one size, all with the same random weights."""
 
-    def __init__(self, bench: Bench, model: Model, size: Size, dtype: torch.dtype) -> None:
+    def __init__(self, bench: BenchContext, model: Model, size: Size, dtype: torch.dtype) -> None:
         self.model, self.size, self.dtype = model, size, dtype
-        self.config: DiTConfig = shallow(model.config, size.blocks)
+        self.config: DiTConfig = with_blocks(model.config, size.blocks)
         self.inputs = random_inputs(bench, self.config, size.grid)
         self.weights = random_weights(bench, self.config, dtype)
         self.plain = plain_model(self.config, self.weights)
-        self.subjects: dict[str, Subject] = {}
+        self.subjects: dict[str, DiTVariant] = {}
         self.details: dict[str, dict[str, Any]] = {}
         self._amax: dict[str, float] = {}
 
@@ -72,7 +72,7 @@ class Setup:
         """Those of the plain module."""
         return cast(list[BlockCall], list(self.plain.blocks))
 
-    def add(self, name: str, subject: Subject, weights: Weights, **details: Any) -> None:
+    def add(self, name: str, subject: DiTVariant, weights: Weights, **details: Any) -> None:
         """Let a subject take part."""
         in_blocks = sum(_bytes(t) for n, t in weights.items() if n.startswith("blocks."))
         all_of_them = sum(map(_bytes, weights.values()))
@@ -80,20 +80,20 @@ class Setup:
         self.subjects[name] = subject
         self.details[name] = {**details, "weights_of_all_blocks_bytes": int(whole)}
 
-    def add_ours(self, bench: Bench, precision: str) -> None:
+    def add_ours(self, bench: BenchContext, precision: str) -> None:
         """Let ourselves take part, compiled if that succeeded."""
         spec, weights = dit_spec(self.config), self.weights
         if precision != "bf16":
-            self._amax = self._amax or watched(self.plain, self.inputs[0])
+            self._amax = self._amax or input_amax(self.plain, self.inputs[0])
             recipe = recipe_of(self.config, precision == "fp8-attention", self._amax)
-            spec, weights = quantized_spec(spec, recipe), quantised(weights, recipe)
+            spec, weights = quantized_spec(spec, recipe), quantized(weights, recipe)
         folder = bench.folder / f"{self.model.name}-{precision}"
         name = f"{OURS} {precision}"
-        if (folder / PLAN).exists():
-            self.add(name, Compiled(folder, weights, self.size.blocks), weights, compiled=True)
+        if (folder / SCHEDULE).exists():
+            self.add(name, CompiledDiT(folder, weights, self.size.blocks), weights, compiled=True)
         else:
-            reason = why_not(folder)
-            subject = Uncompiled(spec, self.dtype, weights)
+            reason = compile_error(folder)
+            subject = EagerDiT(spec, self.dtype, weights)
             self.add(name, subject, weights, compiled=False, not_compiled_because=reason)
 
 
@@ -106,24 +106,26 @@ def plain_model(config: DiTConfig, weights: Weights) -> PlainDiT:
 
 
 def dit_step(
-    bench: Bench, model: Model, size: Size, *, dtype: torch.dtype = torch.bfloat16
-) -> Iterator[Found]:
+    bench: BenchContext, model: Model, size: Size, *, dtype: torch.dtype = torch.bfloat16
+) -> Iterator[ReportItem]:
     """Measure everybody."""
     setup = Setup(bench, model, size, dtype)
     setup.add(EAGER, plain(setup.plain, setup.blocks), setup.weights)
     absent: dict[str, str] = {}
     for name, reason in add_others(bench, setup):
         absent[name] = reason
-    trials = _first_runs(bench, setup)
-    times = time_steps(bench, setup, [name for name in trials if trials[name].error is None])
-    yield from _rows(bench, setup, trials, times)
+    first_runs = _first_runs(bench, setup)
+    times = time_steps(
+        bench, setup, [name for name in first_runs if first_runs[name].error is None]
+    )
+    yield from _rows(bench, setup, first_runs, times)
     for name, reason in absent.items():
-        yield Row(what=WHAT, by=name, error=reason)
-    yield from _goals(setup, trials, times)
+        yield Measurement(operation=WHAT, implementation=name, error=reason)
+    yield from _goals(setup, first_runs, times)
     _forget(bench, setup)
 
 
-def add_others(bench: Bench, setup: Setup) -> Iterator[tuple[str, str]]:
+def add_others(bench: BenchContext, setup: Setup) -> Iterator[tuple[str, str]]:
     """Add all but the plain module; tells who cannot take part, and why."""
     if bench.compiles:
         # Blocks alone: they are nearly all of the work, and equal ones are compiled once.
@@ -134,18 +136,20 @@ def add_others(bench: Bench, setup: Setup) -> Iterator[tuple[str, str]]:
     else:
 
         def add_diffusers() -> None:
-            peer = Diffusers(setup.config, setup.size.grid, setup.weights)
+            peer = DiffusersDiT(setup.config, setup.size.grid, setup.weights)
             setup.add(DIFFUSERS, peer, setup.weights, version=diffusers_version())
 
-        if error := bench.attempt(DIFFUSERS, add_diffusers, nothing).error:
+        if error := bench.first_run(DIFFUSERS, add_diffusers, no_metrics).error:
             yield DIFFUSERS, error
     for precision in PRECISIONS:
         name = f"{OURS} {precision}"
-        if error := bench.attempt(name, partial(setup.add_ours, bench, precision), nothing).error:
+        if error := bench.first_run(
+            name, partial(setup.add_ours, bench, precision), no_metrics
+        ).error:
             yield name, error
 
 
-def _first_runs(bench: Bench, setup: Setup) -> dict[str, Trial]:
+def _first_runs(bench: BenchContext, setup: Setup) -> dict[str, FirstRun]:
     """Run everybody once, and compare with the plain module."""
     values, count = setup.inputs[0], setup.size.blocks
     velocity, stream = setup.plain(values)
@@ -153,30 +157,30 @@ def _first_runs(bench: Bench, setup: Setup) -> dict[str, Trial]:
     update = stream - before
     del stream
 
-    def judge(result: tuple[Tensor, Tensor | None]) -> dict[str, float]:
-        found = {"velocity_cosine": cosine(result[0], velocity)}
+    def check(result: tuple[Tensor, Tensor | None]) -> dict[str, float]:
+        metrics = {"velocity_cosine": cosine(result[0], velocity)}
         if result[1] is not None:
             # What the blocks add: the stream itself would be alike whatever they do.
-            found["blocks_cosine"] = cosine(result[1] - before, update)
-        return found
+            metrics["blocks_cosine"] = cosine(result[1] - before, update)
+        return metrics
 
-    trials = {}
+    first_runs = {}
     for name, subject in setup.subjects.items():
         call = partial(subject, values, count)
-        trials[name] = bench.attempt(name, call, judge)
-        if trials[name].error is None:
+        first_runs[name] = bench.first_run(name, call, check)
+        if first_runs[name].error is None:
             # The first run also compiles and packs; only a second one shows what a run takes.
             setup.details[name]["beyond_weights_bytes"] = bench.peak_of(call)
-    return trials
+    return first_runs
 
 
 def time_steps(
-    bench: Bench, setup: Setup, names: list[str], blocks: int | None = None
+    bench: BenchContext, setup: Setup, names: list[str], blocks: int | None = None
 ) -> dict[str, Times]:
     """Time both branches, with ``blocks`` and without any; scale to all, round by round."""
     count = blocks or setup.size.blocks
 
-    def step(subject: Subject, count: int) -> Call:
+    def step(subject: DiTVariant, count: int) -> Call:
         def call() -> None:
             for values in setup.inputs:
                 subject(values, count)
@@ -187,11 +191,11 @@ def time_steps(
     for name in names:
         calls[name] = step(setup.subjects[name], count)
         calls[f"{name}, no blocks"] = step(setup.subjects[name], 0)
-    found = take_turns(bench, calls)
+    timings = time_interleaved(bench, calls)
     layers = setup.model.config.num_layers
     scaled = {}
     for name in names:
-        timed, ends = found[name].seconds, found[f"{name}, no blocks"].seconds
+        timed, ends = timings[name].seconds, timings[f"{name}, no blocks"].seconds
         setup.details[name] |= {
             "blocks_timed": count,
             "scaled_to": layers,
@@ -204,24 +208,26 @@ def time_steps(
 
 
 def _rows(
-    bench: Bench, setup: Setup, trials: dict[str, Trial], times: dict[str, Times]
-) -> Iterator[Row]:
+    bench: BenchContext, setup: Setup, first_runs: dict[str, FirstRun], times: dict[str, Times]
+) -> Iterator[Measurement]:
     work = step_flops(setup.model.config, setup.size.tokens)
-    for name, trial in trials.items():
+    for name, first_run in first_runs.items():
         if name not in times:
-            yield Row(what=WHAT, by=name, shape=shape_of(setup), error=trial.error)
+            yield Measurement(
+                operation=WHAT, implementation=name, shape=shape_of(setup), error=first_run.error
+            )
             continue
         others = [o for o in (EAGER, COMPILED, DIFFUSERS) if o in times and o != name]
-        yield Row(
-            what=WHAT,
-            by=name,
+        yield Measurement(
+            operation=WHAT,
+            implementation=name,
             shape=shape_of(setup),
             times=times[name],
             rate=work / times[name].median,
-            of=BF16,
+            peak=BF16,
             ceiling=bench.ceilings.get(BF16),
             speedup={o: times[o].median / times[name].median for o in others},
-            numerics=trial.numerics,
+            numerics=first_run.numerics,
             details=setup.details[name],
         )
 
@@ -231,7 +237,9 @@ def shape_of(setup: Setup) -> dict[str, int]:
     return {"L": setup.size.tokens}
 
 
-def _goals(setup: Setup, trials: dict[str, Trial], times: dict[str, Times]) -> Iterator[Goal]:
+def _goals(
+    setup: Setup, first_runs: dict[str, FirstRun], times: dict[str, Times]
+) -> Iterator[Goal]:
     ours = {name: times[name].median for name in times if name.startswith(OURS)}
     if setup.model.name == "14B":
         bf16, compiled = ours.get(f"{OURS} bf16"), times.get(COMPILED)
@@ -239,20 +247,20 @@ def _goals(setup: Setup, trials: dict[str, Trial], times: dict[str, Times]) -> I
         yield Goal.at_least("bf16 1.25 times as fast as torch.compile", ratio, 1.25)
     for (model, size, precision), most in _SECONDS.items():
         if (model, size) == (setup.model.name, setup.size.name):
-            found = [s for name, s in ours.items() if name.startswith(f"{OURS} {precision}")]
+            seconds = [s for name, s in ours.items() if name.startswith(f"{OURS} {precision}")]
             goal = f"{precision or 'the fastest'} in {most:g} s at most".strip()
-            yield Goal.at_most(goal, min(found, default=None), most)
+            yield Goal.at_most(goal, min(seconds, default=None), most)
     cosines = [
         value
-        for name, trial in trials.items()
+        for name, first_run in first_runs.items()
         if name.startswith(f"{OURS} fp8")
-        for value in trial.numerics.values()
+        for value in first_run.numerics.values()
     ]
     worst = min(cosines, default=None)
     yield Goal.at_least("cosines of fp8 with bf16 0.99", worst, 0.99)
 
 
-def _forget(bench: Bench, setup: Setup) -> None:
+def _forget(bench: BenchContext, setup: Setup) -> None:
     setup.subjects.clear()
     gc.collect()
     bench.release()
@@ -262,7 +270,7 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.itemsize
 
 
-def compile_ahead(bench: Bench, model: Model) -> None:
+def compile_ahead(bench: BenchContext, model: Model) -> None:
     """Compile the plain module's block at all sizes, so that no measurement waits for it."""
     for size in bench.sizes:
         setup = Setup(bench, model, size, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The memory-bound ops as the transformer calls them, with their inputs and references."""
+"""Memory-bound ops as the transformer calls them, with their inputs and references."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.context import BenchContext
 from wanx.config.models import DiTConfig
 from wanx.kernels.adaln import adaln, adaln_reference
 from wanx.kernels.adaln_quantize import (
@@ -50,15 +51,16 @@ STEP = 0.01  # of static scales: amax of a few units over 448
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class KernelCase:
     """An op with its inputs.
 
     Attributes:
-        name: of the op and its variant.
+        name: of the op and its variant, ``op, variant``.
         ours: the op.
         reference: the same in PyTorch's operators, on the same arguments.
         arguments: makes them, random.
         compiled: whether the reference is compiled too; variants would tell the same again.
+        tolerance: the most that results may differ in relative RMS from the reference's.
     """
 
     name: str
@@ -66,9 +68,21 @@ class Case:
     reference: Callable[..., Any]
     arguments: Callable[[], tuple[Tensor, ...]]
     compiled: bool = True
+    tolerance: float = 0.01
+
+    @property
+    def op(self) -> str:
+        """The name of the op."""
+        return self.name.partition(",")[0]
+
+    def references(self, arguments: tuple[Tensor, ...]) -> list[Tensor]:
+        """The reference's results with nothing but its 8-bit results rounded to less than fp32."""
+        wide = (t.float() if t.dtype == BF16 else t for t in arguments)
+        results: list[Tensor] = tree_leaves(self.reference(*wide))
+        return results
 
 
-def families(bench: Bench, config: DiTConfig, tokens: int) -> dict[str, list[Case]]:
+def families(bench: BenchContext, config: DiTConfig, tokens: int) -> dict[str, list[KernelCase]]:
     """Ops at one size, by what they have in common."""
     dim, heads, eps = config.dim, config.num_heads, config.eps
     wide = partial(bench.random, 1, tokens, dim)
@@ -86,8 +100,8 @@ def families(bench: Bench, config: DiTConfig, tokens: int) -> dict[str, list[Cas
         angles = bench.random(tokens, config.head_dim // 2)
         return q, k, weight(), weight(), angles.cos(), angles.sin()
 
-    def adaln_case(kind: str, dtype: torch.dtype) -> Case:
-        return Case(
+    def adaln_case(kind: str, dtype: torch.dtype) -> KernelCase:
+        return KernelCase(
             name=f"adaln_quantize, {kind}",
             ours=lambda x, scale, shift, by: adaln_quantize(
                 x, scale, shift, by, eps=eps, dtype=dtype
@@ -99,8 +113,8 @@ def families(bench: Bench, config: DiTConfig, tokens: int) -> dict[str, list[Cas
             compiled=dtype == E4M3,
         )
 
-    def gelu_case(kind: str, dtype: torch.dtype) -> Case:
-        return Case(
+    def gelu_case(kind: str, dtype: torch.dtype) -> KernelCase:
+        return KernelCase(
             name=f"gelu_quantize, {kind}",
             ours=lambda x, by: gelu_quantize(x, by, dtype),
             reference=lambda x, by: gelu_quantize_reference(x, by, dtype),
@@ -110,13 +124,13 @@ def families(bench: Bench, config: DiTConfig, tokens: int) -> dict[str, list[Cas
 
     return {
         "adaln": [
-            Case(
+            KernelCase(
                 name="adaln, bf16",
                 ours=lambda x, scale, shift: adaln(x, scale, shift, eps=eps, dtype=BF16),
                 reference=lambda x, scale, shift: adaln_reference(x, scale, shift, eps).to(BF16),
                 arguments=lambda: (wide(), row(), row()),
             ),
-            Case(
+            KernelCase(
                 name="adaln, fp32",
                 ours=lambda x, scale, shift: adaln(x, scale, shift, eps=eps),
                 reference=lambda x, scale, shift: adaln_reference(x, scale, shift, eps),
@@ -125,7 +139,7 @@ def families(bench: Bench, config: DiTConfig, tokens: int) -> dict[str, list[Cas
             ),
             adaln_case("fp8", E4M3),
             adaln_case("int8", INT8),
-            Case(
+            KernelCase(
                 name="adaln_quantize_rows, fp8",
                 ours=lambda x, scale, shift: adaln_quantize_rows(x, scale, shift, eps=eps),
                 reference=lambda x, scale, shift: adaln_quantize_rows_reference(
@@ -136,7 +150,7 @@ def families(bench: Bench, config: DiTConfig, tokens: int) -> dict[str, list[Cas
             ),
         ],
         "residual_adaln": [
-            Case(
+            KernelCase(
                 name="residual_adaln",
                 ours=lambda x, z, gate, scale, shift: residual_adaln(
                     x, z, gate, scale, shift, eps=eps
@@ -146,7 +160,7 @@ def families(bench: Bench, config: DiTConfig, tokens: int) -> dict[str, list[Cas
                 ),
                 arguments=lambda: (wide(), half(), row(), row(), row()),
             ),
-            Case(
+            KernelCase(
                 name="residual_adaln_quantize, fp8",
                 ours=lambda x, z, gate, scale, shift, by: residual_adaln_quantize(
                     x, z, gate, scale, shift, by, eps=eps, dtype=E4M3
@@ -158,7 +172,7 @@ def families(bench: Bench, config: DiTConfig, tokens: int) -> dict[str, list[Cas
             ),
         ],
         "gated_residual": [
-            Case(
+            KernelCase(
                 name="gated_residual",
                 ours=gated_residual,
                 reference=gated_residual_reference,
@@ -166,7 +180,7 @@ def families(bench: Bench, config: DiTConfig, tokens: int) -> dict[str, list[Cas
             )
         ],
         "rms_norm": [
-            Case(
+            KernelCase(
                 name="rms_norm",
                 ours=lambda x, w: rms_norm(x, w, eps=eps),
                 reference=lambda x, w: rms_norm_reference(x, w, eps),
@@ -174,7 +188,7 @@ def families(bench: Bench, config: DiTConfig, tokens: int) -> dict[str, list[Cas
             )
         ],
         "rms_norm_rope": [
-            Case(
+            KernelCase(
                 name="rms_norm_rope",
                 ours=lambda q, k, qw, kw, cos, sin: rms_norm_rope(
                     q, k, qw, kw, cos, sin, num_heads=heads, eps=eps
@@ -184,7 +198,7 @@ def families(bench: Bench, config: DiTConfig, tokens: int) -> dict[str, list[Cas
                 ),
                 arguments=queries,
             ),
-            Case(
+            KernelCase(
                 name="rms_norm_rope_quantize, fp8",
                 ours=lambda q, k, qw, kw, cos, sin, q_by, k_by: rms_norm_rope_quantize(
                     q, k, qw, kw, cos, sin, q_by, k_by, num_heads=heads, eps=eps
@@ -196,13 +210,13 @@ def families(bench: Bench, config: DiTConfig, tokens: int) -> dict[str, list[Cas
             ),
         ],
         "quantize": [
-            Case(
+            KernelCase(
                 name="quantize, fp8",
                 ours=lambda x, by: quantize(x, by, E4M3),
                 reference=lambda x, by: quantize_reference(x, by, E4M3),
                 arguments=lambda: (half(), step()),
             ),
-            Case(
+            KernelCase(
                 name="quantize_rows, fp8",
                 ours=quantize_rows,
                 reference=quantize_rows_reference,
@@ -213,7 +227,7 @@ def families(bench: Bench, config: DiTConfig, tokens: int) -> dict[str, list[Cas
         "gelu_quantize": [
             gelu_case("fp8", E4M3),
             gelu_case("int8", INT8),
-            Case(
+            KernelCase(
                 name="gelu_quantize_rows, fp8",
                 ours=gelu_quantize_rows,
                 reference=gelu_quantize_rows_reference,

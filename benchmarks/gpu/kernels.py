@@ -9,26 +9,26 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.gpu.bench import Bench, Trial
-from benchmarks.gpu.kernel_cases import Case, families
-from benchmarks.gpu.numerics import differences
-from benchmarks.gpu.report import Found, Goal, Row
-from benchmarks.gpu.rounds import Call, take_turns
+from benchmarks.gpu.context import BenchContext, FirstRun
+from benchmarks.gpu.distances import differences
+from benchmarks.gpu.kernel_cases import KernelCase, families
+from benchmarks.gpu.report import Goal, Measurement, ReportItem
 from benchmarks.gpu.sizes import Model
+from benchmarks.gpu.timing import Call, time_interleaved
 from wanx.benchmarks.speed.roofline.gpu_peaks import COPY
 
 OURS, EAGER, COMPILED = "wanx", "torch", "torch.compile"
 SHARE = 0.85
 
 
-def kernels(bench: Bench, model: Model, family: str) -> Iterator[Found]:
+def kernels(bench: BenchContext, model: Model, family: str) -> Iterator[ReportItem]:
     """Measure the ops of one family at all sizes of a model."""
     shares: list[float | None] = []
     for size in bench.sizes:
         for case in families(bench, model.config, size.tokens)[family]:
             width = model.config.ffn_dim if family == "gelu_quantize" else model.config.dim
             for row in _measure(bench, case, {"D": width, "L": size.tokens}):
-                if row.by == OURS:
+                if row.implementation == OURS:
                     shares.append(row.of_ceiling)
                 yield row
             bench.release()
@@ -37,15 +37,15 @@ def kernels(bench: Bench, model: Model, family: str) -> Iterator[Found]:
     yield Goal.at_least(f"all at {SHARE:.0%} of the copy or more", slowest, SHARE)
 
 
-def _measure(bench: Bench, case: Case, shape: dict[str, int]) -> Iterator[Row]:
+def _measure(bench: BenchContext, case: KernelCase, shape: dict[str, int]) -> Iterator[Measurement]:
     arguments = case.arguments()
-    right = _right(case, arguments)
+    references = case.references(arguments)
     moved = 0
 
-    def judge(result: Any) -> dict[str, float]:
+    def check(result: Any) -> dict[str, float]:
         nonlocal moved
         moved = _bytes(arguments) + _bytes(result)
-        return differences(tree_leaves(result), right)
+        return differences(tree_leaves(result), references)
 
     calls: dict[str, Call] = {
         OURS: lambda: case.ours(*arguments),
@@ -54,34 +54,27 @@ def _measure(bench: Bench, case: Case, shape: dict[str, int]) -> Iterator[Row]:
     if bench.compiles and case.compiled:
         compiled = torch.compile(case.reference, dynamic=False)
         calls[COMPILED] = lambda: compiled(*arguments)
-    trials: dict[str, Trial] = {}
+    runs: dict[str, FirstRun] = {}
     for by, call in calls.items():
-        trials[by] = bench.attempt(f"{case.name}, {shape['L']}, {by}", call, judge)
-    good = {by: call for by, call in calls.items() if trials[by].error is None}
-    times = take_turns(bench, good, short=True)
-    for by, trial in trials.items():
+        runs[by] = bench.first_run(f"{case.name}, {shape['L']}, {by}", call, check)
+    good = {by: call for by, call in calls.items() if runs[by].error is None}
+    times = time_interleaved(bench, good, short=True)
+    for by, run in runs.items():
         if by not in times:
-            yield Row(what=case.name, by=by, shape=shape, error=trial.error)
+            yield Measurement(operation=case.name, implementation=by, shape=shape, error=run.error)
             continue
-        yield Row(
-            what=case.name,
-            by=by,
+        yield Measurement(
+            operation=case.name,
+            implementation=by,
             shape=shape,
             times=times[by],
             rate=moved / times[by].median,
             unit="B/s",
-            of=COPY,
+            peak=COPY,
             ceiling=bench.ceilings.get(COPY),
             speedup=_speedup(times, by),
-            numerics=trial.numerics,
+            numerics=run.numerics,
         )
-
-
-def _right(case: Case, arguments: tuple[Tensor, ...]) -> list[Tensor]:
-    """What the reference gives when nothing but its 8-bit results is rounded to less than fp32."""
-    wide = (t.float() if t.dtype == torch.bfloat16 else t for t in arguments)
-    found: list[Tensor] = tree_leaves(case.reference(*wide))
-    return found
 
 
 def _bytes(tensors: Any) -> int:

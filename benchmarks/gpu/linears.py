@@ -1,4 +1,4 @@
-"""Linear layers in 8 bits, with and without what follows them, against bf16."""
+"""Linear layers in 8 bits, with and without fused epilogues, against bf16."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.gpu.bench import Bench, Trial
-from benchmarks.gpu.numerics import differences
-from benchmarks.gpu.report import Found, Goal, Row
-from benchmarks.gpu.rounds import take_turns
+from benchmarks.gpu.context import BenchContext, FirstRun
+from benchmarks.gpu.distances import differences
+from benchmarks.gpu.report import Goal, Measurement, ReportItem
 from benchmarks.gpu.sizes import Model
+from benchmarks.gpu.timing import time_interleaved
 from wanx.benchmarks.speed.roofline.gpu_peaks import BF16, FP8, INT8
 from wanx.kernels.gated_residual import gated_residual, gated_residual_reference
 from wanx.kernels.gelu_quantize import gelu_quantize, gelu_quantize_reference
@@ -26,54 +26,60 @@ from wanx.models.quantized import quantize_weight
 E4M3 = torch.float8_e4m3fn
 PLAIN = "bf16"
 X_SCALE, OUT_SCALE = 0.01, 0.005
-PROBES = 512  # rows whose right answer is computed
+PROBES = 512  # rows that are compared
 
 
 @dataclass(frozen=True, kw_only=True)
-class Way:
-    """One way to run a layer.
+class LinearVariant:
+    """An implementation of a layer.
 
     Attributes:
         call: runs it.
-        right: what its first rows should be, from the same 8-bit numbers.
-        of: the ceiling of its product.
+        reference: its first rows in fp32, from the same 8-bit numbers.
+        peak: the ceiling of its product.
     """
 
     call: Callable[[], Tensor]
-    right: Callable[[], Tensor]
-    of: str
+    reference: Callable[[], Tensor]
+    peak: str
 
 
-def linears(bench: Bench, model: Model) -> Iterator[Found]:
+def linears(bench: BenchContext, model: Model) -> Iterator[ReportItem]:
     """Measure the layers of a block at all sizes."""
     dim, ffn = model.config.dim, model.config.ffn_dim
     layers = (("qkv", dim, 3 * dim), ("o", dim, dim), ("ffn.0", dim, ffn), ("ffn.2", ffn, dim))
     worst: list[float | None] = []
     for size in bench.sizes:
         for name, k, n in layers:
-            ways = _ways(bench, name, size.tokens, k, n)
-            found: dict[str, Row] = {}
-            for row in _measure(bench, name, ways, {"L": size.tokens, "K": k, "N": n}):
-                found[row.by] = row
+            variants = _variants(bench, name, size.tokens, k, n)
+            measured: dict[str, Measurement] = {}
+            for row in _measure(bench, name, variants, {"L": size.tokens, "K": k, "N": n}):
+                measured[row.implementation] = row
                 yield row
-            worst.append(found["fp8"].speedup.get(PLAIN))
-            del ways
+            worst.append(measured["fp8"].speedup.get(PLAIN))
+            del variants
             bench.release()
     ratios = [ratio for ratio in worst if ratio is not None]
     slowest = min(ratios) if len(ratios) == len(worst) else None
     yield Goal.at_least("every fp8 linear 1.6 times as fast as in bf16", slowest, 1.6)
 
 
-def _measure(bench: Bench, name: str, ways: dict[str, Way], shape: dict[str, int]) -> Iterator[Row]:
-    trials: dict[str, Trial] = {}
-    for by, way in ways.items():
-        trials[by] = bench.attempt(f"{name}, {shape['L']}, {by}", way.call, _judge(way))
-    good = {by: way.call for by, way in ways.items() if trials[by].error is None}
-    times = take_turns(bench, good, short=True)
+def _measure(
+    bench: BenchContext, name: str, variants: dict[str, LinearVariant], shape: dict[str, int]
+) -> Iterator[Measurement]:
+    first_runs: dict[str, FirstRun] = {}
+    for by, variant in variants.items():
+        first_runs[by] = bench.first_run(
+            f"{name}, {shape['L']}, {by}", variant.call, _check(variant)
+        )
+    good = {by: variant.call for by, variant in variants.items() if first_runs[by].error is None}
+    times = time_interleaved(bench, good, short=True)
     work = 2.0 * shape["L"] * shape["K"] * shape["N"]
-    for by, way in ways.items():
+    for by, variant in variants.items():
         if by not in times:
-            yield Row(what=name, by=by, shape=shape, error=trials[by].error)
+            yield Measurement(
+                operation=name, implementation=by, shape=shape, error=first_runs[by].error
+            )
             continue
         # What ends in GELU or in the residual is compared with bf16 that does the same.
         _, _, ending = by.partition(", ")
@@ -81,29 +87,31 @@ def _measure(bench: Bench, name: str, ways: dict[str, Way], shape: dict[str, int
         speedup = {}
         if by != plain and plain in times:
             speedup = {plain: times[plain].median / times[by].median}
-        yield Row(
-            what=name,
-            by=by,
+        yield Measurement(
+            operation=name,
+            implementation=by,
             shape=shape,
             times=times[by],
             rate=work / times[by].median,
-            of=way.of,
-            ceiling=bench.ceilings.get(way.of),
+            peak=variant.peak,
+            ceiling=bench.ceilings.get(variant.peak),
             speedup=speedup,
-            numerics=trials[by].numerics,
+            numerics=first_runs[by].numerics,
         )
 
 
-def _judge(way: Way) -> Callable[[Tensor], dict[str, float]]:
-    def judge(result: Tensor) -> dict[str, float]:
-        right = way.right()
-        return differences([result.reshape(-1, result.shape[-1])[: len(right)]], [right])
+def _check(variant: LinearVariant) -> Callable[[Tensor], dict[str, float]]:
+    def check(result: Tensor) -> dict[str, float]:
+        reference = variant.reference()
+        return differences([result.reshape(-1, result.shape[-1])[: len(reference)]], [reference])
 
-    return judge
+    return check
 
 
-def _ways(bench: Bench, name: str, tokens: int, k: int, n: int) -> dict[str, Way]:
-    """All ways to run a layer on the same numbers."""
+def _variants(
+    bench: BenchContext, name: str, tokens: int, k: int, n: int
+) -> dict[str, LinearVariant]:
+    """All variants of a layer on the same numbers."""
     few = min(PROBES, tokens)
     x = bench.random(1, tokens, k, dtype=torch.bfloat16)
     weight = bench.random(n, k, dtype=torch.bfloat16) / k**0.5
@@ -129,69 +137,75 @@ def _ways(bench: Bench, name: str, tokens: int, k: int, n: int) -> dict[str, Way
 
     fp8, int8 = wide(x8, layer), wide(x_int, int_layer)
     flat, flat_int = x8.reshape(-1, k), x_int.reshape(-1, k)
-    ways = {
-        PLAIN: Way(call=lambda: F.linear(x, weight, bias), right=plain, of=BF16),
-        "fp8": Way(call=lambda: quant_linear(x8, scale, *layer), right=fp8, of=FP8),
-        "fp8 rows": Way(call=lambda: quant_linear_rows(x8, rows, *layer), right=fp8, of=FP8),
-        "fp8 triton": Way(call=lambda: launch_gemm_8bit(flat, scale, *layer), right=fp8, of=FP8),
-        "int8 triton": Way(
-            call=lambda: launch_gemm_8bit(flat_int, scale, *int_layer), right=int8, of=INT8
+    variants = {
+        PLAIN: LinearVariant(call=lambda: F.linear(x, weight, bias), reference=plain, peak=BF16),
+        "fp8": LinearVariant(call=lambda: quant_linear(x8, scale, *layer), reference=fp8, peak=FP8),
+        "fp8 rows": LinearVariant(
+            call=lambda: quant_linear_rows(x8, rows, *layer), reference=fp8, peak=FP8
+        ),
+        "fp8 triton": LinearVariant(
+            call=lambda: launch_gemm_8bit(flat, scale, *layer), reference=fp8, peak=FP8
+        ),
+        "int8 triton": LinearVariant(
+            call=lambda: launch_gemm_8bit(flat_int, scale, *int_layer), reference=int8, peak=INT8
         ),
     }
     if bench.device.type != "cuda":  # a kernel itself needs one
-        del ways["fp8 triton"], ways["int8 triton"]
+        del variants["fp8 triton"], variants["int8 triton"]
     if name == "ffn.0":
-        ways |= _with_gelu(ways, (x8, scale, *layer), out_scale, (x, weight, bias), fp8)
+        variants |= _with_gelu(variants, (x8, scale, *layer), out_scale, (x, weight, bias), fp8)
     elif name in ("o", "ffn.2"):
         residual, gate = bench.random(1, tokens, n), bench.random(1, 1, n)
         values = (x8, scale, *layer)
-        ways |= {
-            f"{PLAIN}, residual": Way(
+        variants |= {
+            f"{PLAIN}, residual": LinearVariant(
                 call=lambda: gated_residual(residual, F.linear(x, weight, bias), gate),
-                right=lambda: gated_residual_reference(residual[:, :few], plain()[None], gate)[0],
-                of=BF16,
+                reference=lambda: gated_residual_reference(residual[:, :few], plain()[None], gate)[
+                    0
+                ],
+                peak=BF16,
             ),
-            "fp8, residual": Way(
+            "fp8, residual": LinearVariant(
                 call=lambda: gated_residual(residual, quant_linear(*values), gate),
-                right=lambda: gated_residual_reference(residual[:, :few], fp8()[None], gate)[0],
-                of=FP8,
+                reference=lambda: gated_residual_reference(residual[:, :few], fp8()[None], gate)[0],
+                peak=FP8,
             ),
-            "fp8 fused, residual": Way(
+            "fp8 fused, residual": LinearVariant(
                 call=lambda: quant_linear_residual(*values, residual, gate),
-                right=lambda: gated_residual_reference(residual[:, :few], fp8()[None], gate)[0],
-                of=FP8,
+                reference=lambda: gated_residual_reference(residual[:, :few], fp8()[None], gate)[0],
+                peak=FP8,
             ),
         }
-    return ways
+    return variants
 
 
 def _with_gelu(
-    ways: dict[str, Way],
+    variants: dict[str, LinearVariant],
     values: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     out_scale: Tensor,
     plain: tuple[Tensor, Tensor, Tensor],
     fp8: Callable[[], Tensor],
-) -> dict[str, Way]:
+) -> dict[str, LinearVariant]:
     """The first layer of the feed-forward network with its GELU."""
-    bf16 = ways[PLAIN]
+    bf16 = variants[PLAIN]
 
-    def right8() -> Tensor:
+    def reference8() -> Tensor:
         return gelu_quantize_reference(fp8(), out_scale, E4M3)
 
     return {
-        f"{PLAIN}, gelu": Way(
+        f"{PLAIN}, gelu": LinearVariant(
             call=lambda: F.gelu(F.linear(*plain), approximate="tanh"),
-            right=lambda: F.gelu(bf16.right(), approximate="tanh"),
-            of=BF16,
+            reference=lambda: F.gelu(bf16.reference(), approximate="tanh"),
+            peak=BF16,
         ),
-        "fp8, gelu": Way(
+        "fp8, gelu": LinearVariant(
             call=lambda: gelu_quantize(quant_linear(*values), out_scale, E4M3),
-            right=right8,
-            of=FP8,
+            reference=reference8,
+            peak=FP8,
         ),
-        "fp8 fused, gelu": Way(
+        "fp8 fused, gelu": LinearVariant(
             call=lambda: quant_linear_gelu_quantize(*values, out_scale, E4M3),
-            right=right8,
-            of=FP8,
+            reference=reference8,
+            peak=FP8,
         ),
     }

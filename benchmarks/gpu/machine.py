@@ -1,10 +1,9 @@
-"""What the figures were measured with: GPU, driver and versions."""
+"""GPU, driver and versions that figures were measured with."""
 
 from __future__ import annotations
 
 import subprocess
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -16,14 +15,14 @@ _PACKAGES = ("triton", "diffusers", "fa3-fwd", "nvidia-cudnn-frontend")
 
 def machine(device: torch.device) -> dict[str, str | int]:
     """GPU, driver, processor, system and versions."""
-    found: dict[str, str | int] = {**environment()}
-    found |= {"wanx": __version__, "torch": torch.__version__}
-    for package in _PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
+    # torch's own version tells the CUDA that it was built for.
+    facts: dict[str, str | int] = environment(*_PACKAGES) | {
+        "wanx": __version__,
+        "torch": str(torch.__version__),
+    }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found |= {
+        facts |= {
             "gpu": properties.name,
             "sm": 10 * properties.major + properties.minor,
             "multiprocessors": properties.multi_processor_count,
@@ -32,7 +31,7 @@ def machine(device: torch.device) -> dict[str, str | int]:
             "cudnn": str(torch.backends.cudnn.version()),  # type: ignore[no-untyped-call]
             "driver": _driver(),
         }
-    return found
+    return facts
 
 
 def _driver() -> str:

@@ -1,65 +1,51 @@
-"""Distances between tensors that are too large to be copied to float64 whole."""
+"""Every kernel against its reference, on small tensors: what is wrong shows before it is timed."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 
-import torch
-from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-_CHUNK = 1 << 24
-_TINY = 1e-300
-_WORST: dict[str, Callable[[list[float]], float]] = {
-    "cosine": min,
-    "relative_rms": max,
-    "max_error": max,
-}
+from benchmarks.gpu.context import BenchContext
+from benchmarks.gpu.distances import differences
+from benchmarks.gpu.kernel_cases import families
+from benchmarks.gpu.product_cases import attentions, others, products
+from benchmarks.gpu.report import Goal, Measurement, ReportItem
+from benchmarks.gpu.sizes import Model
 
-
-def cosine(found: Tensor, right: Tensor) -> float:
-    """Cosine of the angle between two tensors of one shape; nan where either is not finite."""
-    return _differences(found, right)["cosine"]
+TOKENS = 333  # no multiple of any block
 
 
-def differences(found: Iterable[Tensor], right: Iterable[Tensor]) -> dict[str, float]:
-    """How far results are from the right ones; the worst of all pairs, nan where that is nan.
-
-    Returns:
-        ``cosine``; ``relative_rms``, ‖found - right‖ / ‖right‖; and ``max_error``, the largest
-        difference over the largest magnitude of what is right.
-    """
-    pairs = [_differences(f, r) for f, r in zip(found, right, strict=True)]
-    return {
-        name: math.nan if any(math.isnan(v) for v in values) else worst(values)
-        for name, worst in _WORST.items()
-        for values in [[pair[name] for pair in pairs]]
-    }
-
-
-def _differences(found: Tensor, right: Tensor) -> dict[str, float]:
-    dot = power = reference = off = largest = error = 0.0
-    for f, r in _chunks(found, right):
-        dot += float((f * r).sum(dtype=torch.float64))
-        power += float(f.square().sum(dtype=torch.float64))
-        reference += float(r.square().sum(dtype=torch.float64))
-        difference = (f - r).abs()
-        off += float(difference.square().sum(dtype=torch.float64))
-        largest = max(largest, float(r.abs().max()))
-        error = max(error, float(difference.max()))
-    if not math.isfinite(power + reference):
-        return dict.fromkeys(_WORST, math.nan)
-    return {
-        "cosine": dot / math.sqrt(max(power * reference, _TINY)),
-        "relative_rms": math.sqrt(off / max(reference, _TINY)),
-        "max_error": error / max(largest, _TINY),
-    }
-
-
-def _chunks(found: Tensor, right: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    if found.shape != right.shape:
-        raise ValueError(f"shapes differ: {list(found.shape)} and {list(right.shape)}")
-    found, right = found.reshape(-1), right.reshape(-1)
-    for start in range(0, len(found), _CHUNK):
-        chunk = slice(start, start + _CHUNK)
-        yield found[chunk].float(), right[chunk].float()
+def numerics(bench: BenchContext, model: Model, tokens: int = TOKENS) -> Iterator[ReportItem]:
+    """Compare all ops and all implementations of attention and products."""
+    config = model.config
+    cases = [case for family in families(bench, config, tokens).values() for case in family]
+    cases += products(bench, config, tokens)
+    cases += attentions(bench, config, tokens)
+    cases += others(bench, config, tokens)
+    wrong = 0
+    for case in cases:
+        arguments = case.arguments()
+        references = case.references(arguments)
+        run = bench.first_run(
+            case.name,
+            lambda case=case, arguments=arguments: case.ours(*arguments),  # type: ignore[misc]
+            lambda result, references=references: differences(  # type: ignore[misc]
+                tree_leaves(result), references
+            ),
+        )
+        # NaN is beyond any tolerance.
+        within = run.error is None and run.numerics["relative_rms"] <= case.tolerance
+        wrong += not within
+        yield Measurement(
+            operation=case.name,
+            implementation="wanx",
+            shape={"D": config.dim, "L": tokens},
+            numerics=run.numerics,
+            details={"tolerance": case.tolerance, "within": within},
+            error=run.error,
+        )
+        bench.release()
+    yield Goal.at_most(
+        f"kernels of {len(cases)} that fail or differ from their reference", wrong, 0
+    )

@@ -3,7 +3,8 @@
 It does what the public reference implementation does, with PyTorch's own operators: linears and
 attention in the dtype of the weights, residual stream, modulation, time embedding and head in fp32,
 RMS norms and rotary embedding computed in fp32. It shares no code with :mod:`wanx.models` or
-:mod:`wanx.kernels`; parameters have the names of the checkpoints.
+:mod:`wanx.kernels`: on a GPU without diffusers it is the only independent reference of a step.
+Parameters have the names of the checkpoints.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class RMSNorm(nn.Module):
         return normed.to(x.dtype) * self.weight
 
 
-class Attend(nn.Module):
-    """Attention; a module, so that what it is given can be watched."""
+class AttentionOp(nn.Module):
+    """Attention; a module, so that what it is given can be input_amax."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend from ``[B, L, H, d]`` to ``[B, n, H, d]``."""
@@ -69,7 +70,7 @@ class Attention(nn.Module):
         self.heads = config.num_heads
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, config.eps), RMSNorm(dim, config.eps)
-        self.attend = Attend()
+        self.attend = AttentionOp()
 
     def forward(self, x: Tensor, context: Tensor, rope: Rope | None) -> Tensor:
         """Transform ``x`` ``[B, L, D]`` by ``context`` ``[B, n, D]``."""

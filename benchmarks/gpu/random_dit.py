@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.plain_dit import Attend, PlainDiT
+from benchmarks.gpu.context import BenchContext
+from benchmarks.gpu.plain_dit import AttentionOp, PlainDiT
 from wanx.config.models import DiTConfig
+from wanx.config.number_formats import FP8
 from wanx.exporter.quantization.recipe import Recipe, dit_candidates, shared_input
 from wanx.exporter.quantization.scheme import SCHEMES, QuantizeOptions
 from wanx.models.dit.model import WanDiT
-from wanx.models.quantized import LARGEST, quantize_weight
+from wanx.models.quantized import quantize_weight
 from wanx.runtime.tokens import Triple, rope_tables
 
 Weights = dict[str, Tensor]
@@ -27,14 +28,14 @@ Weights = dict[str, Tensor]
 _SHARPNESS = 1.4
 
 
-def random_weights(bench: Bench, config: DiTConfig, dtype: torch.dtype) -> Weights:
+def random_weights(bench: BenchContext, config: DiTConfig, dtype: torch.dtype) -> Weights:
     """Weights by the names of the checkpoints, of a size that keeps the stream's."""
     with torch.device("meta"):
         model = WanDiT(config)
     return {name: _random(bench, name, p.shape).to(dtype) for name, p in model.named_parameters()}
 
 
-def _random(bench: Bench, name: str, shape: torch.Size) -> Tensor:
+def _random(bench: BenchContext, name: str, shape: torch.Size) -> Tensor:
     noise = bench.random(*shape)
     if name.endswith("modulation"):
         return 0.5 * noise
@@ -45,7 +46,7 @@ def _random(bench: Bench, name: str, shape: torch.Size) -> Tensor:
     return noise / math.sqrt(shape[1])
 
 
-def random_inputs(bench: Bench, config: DiTConfig, grid: Triple) -> tuple[Weights, Weights]:
+def random_inputs(bench: BenchContext, config: DiTConfig, grid: Triple) -> tuple[Weights, Weights]:
     """Inputs of the two branches of a step with guidance: they differ in their text."""
     cos, sin = (
         torch.from_numpy(table).to(bench.device) for table in rope_tables(grid, config.rope_dims)
@@ -73,7 +74,7 @@ def recipe_of(
         amax: the largest magnitude of each layer's input; without it scales are 1.
     """
     layers, _ = dit_candidates(config, QuantizeOptions())
-    largest = LARGEST[torch.float8_e4m3fn]
+    largest = FP8.largest
 
     def scale(name: str) -> float:
         return 1.0 if amax is None else amax[name] / largest
@@ -81,14 +82,14 @@ def recipe_of(
     attends = [f"blocks.{i}.self_attn.attend" for i in range(config.num_layers) if attention]
     return Recipe(
         scheme=SCHEMES["fp8"],
-        options=QuantizeOptions(attention="fp8" if attention else "high"),
+        options=QuantizeOptions(attention="fp8" if attention else "none"),
         layers={name: scale(name) for name in layers},
         attention={n: (scale(f"{n}.q"), scale(f"{n}.k"), scale(f"{n}.v")) for n in attends},
     )
 
 
-def watched(model: PlainDiT, values: Weights) -> dict[str, float]:
-    """The largest magnitude of the inputs of each linear and of each attention's q, k and v."""
+def input_amax(model: PlainDiT, values: Weights) -> dict[str, float]:
+    """Measure the largest magnitude of each linear's input and of each attention's q, k and v."""
     amax: dict[str, Tensor] = {}
     with _hooks(model, amax):
         model(values)
@@ -104,7 +105,7 @@ def _hooks(model: nn.Module, amax: dict[str, Tensor]) -> Iterator[None]:
     handles = []
     for name, module in model.named_modules():
         names: tuple[str, ...] = (name,)
-        if isinstance(module, Attend):
+        if isinstance(module, AttentionOp):
             names = (f"{name}.q", f"{name}.k", f"{name}.v")
         elif not isinstance(module, nn.Linear):
             continue
@@ -117,9 +118,9 @@ def _hooks(model: nn.Module, amax: dict[str, Tensor]) -> Iterator[None]:
             handle.remove()
 
 
-def quantised(weights: Weights, recipe: Recipe) -> Weights:
+def quantized(weights: Weights, recipe: Recipe) -> Weights:
     """The weights as a recipe stores them, by the names of a bundle."""
-    found = dict(weights)
+    stored = dict(weights)
     device = next(iter(weights.values())).device
 
     def number(value: float) -> Tensor:
@@ -127,17 +128,17 @@ def quantised(weights: Weights, recipe: Recipe) -> Weights:
 
     for layer, input_scale in recipe.layers.items():
         name = f"{layer}.weight"
-        found[name], found[f"{layer}.weight_scale"] = quantize_weight(
+        stored[name], stored[f"{layer}.weight_scale"] = quantize_weight(
             weights[name], recipe.scheme.dtype
         )
         if input_scale is not None and shared_input(layer) == layer:
-            found[f"{layer}.input_scale"] = number(input_scale)
+            stored[f"{layer}.input_scale"] = number(input_scale)
     for name, scales in recipe.attention.items():
         for part, scale in zip("qkv", scales, strict=True):
-            found[f"{name}.{part}_scale"] = number(scale)
-    return found
+            stored[f"{name}.{part}_scale"] = number(scale)
+    return stored
 
 
-def shallow(config: DiTConfig, blocks: int) -> DiTConfig:
+def with_blocks(config: DiTConfig, blocks: int) -> DiTConfig:
     """The same with fewer blocks, all of which are alike."""
     return replace(config, num_layers=blocks)

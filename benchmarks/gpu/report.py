@@ -1,15 +1,15 @@
-"""What was measured, as JSON that is whole at any time, and as lines of a table."""
+"""Report of a GPU run: JSON that is whole at any time, and lines of a table."""
 
 from __future__ import annotations
 
 import json
-import math
-import os
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from wanx.benchmarks.report.files import dumps, json_safe, write_files
 
 SCHEMA_VERSION = 1
 HEAD = f"{'what':44} {'by':24} {'ms':>10} {'rate':>15} {'of ceiling':>10}  against, numerics"
@@ -17,7 +17,7 @@ HEAD = f"{'what':44} {'by':24} {'ms':>10} {'rate':>15} {'of ceiling':>10}  again
 
 @dataclass(frozen=True, kw_only=True)
 class Times:
-    """How long something took.
+    """Durations of a call.
 
     Attributes:
         seconds: of one call, round by round.
@@ -36,31 +36,31 @@ class Times:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class Measurement:
     """One figure with its circumstances.
 
     Attributes:
-        what: was run.
-        by: ran it.
+        operation: the kernel, layer or step.
+        implementation: library or variant that ran it.
         shape: sizes by name.
         times: how long it took.
         rate: operations or bytes per second.
         unit: of ``rate``, ``FLOP/s`` or ``B/s``.
-        of: name of the ceiling that it is compared with.
-        ceiling: that ceiling.
+        peak: name of the ceiling that it is compared with.
+        ceiling: that ceiling, in the unit of ``rate``.
         speedup: how many times faster it is than others, by their names.
         numerics: how far its result is from the right one.
         details: more, under names of their own.
         error: why there are no times.
     """
 
-    what: str
-    by: str
+    operation: str
+    implementation: str
     shape: dict[str, int] = field(default_factory=dict)
     times: Times | None = None
     rate: float | None = None
     unit: str = "FLOP/s"
-    of: str | None = None
+    peak: str | None = None
     ceiling: float | None = None
     speedup: dict[str, float] = field(default_factory=dict)
     numerics: dict[str, float] = field(default_factory=dict)
@@ -69,7 +69,7 @@ class Row:
 
     @property
     def of_ceiling(self) -> float | None:
-        """The share of the ceiling that it reaches."""
+        """Share of the ceiling that it reaches."""
         return self.rate / self.ceiling if self.rate and self.ceiling else None
 
     def record(self) -> dict[str, Any]:
@@ -84,25 +84,24 @@ class Row:
             }
         rate = {} if self.rate is None else {"rate": self.rate, "unit": self.unit}
         share = self.of_ceiling
-        ceiling = {} if share is None else {"ceiling": self.of, "of_ceiling": share}
+        ceiling = {} if share is None else {"ceiling": self.peak, "of_ceiling": share}
         rest = {
             "speedup": self.speedup,
             "numerics": self.numerics,
             **self.details,
             "error": self.error,
         }
-        found = {**times, **rate, **ceiling, **rest}
-        kept = {name: value for name, value in found.items() if value not in (None, {})}
-        record: dict[str, Any] = _plain(
-            {"what": self.what, "by": self.by, "shape": self.shape, **kept}
-        )
+        fields = {**times, **rate, **ceiling, **rest}
+        kept = {name: value for name, value in fields.items() if value not in (None, {})}
+        start = {"what": self.operation, "by": self.implementation, "shape": self.shape}
+        record: dict[str, Any] = json_safe({**start, **kept}, str)
         return record
 
     def line(self) -> str:
         """For the table."""
-        start = f"{self._title():44} {self.by:24}"
-        if self.times is None:
-            return f"{start} {self.error or ''}".rstrip()
+        start = f"{self._title():44} {self.implementation:24}"
+        if self.error is not None:
+            return f"{start} {self.error}"
         rate = ""
         if self.rate is not None:
             scale, unit = (1e12, "TFLOP/s") if self.unit == "FLOP/s" else (1e9, "GB/s")
@@ -111,11 +110,12 @@ class Row:
         against = [f"{times:.2f}x {other}" for other, times in self.speedup.items()]
         numerics = [f"{name} {value:.5g}" for name, value in self.numerics.items()]
         rest = "  ".join([*against, *numerics])
-        return f"{start} {1e3 * self.times.median:10.3f} {rate:>15} {share:>10}  {rest}".rstrip()
+        ms = "" if self.times is None else f"{1e3 * self.times.median:.3f}"
+        return f"{start} {ms:>10} {rate:>15} {share:>10}  {rest}".rstrip()
 
     def _title(self) -> str:
         sizes = " ".join(f"{name}={size}" for name, size in self.shape.items())
-        return f"{self.what}, {sizes}" if sizes else self.what
+        return f"{self.operation}, {sizes}" if sizes else self.operation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,16 +144,16 @@ class Goal:
 
     def record(self) -> dict[str, Any]:
         """For the JSON."""
-        record: dict[str, Any] = _plain({"goal": self.goal, "value": self.value, "met": self.met})
+        record: dict[str, Any] = json_safe(asdict(self), str)
         return record
 
     def line(self) -> str:
         """For the table."""
-        found = "not measured" if self.value is None else f"{self.value:.4g}"
-        return f"  goal {'met' if self.met else 'MISSED'}: {self.goal}: {found}"
+        value = "not measured" if self.value is None else f"{self.value:.4g}"
+        return f"  goal {'met' if self.met else 'MISSED'}: {self.goal}: {value}"
 
 
-Found = Row | Goal
+ReportItem = Measurement | Goal
 
 
 class Report:
@@ -172,15 +172,17 @@ class Report:
 
     @property
     def items(self) -> list[dict[str, Any]]:
-        """What was run or skipped so far."""
-        found: list[dict[str, Any]] = self.data["items"]
-        return found
+        """Records of what was run or skipped so far."""
+        items: list[dict[str, Any]] = self.data["items"]
+        return items
 
     def save(self) -> None:
-        """Write the file, whole or not at all."""
-        new = self.path.with_name(f"{self.path.name}.new")
-        new.write_text(json.dumps(self.data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(new, self.path)
+        """Write the file, whole or not at all.
+
+        Raises:
+            WanxError: it cannot be written.
+        """
+        write_files({self.path: dumps(self.data)})
 
     def begin(self, name: str, status: str = "running", reason: str | None = None) -> None:
         """Add an item."""
@@ -190,9 +192,11 @@ class Report:
         self.items.append(record)
         self.save()
 
-    def add(self, found: Found) -> None:
+    def add(self, figure: ReportItem) -> None:
         """Add to the item that was begun last."""
-        self.items[-1]["rows" if isinstance(found, Row) else "goals"].append(found.record())
+        self.items[-1]["rows" if isinstance(figure, Measurement) else "goals"].append(
+            figure.record()
+        )
         self.save()
 
     def end(self, status: str, seconds: float, reason: str | None = None) -> None:
@@ -209,15 +213,3 @@ class Report:
 
 
 Print = Callable[[str], None]
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity; they become text."""
-    match value:
-        case float():
-            return value if math.isfinite(value) else str(value)
-        case dict():
-            return {name: _plain(item) for name, item in value.items()}
-        case list() | tuple():
-            return [_plain(item) for item in value]
-    return value

@@ -1,4 +1,4 @@
-"""What is measured: the transformers of Wan2.1 at the sizes of its videos."""
+"""Transformers of Wan2.1 and sizes of its videos that are measured; tiny ones for rehearsals."""
 
 from __future__ import annotations
 
@@ -47,6 +47,14 @@ SIZES = (
     Size(name="480P", grid=(21, 30, 52), blocks=2),
     Size(name="720P", grid=(21, 45, 80), blocks=1),
 )
+# On the processor: what runs is all that counts there.
+REHEARSAL_MODEL = Model(
+    name="tiny",
+    config=DiTConfig(
+        dim=64, ffn_dim=160, num_heads=2, num_layers=3, text_len=8, text_dim=48, freq_dim=32
+    ),
+)
+REHEARSAL_SIZE = Size(name="480P", grid=(2, 3, 5), blocks=2)
 PRECISIONS = ("bf16", "fp8", "fp8-attention")
 
 

@@ -1,86 +1,111 @@
-"""Starts the process that measures, and another one when that is lost."""
+"""Supervision of the worker: restarted after a crash, killed when it hangs or time is over."""
 
 from __future__ import annotations
 
 import os
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.doing import LOST, Doing
+from benchmarks.gpu.programs import MAX_SECONDS, MAX_SHARE, Compilation, Job
 from benchmarks.gpu.report import Print, Report
+from benchmarks.gpu.status import EXIT_DEVICE_LOST, Status
+from wanx.benchmarks.process import child_session, describe_exit
 
-MOST_RESTARTS = 12
-GRACE = 15.0  # seconds after the end for what is still running
+MAX_RESTARTS = 12
+MARGIN = 3.0  # seconds before the end: time to kill what still runs, and for the table
 _POLL = 0.2
 
 
-def new_report(path: Path, *, minutes: float, only: Sequence[str], quick: bool) -> Report:
-    """An empty report, written."""
+def new_report(
+    path: Path,
+    *,
+    minutes: float,
+    only: Sequence[str] = (),
+    quick: bool = False,
+    rehearsal: bool = False,
+    update_table: bool = False,
+    started: float | None = None,
+) -> Report:
+    """An empty report, written.
+
+    Raises:
+        WanxError: it cannot be written.
+    """
     arguments = ["-o", str(path), "--minutes", f"{minutes:g}"]
     if only:
         arguments += ["--only", *only]
-    if quick:
-        arguments.append("--quick")
+    flags = {"--quick": quick, "--rehearse": rehearsal, "--update-table": update_table}
+    arguments += [flag for flag, is_set in flags.items() if is_set]
     command = shlex.join(["python", "-m", "benchmarks.gpu", *arguments])
     data: dict[str, Any] = {
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "started": time.time(),
-        "settings": {"minutes": minutes, "only": list(only), "quick": quick},
-    }
+        "started": started or time.time(),
+        "settings": {
+            "minutes": minutes, "only": list(only), "quick": quick, "rehearsal": rehearsal,
+            "update_table": update_table,
+        },
+    }  # fmt: skip
     report = Report(path, data)
     report.save()
     return report
 
 
 def supervise(
-    report: Report, folder: Path, tell: Print, command: Sequence[str] | None = None
+    report: Report,
+    folder: Path,
+    tell: Print,
+    command: Sequence[str] | None = None,
+    jobs: Sequence[Job] = (),
 ) -> Report:
-    """Have everything measured, whatever happens to the process that does it.
+    """Run the worker; restart it after a crash, at most ``MAX_RESTARTS`` times.
 
     Args:
         report: a new one.
-        folder: for what is compiled, and for what the processes tell each other.
+        folder: for what is compiled, and for the worker's status.
         tell: shows a line.
         command: of the worker; report and folder are added to it.
+        jobs: compiled beside the worker.
 
     Returns:
-        The report as it is in the end.
+        The report as it is in the end, before the minutes are over.
     """
     command = command or (sys.executable, "-m", "benchmarks.gpu.worker")
-    end = report.data["started"] + 60 * report.data["settings"]["minutes"] + GRACE
-    for _ in range(MOST_RESTARTS + 1):
-        reason = _work((*command, str(report.path), str(folder)), folder, end)
-        report = Report.read(report.path)
-        if report.data["complete"]:
-            break
-        tell(f"   the process was lost: {reason}")
-        if not report.items or report.items[-1]["status"] != "running":
-            break  # another would get no further
-        if time.time() > end:
-            report.end("failed", 0, reason)
-            break
-        note_loss(report, Doing.read(folder), reason)
+    started, seconds = report.data["started"], 60 * report.data["settings"]["minutes"]
+    end = started + seconds - MARGIN
+    limit = started + min(MAX_SECONDS, MAX_SHARE * seconds)
+    with Compilation(jobs, folder, limit) as compilation:
+        for _ in range(MAX_RESTARTS + 1):
+            reason = _run_worker(
+                (*command, str(report.path), str(folder)), folder, end, compilation
+            )
+            report = Report.read(report.path)
+            if report.data["complete"]:
+                break
+            tell(f"   the process was lost: {reason}")
+            if not report.items or report.items[-1]["status"] != "running":
+                break  # another would get no further
+            if time.time() > end:
+                report.end("failed", 0, reason)
+                break
+            record_crash(report, Status.read(folder), reason)
     return report
 
 
-def note_loss(report: Report, doing: Doing | None, reason: str) -> None:
+def record_crash(report: Report, status: Status | None, reason: str) -> None:
     """Write down what was running, so that the next process does not run it again."""
     name = report.items[-1]["name"]
-    if doing is None or doing.item != name:
+    if status is None or status.item != name:
         report.end("failed", 0, reason)
         return
-    reason = doing.reason or reason
-    key = f"{name}/{doing.subject}"
-    if doing.subject is None or key in report.data["crashes"]:
+    reason = status.reason or reason
+    key = f"{name}/{status.subject}"
+    if status.subject is None or key in report.data["crashes"]:
         report.end("failed", 0, reason)
         return
     # The item is measured once more, without the subject.
@@ -89,30 +114,19 @@ def note_loss(report: Report, doing: Doing | None, reason: str) -> None:
     report.save()
 
 
-def _work(command: Sequence[str], folder: Path, end: float) -> str:
-    """Run a worker, and say how it ended."""
-    Doing.forget(folder)
+def _run_worker(command: Sequence[str], folder: Path, end: float, compilation: Compilation) -> str:
+    """Run a worker until it ends, hangs or has no time left; return how it ended."""
+    Status.clear(folder)
     environment = {**os.environ, "WANX_STRICT": "1"}  # a kernel that cannot run must not go unseen
-    # A session of its own, so that what it has started ends with it.
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
-    try:
+    with child_session(command, env=environment) as process:
         while process.poll() is None:
+            compilation.poll()
             now = time.time()
-            doing = Doing.read(folder)
+            status = Status.read(folder)
             if now > end:
                 return "the time was over"
-            if doing is not None and now > doing.until:
+            if status is not None and now > status.until:
                 return "it did not come to an end"
             time.sleep(_POLL)
-    finally:
-        _kill(process)
-    code = process.returncode
-    if code == LOST:
-        return "the GPU does not answer"
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        code = process.returncode
+    return "the GPU does not answer" if code == EXIT_DEVICE_LOST else describe_exit(code)

@@ -1,4 +1,4 @@
-"""Measures one item after the other, and writes down each at once.
+"""Worker: measures one item after the other, and writes down each figure at once.
 
 It is a process of its own, since a kernel that goes wrong may take the whole process with it; then
 :mod:`benchmarks.gpu.supervisor` starts another, which goes on.
@@ -13,18 +13,22 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._dynamo
 
-from benchmarks.gpu.bench import Bench, DeviceLost, one_line, usable
-from benchmarks.gpu.doing import LOST, Doing
-from benchmarks.gpu.items import CEILINGS, Item, every, selected
+from benchmarks.gpu.catalog import CEILINGS, Item, all_items, selected
+from benchmarks.gpu.context import BenchContext, DeviceLost, one_line, usable
 from benchmarks.gpu.machine import machine
 from benchmarks.gpu.report import HEAD, Print, Report
+from benchmarks.gpu.sizes import REHEARSAL_MODEL, REHEARSAL_SIZE
+from benchmarks.gpu.status import EXIT_DEVICE_LOST, Status
+from benchmarks.gpu.supervisor import MARGIN
+from wanx.kernels.launch_config import TABLE
 
 
-def measure(bench: Bench, items: Sequence[Item], report: Report, tell: Print) -> None:
+def measure(bench: BenchContext, items: Sequence[Item], report: Report, tell: Print) -> None:
     """Measure all items that the report has not yet.
 
     Raises:
@@ -48,31 +52,36 @@ def measure(bench: Bench, items: Sequence[Item], report: Report, tell: Print) ->
         _run(bench, item, report, tell)
 
 
-def _run(bench: Bench, item: Item, report: Report, tell: Print) -> None:
-    until = time.time() + 3 * item.seconds + 60
+def _run(bench: BenchContext, item: Item, report: Report, tell: Print) -> None:
+    until = time.time() + item.limit
     subject: str | None = None
 
-    def note(name: str) -> None:
+    def note(name: str | None) -> None:
         nonlocal subject
-        subject = name
-        Doing(item=item.name, subject=name, until=until).write(bench.folder)
+        # The last subject is blamed for a crash between subjects, too; it alone may hang no longer.
+        subject = name or subject
+        limit = until if name is None else min(until, time.time() + item.subject_seconds)
+        Status(item=item.name, subject=subject, until=limit).write(bench.folder)
+
+    def give_up(reason: str, blamed: str | None) -> None:
+        Status(item=item.name, subject=blamed, until=until, reason=reason).write(bench.folder)
 
     bench.item, bench.note = item.name, note
-    Doing(item=item.name, subject=None, until=until).write(bench.folder)
+    note(None)
     torch.manual_seed(0)
     start = time.time()
     try:
         with torch.no_grad():
-            for found in item.run(bench):
-                report.add(found)
-                tell(found.line())
+            for figure in item.run(bench):
+                report.add(figure)
+                tell(figure.line())
     except DeviceLost as error:
-        Doing(item=item.name, subject=subject, until=until, reason=str(error)).write(bench.folder)
+        give_up(str(error), subject)
         raise
     except Exception as error:
         reason = one_line(error)
         if not usable(bench.device):
-            Doing(item=item.name, subject=None, until=until, reason=reason).write(bench.folder)
+            give_up(reason, None)
             raise DeviceLost(reason) from error
         report.end("failed", time.time() - start, reason)
         tell(f"   failed: {reason}")
@@ -82,22 +91,36 @@ def _run(bench: Bench, item: Item, report: Report, tell: Print) -> None:
     bench.release()
 
 
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device())
+def tuned_path(report: Path) -> Path:
+    """The table that tuning writes beside a report."""
+    return report.with_name(f"{report.stem}-tuned.json")
+
+
+def context_of(report: Report, folder: Path) -> BenchContext:
+    """The context that a report's settings ask for: the GPU, or a rehearsal on the processor."""
+    settings = report.data["settings"]
+    common: dict[str, Any] = {
+        "folder": folder,
+        "table": TABLE if settings.get("update_table") else tuned_path(report.path),
+        "deadline": report.data["started"] + 60 * settings["minutes"] - 2 * MARGIN,
+        "crashed": report.data["crashes"],
+    }
+    if settings.get("rehearsal"):
+        return BenchContext(
+            device=torch.device("cpu"), models=(REHEARSAL_MODEL,), sizes=(REHEARSAL_SIZE,),
+            gemm=128, copy_bytes=1 << 20, compiles=False, seconds_per_comparison=0.0, **common,
+        )  # fmt: skip
+    bench = BenchContext(device=torch.device("cuda", torch.cuda.current_device()), **common)
+    if settings["quick"]:
+        bench.sizes, bench.seconds_per_comparison = bench.sizes[:1], 0.5
+    return bench
 
 
 def main() -> None:
     """Go on with a report."""
     report, folder = Report.read(Path(sys.argv[1])), Path(sys.argv[2])
     settings = report.data["settings"]
-    bench = Bench(
-        device=_device(),
-        folder=folder,
-        deadline=report.data["started"] + 60 * settings["minutes"],
-        crashed=report.data["crashes"],
-    )
-    if settings["quick"]:
-        bench.sizes, bench.allowance = bench.sizes[:1], 0.5
+    bench = context_of(report, folder)
     if "machine" not in report.data:
         report.data["machine"] = machine(bench.device)
         report.save()
@@ -105,11 +128,11 @@ def main() -> None:
         print(HEAD, flush=True)
     # Beyond the limit, 8, torch.compile would run what it is given as it is, and say nothing.
     torch._dynamo.config.recompile_limit = 64
-    items = every(bench.models, bench.sizes, quick=settings["quick"])
+    items = all_items(bench.models, bench.sizes, quick=settings["quick"])
     try:
         measure(bench, selected(items, settings["only"]), report, lambda s: print(s, flush=True))
     except DeviceLost:
-        sys.exit(LOST)
+        sys.exit(EXIT_DEVICE_LOST)
     report.finish()
 
 

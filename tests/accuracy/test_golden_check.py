@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from tests.support.altered import altered_bundle, noise
-from tests.support.golden_bundles import TASKS, Case, give, golden_case
+from tests.support.golden_bundles import TASKS, Case, golden_case, with_golden_steps
 from tests.support.peers import relative_error
 from wanx.accuracy.gates import Agreement, Gates
 from wanx.accuracy.golden_check import check_golden, require_golden
@@ -42,7 +42,9 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
 def noisy(case: Callable[[str], Case], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The text-to-video model with other weights, and the golden steps of its own ones."""
     folder = tmp_path_factory.mktemp("noisy") / "noisy"
-    return give(altered_bundle(folder, "dit", noise(0.5), prefix="blocks."), case("t2v").golden)
+    return with_golden_steps(
+        altered_bundle(folder, "dit", noise(0.5), prefix="blocks."), case("t2v").golden
+    )
 
 
 def samples_by_hand(path: Path) -> list[tuple[int, str, Tensors, NDArray[np.float32]]]:
@@ -181,7 +183,7 @@ def test_steps_that_do_not_fit_the_graph(
 ) -> None:
     change, words = MISFITS[misfit]
     shutil.copytree(case("t2v").bundle.root, tmp_path / "bundle")
-    bundle = give(open_bundle(tmp_path / "bundle"), change(case("t2v").golden))
+    bundle = with_golden_steps(open_bundle(tmp_path / "bundle"), change(case("t2v").golden))
     with pytest.raises(CorruptInputError) as caught:
         check_golden(bundle, threads=1)
     assert "\n" not in str(caught.value)
@@ -191,7 +193,7 @@ def test_steps_that_do_not_fit_the_graph(
 def test_answers_that_are_not_finite_fail(case: Callable[[str], Case], tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     bundle = altered_bundle(folder, "dit", lambda v: v * np.nan, prefix="head.head.bias")
-    found = check_golden(give(bundle, case("t2v").golden), threads=1)
+    found = check_golden(with_golden_steps(bundle, case("t2v").golden), threads=1)
     assert all(math.isnan(step.cosine) for step in found)
     with pytest.raises(GateError, match="4 of 4"):
         require_golden(found, Gates())

@@ -8,13 +8,13 @@ import pytest
 from wanx.bundle.plugin_kernel import (
     LARGEST,
     MAX_DESCRIPTION,
-    CarriedKernel,
     Description,
+    PluginKernel,
     Pointer,
     Value,
     Variant,
-    carried_kernel,
     evaluate,
+    read_plugin_kernel,
 )
 from wanx.errors import CorruptInputError, EnvironmentMismatchError, WanxError
 
@@ -45,13 +45,13 @@ def varied(**changes: Any) -> bytes:
 
 
 def test_a_kernel_survives_its_fields() -> None:
-    kernel = carried_kernel(described(), CODE)
-    assert carried_kernel(*kernel.fields()) == kernel
+    kernel = read_plugin_kernel(described(), CODE)
+    assert read_plugin_kernel(*kernel.fields()) == kernel
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 4096, 75600])
 def test_sizes_follow_the_shapes(length: int) -> None:
-    description = carried_kernel(described(), CODE).description
+    description = read_plugin_kernel(described(), CODE).description
     (variant,) = description.variants
     axes = description.axes_at([(3, length, 512)])
     assert axes == {"a": 3, "b": length}
@@ -61,7 +61,7 @@ def test_sizes_follow_the_shapes(length: int) -> None:
 
 @pytest.mark.parametrize("shape", [(3, 5, 511), (3, 5), (3, 5, 512, 1), ()])
 def test_another_shape_is_refused(shape: tuple[int, ...]) -> None:
-    description = carried_kernel(described(), CODE).description
+    description = read_plugin_kernel(described(), CODE).description
     with pytest.raises(WanxError, match=r"Foo was compiled for \[a, b, 512\], not \["):
         description.axes_at([shape])
     with pytest.raises(WanxError, match="has 1 inputs, not 2"):
@@ -70,7 +70,7 @@ def test_another_shape_is_refused(shape: tuple[int, ...]) -> None:
 
 def test_one_axis_has_one_size() -> None:
     value = Value(dtype="fp32", shape=("a", "a"))
-    description = carried_kernel(described(), CODE).description
+    description = read_plugin_kernel(described(), CODE).description
     square = description.model_copy(update={"inputs": (value,)})
     assert square.axes_at([(4, 4)]) == {"a": 4}
     with pytest.raises(WanxError, match="was compiled for"):
@@ -80,7 +80,7 @@ def test_one_axis_has_one_size() -> None:
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 def test_a_scalar_may_have_axes(shape: tuple[int, ...]) -> None:
     inputs = [*DESCRIPTION["inputs"], {"dtype": "fp32", "shape": []}]
-    description = carried_kernel(described(inputs=inputs), CODE).description
+    description = read_plugin_kernel(described(inputs=inputs), CODE).description
     assert description.axes_at([(3, 5, 512), shape]) == {"a": 3, "b": 5}
     with pytest.raises(WanxError, match="was compiled for"):
         description.axes_at([(3, 5, 512), (2,)])
@@ -119,7 +119,7 @@ def test_a_scalar_may_have_axes(shape: tuple[int, ...]) -> None:
 )
 def test_foreign_descriptions_are_refused_in_one_line(description: bytes, reason: str) -> None:
     with pytest.raises(CorruptInputError) as caught:
-        carried_kernel(description, CODE)
+        read_plugin_kernel(description, CODE)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
@@ -127,7 +127,7 @@ def test_foreign_descriptions_are_refused_in_one_line(description: bytes, reason
 
 def test_code_that_is_none_is_refused() -> None:
     with pytest.raises(CorruptInputError, match="no compiled code"):
-        carried_kernel(described(), b"MZ" + bytes(30))
+        read_plugin_kernel(described(), b"MZ" + bytes(30))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_expressions_are_bounded(expression: tuple[Any, ...], message: str) -> N
 
 
 def test_counts_that_no_gpu_takes_are_refused() -> None:
-    (variant,) = carried_kernel(described(), CODE).description.variants
+    (variant,) = read_plugin_kernel(described(), CODE).description.variants
     with pytest.raises(WanxError, match="blocks; choose a smaller size"):
         variant.grid_at({"a": 65536, "b": 8})
     with pytest.raises(WanxError, match="past 32 bits"):
@@ -174,7 +174,7 @@ def test_the_nearest_binary_runs(built: tuple[int, ...], gpu: int, chosen: int |
     value = Value(dtype="fp32", shape=("a",))
     description = Description(op="Foo", inputs=(value,), outputs=(value,), variants=variants)
     code = b"".join(b"\x7fELF" + bytes([sm]) for sm in built)
-    kernel = CarriedKernel(description=description, code=code)
+    kernel = PluginKernel(description=description, code=code)
     if chosen is None:
         with pytest.raises(EnvironmentMismatchError, match=f"this GPU is sm{gpu}"):
             kernel.variant_for(gpu)

@@ -19,7 +19,7 @@ import pytest
 
 from tests.support.paths import ROOT
 from wanx.bundle.manifest import Manifest, Provenance
-from wanx.bundle.publish import extending, record_files, staging, write_manifest
+from wanx.bundle.publish import add_engines, publish_bundle, record_files, write_manifest
 from wanx.bundle.reader import open_bundle, read_bundle
 from wanx.config.models import PRESETS
 from wanx.errors import CorruptInputError, UsageError, WanxError
@@ -55,7 +55,7 @@ def export(
     target: Path | str, text: str, then: Callable[[Path], object] = lambda _: None, **options: Any
 ) -> None:
     """Publish a bundle that holds ``text``; ``then`` happens when all is written."""
-    with staging(target, **options) as folder:
+    with publish_bundle(target, **options) as folder:
         fill(folder, text)
         then(folder)
 
@@ -82,7 +82,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 def test_publishes_a_whole_bundle_and_nothing_else(tmp_path: Path) -> None:
     target = tmp_path / "new" / "parents" / "b"
-    with staging(target) as folder:
+    with publish_bundle(target) as folder:
         assert folder.parent == target.parent
         assert folder.name.startswith(".b.wanx-")
         assert names(folder) == []
@@ -103,7 +103,7 @@ def test_an_existing_bundle_is_kept_without_force_and_replaced_with_it(tmp_path:
     with pytest.raises(UsageError, match=r"b exists: .* replace it with --force"):
         export(tmp_path / "b", "two")
     assert text_of(tmp_path / "b") == "one"
-    with staging(tmp_path / "b", force=True) as folder:
+    with publish_bundle(tmp_path / "b", force=True) as folder:
         fill(folder, "two")
         assert text_of(tmp_path / "b") == "one"
     assert text_of(tmp_path / "b") == "two"
@@ -194,7 +194,7 @@ def test_a_failed_export_leaves_nothing(
 
 
 def test_errors_about_other_files_pass_unchanged(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="checkpoint"), staging(tmp_path / "b"):
+    with pytest.raises(FileNotFoundError, match="checkpoint"), publish_bundle(tmp_path / "b"):
         (tmp_path / "checkpoint").read_bytes()
 
 
@@ -274,7 +274,7 @@ def child(target: Path, stage: str) -> None:
     """Replace ``target`` and stop at ``stage``."""
     function, _, call = stage.rpartition(" ")
     if function == "write" and call == "0":
-        with staging(target, force=True) as folder:
+        with publish_bundle(target, force=True) as folder:
             (folder / "weights").mkdir()
             (folder / "weights/0.safetensors").write_bytes(bytes(1000))
             pause(stage)
@@ -519,7 +519,7 @@ def test_a_disk_that_is_really_full(small_disk: Path) -> None:
 
 def extend(target: Path, key: str, text: str, then: Callable[[], object] = lambda: None) -> None:
     """Add one engine file, and leave out the engines that were there."""
-    with extending(target) as (folder, commit):
+    with add_engines(target) as (folder, commit):
         (folder / f"engines/{key}").mkdir(parents=True)
         (folder / f"engines/{key}/plan.json").write_text(text)
         then()
@@ -569,7 +569,7 @@ def test_a_build_after_one_that_was_killed(tmp_path: Path) -> None:
     (target / "engines/key/plan.json").write_text("half")
     with pytest.raises(CorruptInputError, match="delete it"):
         open_bundle(target)
-    with extending(target) as (folder, commit):
+    with add_engines(target) as (folder, commit):
         (folder / "engines/key").mkdir(parents=True)
         (folder / "engines/key/plan.json").write_text("whole")
         before = read_bundle(target).manifest
@@ -580,7 +580,7 @@ def test_a_build_after_one_that_was_killed(tmp_path: Path) -> None:
 def test_building_while_exporting_is_refused(tmp_path: Path) -> None:
     target = tmp_path / "b"
     export(target, "one")
-    with extending(target), pytest.raises(UsageError, match="another export is writing"):
+    with add_engines(target), pytest.raises(UsageError, match="another export is writing"):
         export(target, "two", force=True)
 
 

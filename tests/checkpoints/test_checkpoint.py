@@ -20,9 +20,9 @@ from tests.support.checkpoints import (
     OUR_T5,
     OUR_VAE,
     TASKS,
-    content,
-    edit,
-    refused,
+    assert_refused,
+    edit_json,
+    tensor_bytes,
     write_diffusers,
     write_original,
     write_sparse,
@@ -90,8 +90,8 @@ def test_both_layouts_are_the_same_model(pair: tuple[str, Path, Path]) -> None:
     assert first.config.text_encoder == OUR_T5
     assert first.config.vae == OUR_VAE
     assert first.config.image_encoder == (OUR_CLIP if task in ("i2v", "flf2v") else None)
-    bytes_of = content(first)
-    assert bytes_of == content(second)
+    bytes_of = tensor_bytes(first)
+    assert bytes_of == tensor_bytes(second)
     assert first.nbytes == second.nbytes == sum(map(len, bytes_of.values()))
     assert first.tokenizer == folders[0] / "tokenizer" / "tokenizer.json"
     assert second.tokenizer == folders[1] / "google" / "umt5-xxl" / "tokenizer.json"
@@ -115,7 +115,7 @@ def test_defaults_follow_the_task(pair: tuple[str, Path, Path]) -> None:
 def test_sharded_diffusers_checkpoint(tmp_path: Path, t2v: dict[str, Path]) -> None:
     sharded = open_checkpoint(write_diffusers(tmp_path / "sharded", "t2v", shard="40KB"))
     assert all(len(weights.files) > 1 for weights in sharded.components.values())
-    assert content(sharded) == content(open_checkpoint(t2v["diffusers"]))
+    assert tensor_bytes(sharded) == tensor_bytes(open_checkpoint(t2v["diffusers"]))
 
 
 def test_half_precision_is_read_as_stored(original: Path) -> None:
@@ -169,16 +169,16 @@ def test_published_sizes_get_the_name_of_their_preset(preset: str, tmp_path: Pat
 def test_tied_copies_and_unused_norms_are_dropped(diffusers: Path) -> None:
     path = diffusers / "text_encoder" / "model.safetensors"
     state = load_file(path)
-    expected = content(open_checkpoint(diffusers))
+    expected = tensor_bytes(open_checkpoint(diffusers))
     save_file(state | {"encoder.embed_tokens.weight": state["shared.weight"].clone()}, path)
-    assert content(open_checkpoint(diffusers)) == expected
+    assert tensor_bytes(open_checkpoint(diffusers)) == expected
     save_file({("encoder.embed_tokens.weight" if k == "shared.weight" else k): v
                for k, v in state.items()}, path)  # fmt: skip
-    assert content(open_checkpoint(diffusers)) == expected
+    assert tensor_bytes(open_checkpoint(diffusers)) == expected
     path = diffusers / "transformer" / "diffusion_pytorch_model.safetensors"
     state = load_file(path)
     save_file(state | {"blocks.2.attn2.norm_added_q.weight": torch.ones(36)}, path)
-    assert content(open_checkpoint(diffusers)) == expected
+    assert tensor_bytes(open_checkpoint(diffusers)) == expected
 
 
 def test_a_tied_name_of_another_shape_is_not_dropped(diffusers: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_tied_name_of_another_shape_is_not_dropped(diffusers: Path) -> None:
 def test_one_tensor_under_two_names(diffusers: Path) -> None:
     path = diffusers / "transformer" / "diffusion_pytorch_model.safetensors"
     save_file(load_file(path) | {"blocks.0.norm3.weight": torch.ones(36)}, path)
-    refused(CorruptInputError, diffusers, "'blocks.0.norm3.weight' twice", "norm2")
+    assert_refused(CorruptInputError, diffusers, "'blocks.0.norm3.weight' twice", "norm2")
 
 
 def test_problems_are_told_in_the_names_of_the_files(diffusers: Path) -> None:
@@ -216,18 +216,18 @@ def test_problems_are_told_in_the_names_of_the_files(diffusers: Path) -> None:
 
 
 def test_sources_that_are_no_checkpoint(tmp_path: Path, t2v: dict[str, Path]) -> None:
-    refused(UsageError, tmp_path / "none", "none does not exist", "give the folder")
-    refused(UsageError, tmp_path, "holds nothing", "Wan-AI/Wan2.1-*")
+    assert_refused(UsageError, tmp_path / "none", "none does not exist", "give the folder")
+    assert_refused(UsageError, tmp_path, "holds nothing", "Wan-AI/Wan2.1-*")
     (tmp_path / "movie.mp4").touch()
-    refused(UsageError, tmp_path, "holds only movie.mp4")
-    refused(UsageError, tmp_path / "movie.mp4", "is a file")
+    assert_refused(UsageError, tmp_path, "holds only movie.mp4")
+    assert_refused(UsageError, tmp_path / "movie.mp4", "is a file")
     part = t2v["diffusers"] / "text_encoder"
-    refused(UsageError, part, "holds only config.json, model.safetensors")
+    assert_refused(UsageError, part, "holds only config.json, model.safetensors")
 
 
 def test_a_part_of_a_diffusers_checkpoint_is_recognised(t2v: dict[str, Path]) -> None:
     for part in ("transformer", "vae"):
-        refused(
+        assert_refused(
             UsageError, t2v["diffusers"] / part, f"{part} is one part of a Diffusers checkpoint"
         )
 
@@ -236,22 +236,22 @@ def test_everything_missing_is_named_at_once(original: Path, diffusers: Path) ->
     for name in ("Wan2.1_VAE.safetensors", "models_t5_umt5-xxl-enc-bf16.safetensors"):
         (original / name).unlink()
     shutil.rmtree(original / "google")
-    refused(
+    assert_refused(
         CorruptInputError, original, "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth",
         "google/umt5-xxl/tokenizer.json",
     )  # fmt: skip
     (original / "config.json").unlink()
-    refused(CorruptInputError, original, "config.json is missing")
+    assert_refused(CorruptInputError, original, "config.json is missing")
     for name in ("model_index.json", "vae/config.json", "tokenizer/tokenizer.json"):
         (diffusers / name).unlink()
-    refused(CorruptInputError, diffusers, "model_index.json, vae/config.json, tokenizer/")
+    assert_refused(CorruptInputError, diffusers, "model_index.json, vae/config.json, tokenizer/")
 
 
 @pytest.mark.parametrize("name", ["transformer", "text_encoder", "vae"])
 def test_missing_weights_of_a_part(name: str, diffusers: Path) -> None:
     for path in (diffusers / name).glob("*.safetensors"):
         path.unlink()
-    refused(CorruptInputError, diffusers, f"{name} holds neither")
+    assert_refused(CorruptInputError, diffusers, f"{name} holds neither")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -273,39 +273,39 @@ def test_damaged_weights(
 ) -> None:
     path = weight_files(copied)[number]
     path.write_bytes(damage(path.read_bytes()))
-    refused(CorruptInputError, copied, str(path), words)
+    assert_refused(CorruptInputError, copied, str(path), words)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"dim": NaN}', "{", '{"dim": 1, "dim": 2}', "\xff"])
 def test_damaged_configs(text: str, copied: Path) -> None:
     for path in copied.rglob("config.json"):
         path.write_text(text, encoding="latin-1")
-    refused(CorruptInputError, copied, "config.json", "JSON")
+    assert_refused(CorruptInputError, copied, "config.json", "JSON")
 
 
 def test_a_tokenizer_that_git_lfs_left_behind(copied: Path) -> None:
     (path,) = copied.rglob("tokenizer.json")
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0")
-    refused(CorruptInputError, copied, "tokenizer.json", "git lfs pull")
+    assert_refused(CorruptInputError, copied, "tokenizer.json", "git lfs pull")
     path.rename(path.with_name("spiece.model"))
     path.with_name("spiece.model").write_bytes(b"model")
     assert open_checkpoint(copied).tokenizer.name == "spiece.model"
     path.with_name("spiece.model").unlink()
-    refused(CorruptInputError, copied, "tokenizer.json or")
+    assert_refused(CorruptInputError, copied, "tokenizer.json or")
 
 
 def test_an_unreadable_folder_is_one_line(copied: Path) -> None:
     if os.geteuid() != 0:
         copied.chmod(0)
         try:
-            refused(WanxError, copied, "cannot read", "ermission")
+            assert_refused(WanxError, copied, "cannot read", "ermission")
         finally:
             copied.chmod(0o700)
         return
     copied.chmod(0)  # root may read anything, so look as somebody else
     os.seteuid(65534)
     try:
-        refused(WanxError, copied, "cannot read", "ermission")
+        assert_refused(WanxError, copied, "cannot read", "ermission")
     finally:
         os.seteuid(0)
         copied.chmod(0o700)
@@ -320,12 +320,12 @@ def test_an_unreadable_file_is_one_line(copied: Path, monkeypatch: pytest.Monkey
         return opened(self, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", refuse)
-    refused(WanxError, copied, "cannot read", ".safetensors", "permission denied")
+    assert_refused(WanxError, copied, "cannot read", ".safetensors", "permission denied")
 
 
 def test_the_task_must_be_the_one_asked_for(copied: Path) -> None:
     assert open_checkpoint(copied, task="t2v").config.task == "t2v"
-    refused(UsageError, copied, "for t2v, not i2v", task="i2v")
+    assert_refused(UsageError, copied, "for t2v, not i2v", task="i2v")
 
 
 @pytest.mark.parametrize(
@@ -352,8 +352,8 @@ def test_the_task_must_be_the_one_asked_for(copied: Path) -> None:
 def test_unsupported_values_are_named(
     part: str, changes: dict[str, Any], words: str, diffusers: Path
 ) -> None:
-    edit(diffusers / part / "config.json", **changes)
-    refused(UsageError, diffusers, f"{part}/config.json", words)
+    edit_json(diffusers / part / "config.json", **changes)
+    assert_refused(UsageError, diffusers, f"{part}/config.json", words)
 
 
 @pytest.mark.parametrize(
@@ -370,8 +370,8 @@ def test_unsupported_values_are_named(
 def test_unsupported_values_of_the_original(
     changes: dict[str, Any], words: str, original: Path
 ) -> None:
-    edit(original / "config.json", **changes)
-    refused(UsageError, original, "config.json", words)
+    edit_json(original / "config.json", **changes)
+    assert_refused(UsageError, original, "config.json", words)
 
 
 @pytest.mark.parametrize(
@@ -382,8 +382,8 @@ def test_unsupported_values_of_the_original(
     ],
 )
 def test_wan22_is_refused(changes: dict[str, Any], words: str, diffusers: Path) -> None:
-    edit(diffusers / "model_index.json", **changes)
-    refused(UsageError, diffusers, "model_index.json", words, "Wan2.1")
+    edit_json(diffusers / "model_index.json", **changes)
+    assert_refused(UsageError, diffusers, "model_index.json", words, "Wan2.1")
 
 
 @pytest.mark.parametrize(
@@ -425,24 +425,24 @@ def test_wan22_is_refused(changes: dict[str, Any], words: str, diffusers: Path) 
 def test_configs_must_be_sound_and_fit_the_tensors(
     part: str, changes: dict[str, Any], words: str | None, diffusers: Path
 ) -> None:
-    edit(diffusers / part / "config.json", **changes)
+    edit_json(diffusers / part / "config.json", **changes)
     if words is None:
         assert open_checkpoint(diffusers).config.dit.num_heads == 9
     else:
-        refused(CorruptInputError, diffusers, f"{part}/config.json", words)
+        assert_refused(CorruptInputError, diffusers, f"{part}/config.json", words)
 
 
 @pytest.mark.parametrize("layers", [[0], [2, 0], [0, 0], [0, 3], [1, 2], [], [0, -1], ["0"], 0])
 def test_vace_layers_must_fit(layers: Any, tmp_path: Path) -> None:
     folder = write_diffusers(tmp_path / "vace", "vace")
-    edit(folder / "transformer" / "config.json", vace_layers=layers)
-    refused(CorruptInputError, folder, "vace_layers")
+    edit_json(folder / "transformer" / "config.json", vace_layers=layers)
+    assert_refused(CorruptInputError, folder, "vace_layers")
 
 
 def test_vace_layers_default_to_every_second_block(tmp_path: Path) -> None:
     source = write_diffusers(tmp_path / "diffusers", "vace")
     folder = write_original(tmp_path / "original", source, "vace")
-    edit(folder / "config.json", vace_layers=..., vace_in_dim=...)
+    edit_json(folder / "config.json", vace_layers=..., vace_in_dim=...)
     dit = open_checkpoint(folder).config.dit
     assert (dit.vace_layers, dit.vace_in_dim) == ((0, 2), 40)
 
@@ -478,8 +478,8 @@ def test_more_input_channels_than_wan21_has(channels: int, original: Path) -> No
     path = original / "diffusion_pytorch_model.safetensors"
     wide = {"patch_embedding.weight": torch.ones(36, channels, 1, 2, 2)}
     save_file(load_file(path) | wide, path)
-    edit(original / "config.json", in_dim=channels)
-    refused(UsageError, original, f"{channels} input channels for task t2v", "only 16")
+    edit_json(original / "config.json", in_dim=channels)
+    assert_refused(UsageError, original, f"{channels} input channels for task t2v", "only 16")
 
 
 def test_a_stray_block_number_makes_no_giant_network(original: Path) -> None:
@@ -494,12 +494,12 @@ def test_the_tensors_tell_the_task(told: str, tmp_path: Path) -> None:
     """Some releases of FLF2V call themselves i2v."""
     source = write_diffusers(tmp_path / "diffusers", "flf2v")
     folder = write_original(tmp_path / "original", source, "flf2v")
-    edit(folder / "config.json", model_type=told)
+    edit_json(folder / "config.json", model_type=told)
     assert open_checkpoint(folder, task="flf2v").config.task == "flf2v"
-    refused(UsageError, folder, "for flf2v, not i2v", task="i2v")
+    assert_refused(UsageError, folder, "for flf2v, not i2v", task="i2v")
 
 
 def test_parts_of_different_models(original: Path) -> None:
     path = original / "diffusion_pytorch_model.safetensors"
     save_file(load_file(path) | {"text_embedding.0.weight": torch.ones(36, 23)}, path)
-    refused(CorruptInputError, original, "23 text features", "24")
+    assert_refused(CorruptInputError, original, "23 text features", "24")

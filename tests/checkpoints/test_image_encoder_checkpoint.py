@@ -15,9 +15,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from tests.support.checkpoints import (
     CLIP_FILE,
-    content,
-    edit,
-    refused,
+    assert_refused,
+    edit_json,
+    tensor_bytes,
     write_diffusers,
     write_original,
     write_sparse,
@@ -45,11 +45,13 @@ def test_a_missing_image_encoder_is_named(tmp_path: Path) -> None:
     diffusers = image_checkpoint(tmp_path, "diffusers")
     original = write_original(tmp_path / "original", diffusers, "i2v")
     (original / f"{CLIP_FILE}.pth").unlink()
-    refused(CorruptInputError, original, "original lacks", f"{CLIP_FILE}.pth or", "download")
+    assert_refused(CorruptInputError, original, "original lacks", f"{CLIP_FILE}.pth or", "download")
     (diffusers / "image_encoder" / "model.safetensors").unlink()
-    refused(CorruptInputError, diffusers, "image_encoder holds neither", "download")
+    assert_refused(CorruptInputError, diffusers, "image_encoder holds neither", "download")
     shutil.rmtree(diffusers / "image_encoder")
-    refused(CorruptInputError, diffusers, "diffusers lacks image_encoder/config.json", "download")
+    assert_refused(
+        CorruptInputError, diffusers, "diffusers lacks image_encoder/config.json", "download"
+    )
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -57,7 +59,7 @@ def test_a_missing_image_encoder_is_named(tmp_path: Path) -> None:
 def test_names_of_older_transformers(prefix: str, shards: int, tmp_path: Path) -> None:
     """transformers 5 saves bare names; the published checkpoints have a prefix and a table."""
     folder = image_checkpoint(tmp_path, "diffusers")
-    expected = content(open_checkpoint(folder))
+    expected = tensor_bytes(open_checkpoint(folder))
     image_encoder = folder / "image_encoder"
     (path,) = image_encoder.glob("*.safetensors")
     tensors = {f"{prefix}{name}": tensor for name, tensor in load_file(path).items()}
@@ -74,7 +76,7 @@ def test_names_of_older_transformers(prefix: str, shards: int, tmp_path: Path) -
         text = json.dumps({"metadata": {}, "weight_map": index})
         (image_encoder / "model.safetensors.index.json").write_text(text)
     checkpoint = open_checkpoint(folder)
-    assert content(checkpoint) == expected
+    assert tensor_bytes(checkpoint) == expected
     weights = checkpoint.components["image_encoder"]
     assert weights.stored_name("pre_norm.bias") == f"{prefix}pre_layrnorm.bias"
     files = weights.tensors["transformer.0.attn.to_qkv.weight"].files
@@ -113,7 +115,7 @@ def test_image_encoder_tensors_that_do_not_fit(
 ) -> None:
     folder = image_checkpoint(tmp_path, "diffusers")
     edit_tensors(folder / "image_encoder" / "model.safetensors", change)
-    refused(CorruptInputError, folder, words)
+    assert_refused(CorruptInputError, folder, words)
 
 
 @pytest.mark.parametrize(
@@ -137,8 +139,8 @@ def test_image_encoder_configs(
     error: type[WanxError], changes: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     folder = image_checkpoint(tmp_path, "diffusers")
-    edit(folder / "image_encoder" / "config.json", **changes)
-    refused(error, folder, "image_encoder/config.json", words)
+    edit_json(folder / "image_encoder" / "config.json", **changes)
+    assert_refused(error, folder, "image_encoder/config.json", words)
 
 
 def test_a_published_image_encoder_without_its_last_layer(tmp_path: Path) -> None:
@@ -148,7 +150,7 @@ def test_a_published_image_encoder_without_its_last_layer(tmp_path: Path) -> Non
         tower = ImageEncoder(ImageEncoderConfig())
     shapes = {f"visual.{name}": list(p.shape) for name, p in tower.named_parameters()}
     write_sparse(folder / f"{CLIP_FILE}.safetensors", shapes)
-    refused(CorruptInputError, folder, "num_layers 32 but the tensors have num_layers 31")
+    assert_refused(CorruptInputError, folder, "num_layers 32 but the tensors have num_layers 31")
 
 
 @pytest.mark.parametrize(("task", "words"), [("i2v", "32 image features"), ("flf2v", "5 tokens")])
@@ -160,4 +162,4 @@ def test_image_encoder_of_another_model(task: str, words: str, tmp_path: Path) -
         **{"image_size": 28, "patch_size": 14, "hidden_act": "gelu"} | sizes,
     )  # fmt: skip
     CLIPVisionModel(config).save_pretrained(folder / "image_encoder")
-    refused(CorruptInputError, folder, words, "of different models")
+    assert_refused(CorruptInputError, folder, words, "of different models")

@@ -19,10 +19,10 @@ from torch.nn import functional
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from wanx.checkpoints.key_maps import (
+    CONCATENATED,
     DIT,
-    HARMLESS,
+    IGNORED,
     IMAGE_ENCODER,
-    JOINED,
     LEADING_AXES,
     TEXT_ENCODER,
     TIED,
@@ -222,7 +222,7 @@ def test_text_encoder_gate_is_the_activated_half() -> None:
 
 
 def is_harmless(name: str) -> bool:
-    return any(re.fullmatch(pattern, name) for pattern, _ in HARMLESS["image_encoder"])
+    return any(re.fullmatch(pattern, name) for pattern, _ in IGNORED["image_encoder"])
 
 
 def test_image_encoder_names() -> None:
@@ -245,7 +245,7 @@ def test_image_encoder_names() -> None:
     shapes = {original: theirs[name] for original, name in originals.items()}
     for name, axes in LEADING_AXES["image_encoder"].items():
         shapes[name] = (*(1,) * axes, *shapes[name])
-    for whole, parts in JOINED["image_encoder"].items():
+    for whole, parts in CONCATENATED["image_encoder"].items():
         for name in [name for name in shapes if f".{parts[0]}." in name]:
             joined = [shapes.pop(name.replace(parts[0], part)) for part in parts]
             height = sum(shape[0] for shape in joined)

@@ -16,7 +16,7 @@ import pytest
 from test_cli import Wanx, start, wanx
 
 from tests.support.speed_results import results, trial
-from wanx.benchmarks.accuracy.comparison import dumps
+from wanx.benchmarks.report.files import dumps
 from wanx.benchmarks.speed.results import Results, read_results
 from wanx.builtin import builtin_bundle
 

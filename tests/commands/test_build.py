@@ -6,13 +6,20 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from wanx import build
 from wanx.builtin import builtin_bundle
 from wanx.cli import main
+from wanx.errors import UsageError
+from wanx.exporter.targets.tensorrt import gpus, target
+from wanx.exporter.targets.tensorrt.ops import OPS
 
 Wanx = Callable[..., tuple[int, str, str]]
 
@@ -57,6 +64,37 @@ def test_errors_are_one_line(
     assert found == code
     assert words in err
     assert err.count("\n") == 1
+
+
+def test_a_built_in_bundle_is_refused_by_the_library_too() -> None:
+    words = "tiny is built in and stays as it is; `wanx export tiny --target cpu` makes a bundle of"
+    with pytest.raises(UsageError, match=words):
+        build("tiny", target="cpu")
+
+
+def test_plug_ins_that_do_not_fit_are_told(
+    wanx: Wanx, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs are those of the model; TensorRT, which is asked for nothing here, is none."""
+
+    def work(folder: Path, request: Mapping[str, Any], on_fraction: object) -> str:
+        for name in request["jobs"]:
+            (folder / f"{name}.engine").write_bytes(b"engine")
+            (folder / f"{name}.json").write_text('{"lines": []}')
+        return ""
+
+    monkeypatch.setattr(target, "_work", work)
+    monkeypatch.setattr(gpus, "import_tensorrt", lambda name: SimpleNamespace(__version__="99.0"))
+    narrow = replace(OPS["RMSNormRope"], unsupported_reason=lambda *_: "heads are narrow")
+    monkeypatch.setitem(OPS, "RMSNormRope", narrow)
+    plugins = ("--plugins", "RMSNormRope,GeluQuantize")
+    code, out, err = wanx("build", bundle, "--target", "rtx:sm89", *plugins, "--json")
+    assert code == 0
+    assert json.loads(out)["path"] == str(bundle)
+    assert err.splitlines() == [
+        "plug-in RMSNormRope: takes 0 of 1 nodes, not those where heads are narrow (1)",
+        "plug-in GeluQuantize: takes 0 of 0 nodes",  # nothing is quantised
+    ]
 
 
 def test_without_a_compiler(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import wanx.benchmarks.accuracy.subject as side_module
 import wanx.benchmarks.report.html as html_module
+import wanx.runtime.run_parts as run_parts_module
 from tests.support.altered import altered_bundle, noise
 from wanx.cli import main
 
@@ -124,7 +124,7 @@ def test_a_report_without_its_packages_fails_before_anything_runs(
     wanx: Wanx, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(html_module, "find_spec", lambda name: None)
-    monkeypatch.setattr(side_module, "open_session", None)
+    monkeypatch.setattr(run_parts_module, "open_session", None)
     code, _, err = wanx("tiny", "tiny", *SMALL, "-o", "report")
     assert code == 4
     assert "pip install 'wanx[report]'" in err

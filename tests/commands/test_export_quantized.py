@@ -18,7 +18,7 @@ from torch import Tensor
 import wanx.exporter.export as exporter
 from wanx.builtin import builtin_bundle
 from wanx.cli import main
-from wanx.exporter.calibration.blockwise_dit import StreamedDiT
+from wanx.exporter.calibration.blockwise_dit import BlockwiseDiT
 from wanx.exporter.components import ComponentSpec
 
 FEW = ["--quantize", "dit", "--calibration-prompts", "1", "--calibration-steps", "2",
@@ -104,14 +104,14 @@ def quick(monkeypatch: pytest.MonkeyPatch, text_encoders: list[ir.Model]) -> Non
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with every pass through the denoiser."""
     done: list[int] = []
-    run = StreamedDiT.run
+    run = BlockwiseDiT.run
 
-    def counted(self: StreamedDiT, *arguments: Any, **options: Any) -> Any:
+    def counted(self: BlockwiseDiT, *arguments: Any, **options: Any) -> Any:
         answer = run(self, *arguments, **options)
         done.append(len(done))
         return answer
 
-    monkeypatch.setattr(StreamedDiT, "run", counted)
+    monkeypatch.setattr(BlockwiseDiT, "run", counted)
     return done
 
 
@@ -126,20 +126,20 @@ FP8 = ["--precision", "fp8"]
         ([*INT8, "--activation-scale", "dynamic"], "--activation-scale dynamic is for --precision"),
         ([*INT8, "--attention", "fp8"], "--attention fp8 is for --precision fp8, not int8"),
         (["--smooth", "0.5"], "--precision auto quantises nothing; choose int8 or fp8"),
-        (["--precision", "bf16", "--keep-high", "*"], "--precision bf16 quantises nothing"),
+        (["--precision", "bf16", "--skip-layers", "*"], "--precision bf16 quantises nothing"),
         (["--precision", "fp32", "--quantize", "dit"], "--precision fp32 quantises nothing"),
         ([*FP8, "--quantize", "vae"], "vae has no 8-bit layers; choose dit or text_encoder"),
         ([*FP8, "--quantize", "dit", "--quantize", "image_encoder"], "image_encoder has no 8-bit"),
         ([*FP8, "--weight-scale", "row"], "--weight-scale row is not available"),
         ([*FP8, "--activation-scale", "none"], "--activation-scale none is not available"),
-        ([*FP8, "--attention", "int8"], "--attention int8 is not available; choose high or fp8"),
+        ([*FP8, "--attention", "int8"], "--attention int8 is not available; choose none or fp8"),
         ([*FP8, "--smooth", "1.5"], "--smooth is 1.5; choose 0 (off) to 1"),
         ([*FP8, "--smooth", "nan"], "--smooth is nan"),
         ([*FP8, "--percentile", "0"], "--percentile is 0; choose 50 to 100"),
         ([*FP8, "--layer-gate", "nan"], "--layer-gate is nan; choose a finite number"),
-        ([*FP8, "--keep-high", "block.0.*"], "--keep-high 'block.0.*' matches no layer"),
-        ([*FP8, "--keep-high", ""], "--keep-high '' matches no layer"),
-        ([*FP8, "--keep-high", "*"], "all 60 layers are kept high"),
+        ([*FP8, "--skip-layers", "block.0.*"], "--skip-layers 'block.0.*' matches no layer"),
+        ([*FP8, "--skip-layers", ""], "--skip-layers '' matches no layer"),
+        ([*FP8, "--skip-layers", "*"], "all 60 layers are kept high"),
         ([*FP8, "--calibration", "none.jsonl"], "none.jsonl is not there"),
         ([*FP8, "--calibration", "."], "is not there or not a file"),
         ([*FP8, "--calibration-prompts", "0"], "--calibration-prompts is 0; choose 1 to 10000"),
@@ -172,6 +172,52 @@ def test_bad_options_are_one_line_and_leave_nothing(
     assert words in result.error
     assert list(folder.iterdir()) == []
     assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "skip_layers", "attention"),
+    [
+        ([], (), "none"),
+        (["--skip-layers", "*.ffn.2", "--attention", "none"], ("*.ffn.2",), "none"),
+        (["--keep-high", "*.ffn.2", "--attention", "high"], ("*.ffn.2",), "none"),
+        (
+            ["--keep-high", "a", "--skip-layers", "b", "--keep-high", "c", "--attention", "fp8"],
+            ("b", "a", "c"),
+            "fp8",
+        ),
+    ],
+)
+def test_old_names_of_options_still_work(
+    arguments: list[str],
+    skip_layers: tuple[str, ...],
+    attention: str,
+    export: Export,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options: dict[str, Any] = {}
+
+    def plan(**given: Any) -> None:
+        options.update(given)
+        sys.exit(0)
+
+    monkeypatch.setattr("wanx.plan_export", plan)
+    assert export(*FP8, "--dry-run", *arguments).code == 0
+    assert options["quantize"].skip_layers == skip_layers
+    assert options["quantize"].attention == attention
+
+
+def test_an_old_name_in_the_environment_still_works(
+    export: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANX_EXPORT_KEEP_HIGH", "block.0.*")
+    assert "--skip-layers 'block.0.*' matches no layer" in export(*FP8, "--dry-run").error
+
+
+def test_old_names_of_options_are_not_listed(export: Export) -> None:
+    text = export("--help").out
+    assert "--skip-layers" in text
+    assert "keep-high" not in text
+    assert "high" not in text.partition("--attention")[2].partition("--layer-gate")[0]
 
 
 @pytest.mark.parametrize(
@@ -235,7 +281,7 @@ def no_input(tensors: dict[str, Tensor]) -> None:
         ("int8", put_nan, 5, ["blocks.1.attn2.to_k.weight", "holds NaN"], False),
         ("fp8", overflow, 1, ["in the input of blocks.1.ffn.2 while calibrating"], False),
         ("int8", no_input, 1,
-         ["blocks.0.cross_attn.q was always 0", "--keep-high blocks.0.cross_attn.q"], True),
+         ["blocks.0.cross_attn.q was always 0", "--skip-layers blocks.0.cross_attn.q"], True),
     ],
 )  # fmt: skip
 def test_a_model_that_cannot_be_quantised(
@@ -287,15 +333,15 @@ def test_ctrl_c_loses_no_step(
     steps: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    counted = StreamedDiT.run
+    counted = BlockwiseDiT.run
 
-    def interrupted(self: StreamedDiT, *arguments: Any, **options: Any) -> Any:
+    def interrupted(self: BlockwiseDiT, *arguments: Any, **options: Any) -> Any:
         if len(steps) == 1:
             raise KeyboardInterrupt
         return counted(self, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(StreamedDiT, "run", interrupted)
+        patch.setattr(BlockwiseDiT, "run", interrupted)
         result = export(checkpoint, *INT8, *FEW, "-o", "bundle")
     assert result.code == 130
     assert "Traceback" not in result.err

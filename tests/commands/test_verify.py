@@ -15,7 +15,7 @@ import wanx.accuracy.golden_check as judge
 import wanx.exporter.export as exporter
 from tests.support.altered import altered_bundle, noise
 from tests.support.eightbit import trace_once
-from tests.support.golden_bundles import Case, give, golden_case, sign
+from tests.support.golden_bundles import Case, golden_case, update_hashes, with_golden_steps
 from wanx.accuracy.golden_check import check_golden
 from wanx.builtin import builtin_bundle
 from wanx.bundle.golden_steps import GOLDEN
@@ -35,7 +35,9 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
 def noisy(case: Callable[[str], Case], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The text-to-video model with other weights, and the golden steps of its own ones."""
     folder = tmp_path_factory.mktemp("noisy") / "noisy"
-    return give(altered_bundle(folder, "dit", noise(0.5), prefix="blocks."), case("t2v").golden)
+    return with_golden_steps(
+        altered_bundle(folder, "dit", noise(0.5), prefix="blocks."), case("t2v").golden
+    )
 
 
 Wanx = Callable[..., tuple[int, str, str]]
@@ -106,7 +108,7 @@ def test_a_bundle_without_golden_steps(
     wanx: Wanx, case: Callable[[str], Case], tmp_path: Path
 ) -> None:
     shutil.copytree(case("t2v").bundle.root, tmp_path / "bundle")
-    bundle = give(open_bundle(tmp_path / "bundle"), None)
+    bundle = with_golden_steps(open_bundle(tmp_path / "bundle"), None)
     assert check_golden(bundle) == ()
     code, out, err = wanx("verify", bundle.root)
     assert (code, err) == (0, "")
@@ -134,7 +136,7 @@ def test_golden_steps_that_are_none_of_any(wanx: Wanx, noisy: Bundle, tmp_path: 
     """Signed, so that nothing but reading them can tell."""
     shutil.copytree(noisy.root, tmp_path / "bundle")
     (tmp_path / "bundle" / GOLDEN).write_bytes(b"steps")
-    sign(tmp_path / "bundle")
+    update_hashes(tmp_path / "bundle")
     code, _, err = wanx("verify", "bundle")
     assert code == 5
     (line,) = err.splitlines()

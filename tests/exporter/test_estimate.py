@@ -151,7 +151,7 @@ def test_sizes_of_real_exports(
     ("precision", "options"),
     [
         ("int8", {}),
-        ("int8", {"smooth": 0.5, "keep_high": ("blocks.0.*", "*.ffn.2")}),
+        ("int8", {"smooth": 0.5, "skip_layers": ("blocks.0.*", "*.ffn.2")}),
         ("fp8", {}),
         ("fp8", {"weight_scale": "tensor"}),
         ("fp8", {"activation_scale": "dynamic", "components": ("dit",)}),

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import wanx.exporter.export as exporter
 from tests.support.components import run_dit, run_image_encoder, run_vae_decoder
-from tests.support.layouts import assert_same_weights, graph_files, stored, write_original
+from tests.support.layouts import assert_same_weights, graph_files, stored_tensors, write_original
 from tests.support.peers import image_features, relative_error
 from wanx.bundle.reader import Bundle
 from wanx.exporter.options import ExportOptions
@@ -34,7 +34,7 @@ def test_original_layout(
     bundle = export_quickly(source, tmp_path / "bundle", precision=precision)
     assert bundle.manifest.provenance.source_layout == "original"
     assert bundle.manifest.config == bundles(precision).manifest.config
-    assert_same_weights(stored(bundle), stored(bundles(precision)))
+    assert_same_weights(stored_tensors(bundle), stored_tensors(bundles(precision)))
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_original_layout_of_other_tasks(
     assert bundle.manifest.provenance.source_layout == "original"
     assert bundle.manifest.config == expected.manifest.config
     assert bundle.manifest.task == task
-    assert_same_weights(stored(bundle), stored(expected))
+    assert_same_weights(stored_tensors(bundle), stored_tensors(expected))
     assert set(graph_files(bundle)) == set(graph_files(expected))
 
 
@@ -106,7 +106,7 @@ def test_sharded_diffusers_layout(
     peer.transformer.save_pretrained(source / "transformer", max_shard_size="200KB")
     assert len(list((source / "transformer").glob("*.safetensors"))) > 2
     bundle = export_quickly(source, tmp_path / "bundle", precision="fp32")
-    assert_same_weights(stored(bundle), stored(bundle_fp32))
+    assert_same_weights(stored_tensors(bundle), stored_tensors(bundle_fp32))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -127,10 +127,10 @@ def test_narrow_checkpoint_keeps_its_bytes(
         save_file(narrow, path, metadata={"format": "pt"})
     kept = export_quickly(source, tmp_path / "kept")
     assert kept.manifest.precision == precision
-    narrow_weights = stored(bundles(precision))
-    assert_same_weights(stored(kept), narrow_weights)
+    narrow_weights = stored_tensors(bundles(precision))
+    assert_same_weights(stored_tensors(kept), narrow_weights)
     widened = export_quickly(source, tmp_path / "wide", precision="fp32")
-    assert_same_weights(stored(widened), {n: t.float() for n, t in narrow_weights.items()})
+    assert_same_weights(stored_tensors(widened), {n: t.float() for n, t in narrow_weights.items()})
 
 
 def test_a_checkpoint_of_mixed_types(
@@ -186,7 +186,7 @@ def test_converting_a_bundle(
 ) -> None:
     """A bundle in fp32 can become one in bf16, equal to the one from the checkpoint."""
     bundle = export_quickly(bundle_fp32.root, tmp_path / "bf16", precision="bf16")
-    assert_same_weights(stored(bundle), stored(bundles("bf16")))
+    assert_same_weights(stored_tensors(bundle), stored_tensors(bundles("bf16")))
 
 
 def test_graphs_depend_on_the_architecture_alone(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from wanx.files.checksum import Stamps, sha256_file
+from wanx.files.checksum import DigestCache, sha256_file
 
 CHUNK = 1 << 20
 
@@ -38,7 +38,7 @@ def stamped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = folder / "f"
     path.write_bytes(b"content")
     stat = aged(path, monkeypatch)
-    stamps = Stamps(folder)
+    stamps = DigestCache(folder)
     stamps.record("f", stat, stat, "d" * 64)
     stamps.save()
     return path
@@ -46,9 +46,9 @@ def stamped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_stamp_outlives_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = stamped(tmp_path, monkeypatch)
-    assert Stamps(tmp_path).digest("f", path.stat()) == "d" * 64
-    assert Stamps(tmp_path).digest("g", path.stat()) is None
-    assert Stamps(tmp_path / "other").digest("f", path.stat()) is None
+    assert DigestCache(tmp_path).digest("f", path.stat()) == "d" * 64
+    assert DigestCache(tmp_path).digest("g", path.stat()) is None
+    assert DigestCache(tmp_path / "other").digest("f", path.stat()) is None
 
 
 def test_reading_keeps_a_stamp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +60,7 @@ def test_reading_keeps_a_stamp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     nanoseconds = {name: getattr(before, name) for name in ("st_mtime_ns", "st_ctime_ns")}
     after = os.stat_result(fields, nanoseconds)
     assert after.st_atime != before.st_atime
-    stamps = Stamps(tmp_path)
+    stamps = DigestCache(tmp_path)
     stamps.record("f", before, after, "d" * 64)
     assert stamps.digest("f", before) == "d" * 64
 
@@ -73,14 +73,14 @@ def test_a_write_that_restores_size_and_mtime_ends_a_stamp(
     path.write_bytes(b"c0ntent")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert (path.stat().st_size, path.stat().st_mtime_ns) == (7, before.st_mtime_ns)
-    assert Stamps(tmp_path).digest("f", path.stat()) is None
+    assert DigestCache(tmp_path).digest("f", path.stat()) is None
 
 
 def test_a_replaced_file_ends_a_stamp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = stamped(tmp_path, monkeypatch)
     (tmp_path / "new").write_bytes(b"c0ntent")
     (tmp_path / "new").replace(path)
-    assert Stamps(tmp_path).digest("f", path.stat()) is None
+    assert DigestCache(tmp_path).digest("f", path.stat()) is None
 
 
 def test_a_file_that_changed_while_it_was_read_gets_no_stamp(
@@ -91,7 +91,7 @@ def test_a_file_that_changed_while_it_was_read_gets_no_stamp(
     before = path.stat()
     path.write_bytes(b"longer content")
     aged(path, monkeypatch)
-    stamps = Stamps(tmp_path)
+    stamps = DigestCache(tmp_path)
     stamps.record("f", before, path.stat(), "d" * 64)
     assert stamps.digest("f", before) is None
     assert stamps.digest("f", path.stat()) is None
@@ -100,7 +100,7 @@ def test_a_file_that_changed_while_it_was_read_gets_no_stamp(
 def test_a_file_just_written_gets_no_stamp(tmp_path: Path, cache: Path) -> None:
     path = tmp_path / "f"
     path.write_bytes(b"content")
-    stamps = Stamps(tmp_path)
+    stamps = DigestCache(tmp_path)
     stamps.record("f", path.stat(), path.stat(), "d" * 64)
     stamps.save()
     assert stamps.digest("f", path.stat()) is None
@@ -116,25 +116,25 @@ def test_a_damaged_cache_is_an_empty_one(
     path = stamped(tmp_path, monkeypatch)
     (entry,) = cache.iterdir()
     entry.write_bytes(content)
-    stamps = Stamps(tmp_path)
+    stamps = DigestCache(tmp_path)
     assert stamps.digest("f", path.stat()) is None
     stamps.record("f", path.stat(), path.stat(), "e" * 64)
     stamps.save()
-    assert Stamps(tmp_path).digest("f", path.stat()) == "e" * 64
+    assert DigestCache(tmp_path).digest("f", path.stat()) == "e" * 64
 
 
 def test_an_unwritable_cache_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     path = stamped(tmp_path, monkeypatch)
-    assert Stamps(tmp_path).digest("f", path.stat()) is None
+    assert DigestCache(tmp_path).digest("f", path.stat()) is None
 
 
 def test_no_home_folder_means_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("platformdirs.user_cache_path", lambda *_, **__: Path("~/.cache/wanx"))
     path = stamped(tmp_path, monkeypatch)
-    assert Stamps(tmp_path).digest("f", path.stat()) is None
+    assert DigestCache(tmp_path).digest("f", path.stat()) is None
     assert sorted(p.name for p in tmp_path.iterdir()) == ["f"]
 
 
@@ -142,7 +142,7 @@ def test_an_interrupted_save_keeps_the_old_stamps(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = stamped(tmp_path, monkeypatch)
-    stamps = Stamps(tmp_path)
+    stamps = DigestCache(tmp_path)
     stamps.record("f", path.stat(), path.stat(), "e" * 64)
 
     def fail(*_: object) -> None:
@@ -150,5 +150,5 @@ def test_an_interrupted_save_keeps_the_old_stamps(
 
     monkeypatch.setattr("wanx.files.checksum.os.replace", fail)
     stamps.save()
-    assert Stamps(tmp_path).digest("f", path.stat()) == "d" * 64
+    assert DigestCache(tmp_path).digest("f", path.stat()) == "d" * 64
     assert len(list(cache.iterdir())) == 1

@@ -18,8 +18,9 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
+from wanx.config.number_formats import BY_SAFETENSORS
 from wanx.errors import CorruptInputError, WanxError
-from wanx.files.safetensors import DTYPE_BYTES, SafetensorsWriter, read_header
+from wanx.files.safetensors import SafetensorsWriter, read_header
 
 TORCH_TYPES = {
     "F32": torch.float32,
@@ -219,7 +220,7 @@ def test_missing_folder_pipe_and_unreadable(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", TORCH_TYPES)
 def test_written_files_load_equal(dtype: str, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    raw = torch.randint(0, 2 if dtype == "BOOL" else 120, (210 * DTYPE_BYTES[dtype],))
+    raw = torch.randint(0, 2 if dtype == "BOOL" else 120, (BY_SAFETENSORS[dtype].nbytes(210),))
     data = raw.to(torch.uint8).numpy().tobytes()
     shapes = [("one", (2, 3, 7)), ("two", (168,)), ("none", (0, 4))]
     with SafetensorsWriter(path, [(n, dtype, s) for n, s in shapes], {"k": "v"}) as writer:
@@ -228,7 +229,7 @@ def test_written_files_load_equal(dtype: str, tmp_path: Path) -> None:
     assert writer.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert read_header(path) == writer.header
     loaded = load_file(path)
-    split = 42 * DTYPE_BYTES[dtype]
+    split = BY_SAFETENSORS[dtype].nbytes(42)
     for name, shape, part in (("one", (2, 3, 7), data[:split]), ("two", (168,), data[split:])):
         expected = torch.frombuffer(bytearray(part), dtype=torch.uint8).view(TORCH_TYPES[dtype])
         assert loaded[name].dtype == TORCH_TYPES[dtype]

@@ -14,11 +14,11 @@ from onnxscript import OnnxFunction
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from tests.support.interpreter import DEVICE, repair
-from wanx.kernels.launch import recorded, sm_of
+from tests.support.interpreter import DEVICE, patch_interpreter
+from wanx.kernels.launch import capture_launches, sm_of
 from wanx.kernels.registry import NODES
 
-repair()
+patch_interpreter()
 
 TYPES = {
     torch.float32: TensorProto.FLOAT,
@@ -147,7 +147,7 @@ def _run_kernel(launch: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         for key, buffer in buffers.items():
             assert torch.equal(buffer.view(torch.uint8), allowed[key].view(torch.uint8))
 
-    with recorded(run, sm_of(torch.empty(0, device=DEVICE))):
+    with capture_launches(run, sm_of(torch.empty(0, device=DEVICE))):
         return tree_map_only(Tensor, lambda t: t.cpu(), launch(*args, **kwargs))
 
 

@@ -61,7 +61,7 @@ import torch
 from wanx.kernels.aot_compile import compile_for, record, resources
 from wanx.kernels.attention.eight_bit import launch_attention_8bit
 from wanx.kernels.attention.flash import launch_attention
-from wanx.kernels.launch_config import config, overridden
+from wanx.kernels.launch_config import config, with_config
 x = torch.empty(1, 32760, 1536, dtype=torch.bfloat16, device="meta")
 kernels = {"attention": launch_attention, "attention_8bit": launch_attention_8bit}
 for op, sm, asked in (
@@ -71,7 +71,7 @@ for op, sm, asked in (
     ("attention_8bit", 90, {"WARP_SPECIALIZE": 1, "num_warps": 4, "BLOCK_K": 64}),
 ):
     choice = config(op, sm, head=128) | {"TMA": 1} | asked
-    with overridden(op, choice):
+    with with_config(op, choice):
         compiled = compile_for(record(sm, kernels[op], x, x, x, 12, 0.088)[-1], sm)
     ptx, metadata = compiled.asm["ptx"], compiled.metadata
     found = resources(compiled) | {

@@ -2,21 +2,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import ExitStack
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.tuning.workloads import GEMMS
 from tests.support.interpreter import DEVICE
-from wanx.kernels.gemm_8bit import TILES, UNALIGNED, Tile, launch_gemm_8bit, tile_for
+from wanx.kernels.aot_compile import record
+from wanx.kernels.gemm_8bit import launch_gemm_8bit
+from wanx.kernels.launch_config import config, with_config
 
 E4M3 = torch.float8_e4m3fn
 EIGHT_BIT = [torch.int8, E4M3]
 # Root mean square of the codes below.
 SPREAD = {torch.int8: 74, E4M3: 259}
 STEP = {torch.int8: 0.0417, E4M3: 0.0083}
-SMALL = Tile(block_m=16, block_n=32, block_k=32, group_m=2, num_warps=4, num_stages=2)
+SMALL = {
+    "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP_M": 2, "num_warps": 4, "num_stages": 2,
+}  # fmt: skip
 # M, K, N: less than a block; tails of all; no tail in K; a group that is not full; whole blocks
 SIZES = [(1, 7, 1), (5, 130, 7), (40, 96, 70), (65, 33, 33), (32, 64, 64)]
 # Scales of rows of x8 and of weight8, or of the whole.
@@ -70,6 +76,14 @@ def stream(
     return residual, torch.randn(1 if shared else batch, 1, n, generator=generator)
 
 
+def _launch_small(*values: Tensor, **following: Any) -> Tensor:
+    """The kernel in small blocks, of which even small products have several."""
+    with ExitStack() as stack:
+        for op in (*GEMMS, "gemm_unaligned"):
+            stack.enter_context(with_config(op, SMALL))
+        return launch_gemm_8bit(*values, **following)
+
+
 @pytest.mark.parametrize(("x_rows", "weight_rows"), SCALES)
 @pytest.mark.parametrize("dtype", EIGHT_BIT)
 @pytest.mark.parametrize("size", SIZES)
@@ -83,7 +97,7 @@ def test_product(
 ) -> None:
     how = {"x_rows": x_rows, "weight_rows": weight_rows, "bias_type": torch.float32}
     values = arguments(size, dtype, **how)
-    out = run_kernel(launch_gemm_8bit, *values, tile=SMALL)
+    out = run_kernel(_launch_small, *values)
     assert out.dtype == torch.float32
     assert_rounded_once(out, formula(*values))
 
@@ -116,7 +130,7 @@ def test_rows_that_lie_apart(
         for t in (x8, weight8)
     ]
     x, weight = (t[:, 5:75] for t in apart)
-    out = run_kernel(launch_gemm_8bit, x, x_scale, weight, *rest, tile=SMALL)
+    out = run_kernel(_launch_small, x, x_scale, weight, *rest)
     assert_rounded_once(out, formula(x8, x_scale, weight8, *rest))
 
 
@@ -132,7 +146,7 @@ def test_gelu_reads_the_sum_before_it_is_rounded(
 ) -> None:
     values, step = arguments(size, dtype), torch.tensor(STEP[out_type])
     how = {"out_scale": step, "dtype": out_type}
-    q = run_kernel(launch_gemm_8bit, *values, **how, tile=SMALL)
+    q = run_kernel(_launch_small, *values, **how)
     assert q.dtype == out_type
     assert_rounded_to_8bit(q, gelu(formula(*values)) / step.double())
 
@@ -153,7 +167,7 @@ def test_residual_adds_the_sum_before_it_is_rounded(
 ) -> None:
     values = arguments((batch * length, 45, 37), dtype)
     residual, gate = stream(batch, length, 37, stream_type, shared=shared)
-    out = run_kernel(launch_gemm_8bit, *values, residual=residual, gate=gate, tile=SMALL)
+    out = run_kernel(_launch_small, *values, residual=residual, gate=gate)
     assert (out.dtype, out.shape) == (stream_type, residual.shape)
     y = formula(*values).view(residual.shape)
     assert_rounded_once(out, residual.double() + y * gate.double())
@@ -168,9 +182,9 @@ def test_nan_stays_in_its_row(what: str, run_kernel: Callable[..., Tensor]) -> N
         "gelu": {"out_scale": torch.tensor(STEP[E4M3]), "dtype": E4M3},
         "residual": {"residual": residual, "gate": gate},
     }[what]
-    clean = run_kernel(launch_gemm_8bit, *values, **how, tile=SMALL).float().view(40, 35)
+    clean = run_kernel(_launch_small, *values, **how).float().view(40, 35)
     values[0][17, 69] = torch.nan
-    out = run_kernel(launch_gemm_8bit, *values, **how, tile=SMALL).float().view(40, 35)
+    out = run_kernel(_launch_small, *values, **how).float().view(40, 35)
     others = torch.arange(40) != 17
     assert out[17].isnan().all()
     assert torch.equal(out[others], clean[others])
@@ -181,20 +195,52 @@ def test_numbers_beyond_the_range_saturate(run_kernel: Callable[..., Tensor]) ->
     x8, x_scale, weight8, weight_scale, bias = arguments((5, 33, 4), torch.int8)
     bias = torch.tensor([1e4, -0.5, -0.75, 0.0])
     for dtype, limits in ((torch.int8, [127, -128, -128, 0]), (E4M3, [448, -448, -448, 0])):
-        how = {"out_scale": torch.tensor(1e-4), "dtype": dtype, "tile": SMALL}
-        q = run_kernel(launch_gemm_8bit, x8, x_scale * 0, weight8, weight_scale, bias, **how)
+        how = {"out_scale": torch.tensor(1e-4), "dtype": dtype}
+        q = run_kernel(_launch_small, x8, x_scale * 0, weight8, weight_scale, bias, **how)
         assert q.float().tolist() == [limits] * 5
 
 
-def test_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    def tile(dtype: torch.dtype, sm: int, k: int = 64, *, residual: bool = False) -> Tile:
-        monkeypatch.setattr("wanx.kernels.gemm_8bit.sm_of", lambda _: sm)
-        x8, weight8 = (torch.empty(size, k, dtype=dtype, device="meta") for size in (8, 9))
-        return tile_for(x8, weight8, residual=residual)
+def test_tiles() -> None:
+    """Each GPU runs with the widest blocks that its registers hold."""
 
-    assert tile(torch.int8, 86) == tile(torch.int8, 80) == TILES[torch.int8][80]
-    wide = tile(torch.int8, 90)
-    assert wide == TILES[torch.int8][90]
-    assert tile(torch.int8, 90, residual=True) == replace(wide, block_m=128) != wide
-    assert tile(E4M3, 121) == TILES[E4M3][120] != tile(E4M3, 103)
-    assert tile(E4M3, 90, 72) == UNALIGNED
+    def tile(dtype: torch.dtype, sm: int, k: int = 64, *, residual: bool = False) -> dict[str, int]:
+        values = (torch.empty(8, k, dtype=dtype), torch.ones(()), torch.empty(16, k, dtype=dtype))
+        following = dict(zip(("residual", "gate"), stream(1, 8, 16, torch.float32), strict=True))
+        others = (torch.ones(()), torch.ones(16, dtype=torch.bfloat16))
+        how = following if residual else {}
+        (launch,) = record(sm, launch_gemm_8bit, *values, *others, **how)
+        return {name: (launch.constants | launch.options)[name] for name in SMALL}
+
+    default = {
+        "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "GROUP_M": 8,
+        "num_warps": 8, "num_stages": 4,
+    }  # fmt: skip
+    wide = default | {"BLOCK_M": 256}
+    for sm in (80, 86, 89, 103, 110, 120, 121):
+        assert tile(torch.int8, sm) == default
+    for sm in (90, 100):
+        assert tile(torch.int8, sm) == wide
+        assert tile(torch.int8, sm, residual=True) == default
+    for sm in (89, 90, 120, 121):
+        assert tile(E4M3, sm) == default
+    for sm in (100, 103, 110):
+        assert tile(E4M3, sm) == wide
+        assert tile(E4M3, sm, residual=True) == default
+    assert tile(E4M3, 90, 72) == config("gemm_unaligned", 90) != default
+
+
+def test_every_variant_asks_for_its_own_entry() -> None:
+    values = arguments((32, 64, 64), E4M3)
+    residual, gate = stream(1, 32, 64, torch.float32)
+    variants: dict[str, dict[str, Any]] = {
+        "gemm_fp8": {},
+        "gemm_fp8_gelu": {"out_scale": torch.tensor(1.0), "dtype": E4M3},
+        "gemm_fp8_residual": {"residual": residual, "gate": gate},
+    }
+    for op, following in variants.items():
+        with with_config(op, SMALL):
+            used = {
+                name: record(90, launch_gemm_8bit, *values, **how)[0].constants["BLOCK_M"]
+                for name, how in variants.items()
+            }
+        assert [name for name, rows in used.items() if rows == SMALL["BLOCK_M"]] == [op], following

@@ -135,7 +135,7 @@ def test_strict(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch.runs_reference("adaln", "x is odd", torch.empty(1))
 
 
-def test_recorded_launches() -> None:
+def test_captured_launches() -> None:
     x = torch.empty(3, 40, dtype=torch.bfloat16, device="meta")
     (found,) = record(80, launch_quantize, x, None, torch.float8_e4m3fn)
     assert found.signature["x"] == "*bf16"
@@ -146,18 +146,18 @@ def test_recorded_launches() -> None:
     for wrong, message in (("x", "not str"), (x.double(), "bfloat16.* not of torch.float64")):
         with pytest.raises(TypeError, match=message):
             record(80, lambda wrong=wrong: launch.launch(found.kernel, (1,), wrong))
-    assert launch._recorder is None
+    assert launch._on_launch is None
 
 
-def test_recorders_within_each_other() -> None:
+def test_captures_within_each_other() -> None:
     told: list[str] = []
     x = torch.empty(3, 40, device="meta")
 
     def tell(name: str) -> Callable[..., None]:
         return lambda *_: told.append(f"{name} {launch.sm_of(x)}")
 
-    with launch.recorded(tell("outer"), 80):
-        with launch.recorded(tell("inner"), 100):
+    with launch.capture_launches(tell("outer"), 80):
+        with launch.capture_launches(tell("inner"), 100):
             launch_quantize(x, None, torch.int8)
         launch_quantize(x, None, torch.int8)
     assert told == ["inner 100", "outer 80"]
@@ -169,7 +169,8 @@ def test_everything_imports_and_runs_without_triton() -> None:
 import sys
 sys.modules["triton"] = None
 import torch
-from wanx.kernels import ahead, attention, gelu_quantize, residual_adaln, rms_norm_rope_quantize
+from wanx.kernels import aot_compile, gelu_quantize, residual_adaln, rms_norm_rope_quantize
+from wanx.kernels.attention import op
 x = torch.ones(1, 3, 16)
 print(residual_adaln.residual_adaln(x, x, x[:, :1], x[:, :1], x[:, :1], eps=1e-6)[0].sum().item())
 print(gelu_quantize.gelu_quantize(x, torch.tensor(0.1), torch.int8).sum().item())

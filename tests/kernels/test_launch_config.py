@@ -8,19 +8,27 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.tuning.workloads import BACKEND_BITS, GRIDS, OPS, configured, workload
 from wanx.kernels import launch_config
 from wanx.kernels.aot_compile import record
-from wanx.kernels.attention.backends import PROVIDERS, ranked
-from wanx.kernels.launch_config import Entry, config, dump, load, merged, nearest, overridden
-from wanx.kernels.tuning.workloads import GRIDS, OPS, PROVIDER_BITS, configured, workload
+from wanx.kernels.attention.backends import BACKENDS, ranked_backends
+from wanx.kernels.launch_config import (
+    Entry,
+    config,
+    dump_table,
+    load_table,
+    merge_entries,
+    nearest_entry,
+    with_config,
+)
 
-TABLE = load(launch_config.TABLE)
+TABLE = load_table(launch_config.TABLE)
 
 
 @pytest.fixture(autouse=True)
 def _own_table() -> Iterator[None]:
     yield
-    launch_config.use(TABLE)
+    launch_config.set_table(TABLE)
 
 
 def entry(
@@ -30,7 +38,7 @@ def entry(
 
 
 def best(table: list[Entry], sm: int = 90, op: str = "op", **shape: int) -> int:
-    choice = nearest(table, op, sm, shape).choice
+    choice = nearest_entry(table, op, sm, shape).choice
     assert isinstance(choice, dict)
     return choice["best"]
 
@@ -74,7 +82,7 @@ def test_what_was_measured_and_larger_comes_first_where_sizes_do_not_decide() ->
 
 
 def test_symbolic_sizes_are_not_looked_at() -> None:
-    launch_config.use([entry(best=1, dim=10, keys=10), entry(best=2, dim=10, keys=20)])
+    launch_config.set_table([entry(best=1, dim=10, keys=10), entry(best=2, dim=10, keys=20)])
     symbolic: Any = object()
     assert config("op", 90, dim=12, keys=symbolic) == {"best": 2}
     assert config("op", 90, dim=12, keys=11) == {"best": 1}
@@ -83,8 +91,8 @@ def test_symbolic_sizes_are_not_looked_at() -> None:
 def test_results_replace_entries_of_the_same_shape(tmp_path: Path) -> None:
     old = [entry(best=1, dim=1), entry(best=2, dim=2), entry(None, best=3)]
     new = entry(best=4, dim=2, measured={"gpu": "one", "us": {"best=4": 1.5}})
-    dump(merged(old, [new]), tmp_path / "table.json")
-    assert load(tmp_path / "table.json") == [old[2], old[0], new]
+    dump_table(merge_entries(old, [new]), tmp_path / "table.json")
+    assert load_table(tmp_path / "table.json") == [old[2], old[0], new]
 
 
 def test_choices_are_copies() -> None:
@@ -94,22 +102,22 @@ def test_choices_are_copies() -> None:
 
 def test_an_override_ends_with_its_block() -> None:
     before = config("quantize", 90, width=1536)
-    with overridden("quantize", {"num_warps": 1}):
+    with with_config("quantize", {"num_warps": 1}):
         assert config("quantize", 90, width=1536) == {"num_warps": 1}
         assert config("adaln", 90, dim=1536) != {"num_warps": 1}
-        with overridden("quantize", {"num_warps": 2}):
+        with with_config("quantize", {"num_warps": 2}):
             assert config("quantize", 90) == {"num_warps": 2}
         assert config("quantize", 90) == {"num_warps": 1}
     assert config("quantize", 90, width=1536) == before
 
 
 def test_the_table_is_whole_and_as_it_is_written(tmp_path: Path) -> None:
-    dump(TABLE, tmp_path / "table.json")
+    dump_table(TABLE, tmp_path / "table.json")
     assert (tmp_path / "table.json").read_text() == launch_config.TABLE.read_text()
     assert {found.op for found in TABLE if found.sm is None} >= set(OPS)
     for found in TABLE:
-        if found.op in PROVIDER_BITS:
-            assert {PROVIDERS[name].bits for name in found.choice} >= {PROVIDER_BITS[found.op]}
+        if found.op in BACKEND_BITS:
+            assert {BACKENDS[name].bits for name in found.choice} >= {BACKEND_BITS[found.op]}
         elif found.op in GRIDS:
             assert found.choice.keys() == GRIDS[found.op].keys()
         if found.measured is not None:
@@ -125,8 +133,8 @@ def test_kernels_run_with_what_the_table_says(op: str) -> None:
     small = workload(op, (256, 2, 512), 40, 40, torch.device("meta"))
     call = configured(op, choice, lambda: small.prepare()[0].call(), 90)[0].call
     others = {other: {"num_warps": 1} for other in GRIDS if other != op}
-    launch_config.use([entry(None, op=op), *(Entry(op=o, sm=None, shape={}, choice=c, measured=None)
-                                      for o, c in others.items())])  # fmt: skip
+    decoys = [Entry(op=o, sm=None, shape={}, choice=c, measured=None) for o, c in others.items()]
+    launch_config.set_table([entry(None, op=op), *decoys])
     last = record(90, call)[-1]
     assert {name: (last.constants | last.options)[name] for name in choice} == choice
 
@@ -142,7 +150,7 @@ def test_order_of_providers() -> None:
     """As it was before there was a table, with the two that are not measured behind the others."""
 
     def names(sm: int, bits: int) -> list[str]:
-        return [provider.name for provider in ranked(sm, bits=bits, keys=32760)]
+        return [provider.name for provider in ranked_backends(sm, bits=bits, keys=32760)]
 
     assert names(90, 16) == ["cudnn", "flash", "fa3", "triton"]
     assert names(89, 16) == ["flash", "cudnn", "triton"]
@@ -150,5 +158,5 @@ def test_order_of_providers() -> None:
     tuned = ["cudnn", "triton-8bit"]
     op = "attention_providers_8bit"
     found = Entry(op=op, sm=90, shape={"keys": 512}, choice=tuned, measured={})
-    launch_config.use(merged(TABLE, [found]))
+    launch_config.set_table(merge_entries(TABLE, [found]))
     assert names(90, 8) == [*tuned, "flash", "fa3", "triton"]

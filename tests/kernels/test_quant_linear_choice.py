@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tests.support.interpreter import DEVICE
 from wanx.kernels import quant_linear as module
 from wanx.kernels.gemm_8bit import unsupported_reason
-from wanx.kernels.launch_config import ordered
+from wanx.kernels.launch_config import with_ranking
 from wanx.kernels.quant_linear import (
     _choose,
     _run_torch,
@@ -196,7 +196,7 @@ def test_ops_run_what_is_chosen(
 @pytest.mark.parametrize("op", ["quant_linear", "quant_linear_residual"])
 def test_the_table_ranks_them(op: str, gpu: Callable[[int], None]) -> None:
     values = operands()
-    with ordered(op, ["triton", "torch"]):
+    with with_ranking(op, ["triton", "torch"]):
         assert _choose(*values, op) is _run_triton
         assert _choose(*values, "quant_linear_gelu_quantize") is _run_torch
         assert runs_triton(op, *values)

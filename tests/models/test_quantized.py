@@ -18,7 +18,7 @@ from wanx.exporter.graph.trace import trace
 from wanx.models.dit.model import WanDiT
 from wanx.models.quantized import (
     DynamicQuantLinear,
-    QuantAttend,
+    QuantAttentionOp,
     QuantEmbedding,
     QuantLinear,
     WeightOnlyLinear,
@@ -173,7 +173,7 @@ def test_quant_embedding(tmp_path: Path) -> None:
 
 def test_quant_attend() -> None:
     q, k, v = samples(2, 7, 48), samples(2, 11, 48), samples(2, 11, 48).flip(1)
-    layer = QuantAttend(3)
+    layer = QuantAttentionOp(3)
     for parameter, value in zip(layer.parameters(), (q, k, v), strict=True):
         parameter.fill_(value.abs().max() / 448)
     heads = [t.unflatten(-1, (3, -1)).transpose(1, 2) for t in (q, k, v)]

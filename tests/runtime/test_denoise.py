@@ -16,17 +16,18 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+import wanx.runtime.denoise as denoise_module
 from wanx.builtin import builtin_bundle
 from wanx.bundle.manifest import TOKENIZER
 from wanx.config.models import PRESETS, ModelConfig
 from wanx.errors import UsageError, WanxError
-from wanx.runtime.denoise import Trajectory
+from wanx.runtime.denoise import DenoisingRun
 from wanx.runtime.inputs.conditioning import Conditioning
 from wanx.runtime.options import ResolvedRun
 from wanx.runtime.sampling.guidance import Branch
 from wanx.runtime.sampling.sampler import make_sampler
 from wanx.runtime.sessions.base import Session
-from wanx.runtime.text import PromptTokenizer, encode_prompts
+from wanx.runtime.text import PromptTokenizer, encode_prompt
 
 Float32 = NDArray[np.float32]
 Triple = tuple[int, int, int]
@@ -87,19 +88,19 @@ FIELDS: dict[Branch, Field] = {
 
 
 def answers(
-    video: Trajectory, fields: Mapping[Branch, Field] = FIELDS, patch: Triple = (1, 2, 2)
+    video: DenoisingRun, fields: Mapping[Branch, Field] = FIELDS, patch: Triple = (1, 2, 2)
 ) -> dict[Branch, Float32]:
     """What a network that computes ``fields`` says to the feeds, from nothing but the feeds."""
-    found: dict[Branch, Float32] = {}
+    velocities: dict[Branch, Float32] = {}
     for branch, feeds in video.feeds().items():
         assert feeds["context"] is CONTEXTS[branch]
         latent = body_latent(feeds["tokens"][0], video.latent.shape, patch)
         velocity = fields[branch](latent, float(feeds["timestep"][0]))
-        found[branch] = head_tokens(velocity, patch)[None]
-    return found
+        velocities[branch] = head_tokens(velocity, patch)[None]
+    return velocities
 
 
-def finish(video: Trajectory, **options: Any) -> Float32:
+def finish(video: DenoisingRun, **options: Any) -> Float32:
     while not video.done:
         video.advance(answers(video, **options))
     return video.result
@@ -126,13 +127,13 @@ def loop_written_out(run: ResolvedRun, latent: Float32) -> list[Float32]:
 def test_equals_the_loop_written_out(solver: str, scale: float, patch: Triple) -> None:
     run = replace(RUN, solver=solver, guide_scale=scale)
     start = random(*SHAPE)
-    video = Trajectory(run, CONTEXTS, NOTHING, patched(patch), latent=start)
+    video = DenoisingRun(run, CONTEXTS, NOTHING, patched(patch), latent=start)
     for step, expected in enumerate(loop_written_out(run, start), 1):
         latent = video.advance(answers(video, patch=patch))
         assert latent is video.latent
         assert latent.dtype == np.float32
         np.testing.assert_array_equal(latent, expected)
-        assert (video.step, video.done) == (step, step == run.steps)
+        assert (video.steps_done, video.done) == (step, step == run.steps)
     assert video.done
     np.testing.assert_array_equal(video.result, expected)
     np.testing.assert_array_equal(start, random(*SHAPE))  # the caller's latent is left alone
@@ -149,11 +150,11 @@ def test_flow_with_a_known_solution(solver: str, scale: float) -> None:
     run = replace(RUN, solver=solver, guide_scale=scale, steps=200)
     means = {branch: 0.2 * random(*SHAPE, seed=seed) for seed, branch in enumerate(BOTH, 7)}
     sigmas = make_sampler(solver, run.steps, run.shift).sigmas
-    video = Trajectory(run, CONTEXTS, NOTHING, CONFIG, latent=random(*SHAPE))
+    video = DenoisingRun(run, CONTEXTS, NOTHING, CONFIG, latent=random(*SHAPE))
 
     def field(mean: Float32) -> Field:
         def velocity(latent: Float32, timestep: float) -> Float32:
-            s = float(sigmas[video.step])
+            s = float(sigmas[video.steps_done])
             assert 0 <= 1000 * s - timestep < 1
             residual = (latent - (1 - s) * mean) / ((1 - s) ** 2 + s**2)
             return (latent - mean - (1 - s) * residual) / np.float32(s)
@@ -169,7 +170,7 @@ def test_flow_with_a_known_solution(solver: str, scale: float) -> None:
 
 def test_published_timesteps() -> None:
     """The table of the reference implementation for 50 steps and shift 5."""
-    video = Trajectory(replace(RUN, steps=50, shift=5.0), CONTEXTS, NOTHING, CONFIG)
+    video = DenoisingRun(replace(RUN, steps=50, shift=5.0), CONTEXTS, NOTHING, CONFIG)
     assert video.steps == 50
     timesteps = []
     while not video.done:
@@ -177,7 +178,7 @@ def test_published_timesteps() -> None:
         for feeds in video.feeds().values():
             assert feeds["timestep"].dtype == np.float32
             np.testing.assert_array_equal(feeds["timestep"], [video.timestep])
-        video.step_with(np.zeros(SHAPE, np.float32))
+        video.step(np.zeros(SHAPE, np.float32))
     assert timesteps[:4] == [999, 995, 991, 987]
     assert timesteps[-3:] == [241, 172, 92]
     assert isinstance(timesteps[0], float)
@@ -186,7 +187,7 @@ def test_published_timesteps() -> None:
 @pytest.mark.parametrize("references", [0, 2])
 def test_noise_is_that_of_torch(references: int) -> None:
     """References lengthen the video, so its noise is another one."""
-    video = Trajectory(RUN, CONTEXTS, Conditioning(references=references), CONFIG)
+    video = DenoisingRun(RUN, CONTEXTS, Conditioning(references=references), CONFIG)
     expected = noise((16, 3 + references, 10, 6), RUN.seed)
     np.testing.assert_allclose(video.latent, expected, rtol=0, atol=4e-6)
     assert video.latent.dtype == np.float32
@@ -195,8 +196,8 @@ def test_noise_is_that_of_torch(references: int) -> None:
 @pytest.mark.parametrize("references", [1, 2])
 def test_references_are_denoised_and_cut(references: int) -> None:
     start = random(16, 3 + references, 10, 6)
-    given = Conditioning(references=references)
-    video = Trajectory(RUN, CONTEXTS, given, CONFIG, latent=start)
+    conditioning = Conditioning(references=references)
+    video = DenoisingRun(RUN, CONTEXTS, conditioning, CONFIG, latent=start)
     assert video.feeds()["conditional"]["tokens"].shape == (1, (3 + references) * 5 * 3, 64)
     result = finish(video)
     expected = loop_written_out(RUN, start)[-1]
@@ -208,7 +209,7 @@ def test_references_are_denoised_and_cut(references: int) -> None:
 def test_channels_stand_behind_the_latent() -> None:
     """At every step anew, behind a latent that has moved on."""
     channels = random(20, *SHAPE[1:], seed=9)
-    video = Trajectory(RUN, CONTEXTS, Conditioning(channels=channels), CONFIG)
+    video = DenoisingRun(RUN, CONTEXTS, Conditioning(channels=channels), CONFIG)
     for _ in range(2):
         for feeds in video.feeds().values():
             assert feeds["tokens"].shape == (1, 3 * 5 * 3, 36 * 4)
@@ -216,7 +217,7 @@ def test_channels_stand_behind_the_latent() -> None:
             np.testing.assert_array_equal(whole[:16], video.latent)
             np.testing.assert_array_equal(whole[16:], channels)
         before = video.latent
-        video.step_with(random(*SHAPE, seed=video.step))
+        video.step(random(*SHAPE, seed=video.steps_done))
         assert not np.array_equal(video.latent, before)
 
 
@@ -226,8 +227,8 @@ def test_constants() -> None:
     The rotary dimensions of a head of 32 are 12, 10 and 10.
     """
     hints = random(1, 75, 8)
-    given = Conditioning(references=2, constants={"vace_tokens": hints})
-    video = Trajectory(RUN, CONTEXTS, given, CONFIG)
+    conditioning = Conditioning(references=2, constants={"vace_tokens": hints})
+    video = DenoisingRun(RUN, CONTEXTS, conditioning, CONFIG)
     assert video.constants.keys() == {"rope_cos", "rope_sin", "vace_tokens"}
     assert video.constants["vace_tokens"] is hints
     positions = np.array(list(np.ndindex(5, 5, 3)))
@@ -243,10 +244,10 @@ def test_one_branch_is_enough(scale: float, branch: Branch) -> None:
     run = replace(RUN, guide_scale=scale)
     results = []
     for contexts in (CONTEXTS, {branch: CONTEXTS[branch]}):
-        video = Trajectory(run, contexts, NOTHING, CONFIG)
+        video = DenoisingRun(run, contexts, NOTHING, CONFIG)
         assert list(video.feeds()) == [branch]
         velocity = random(*SHAPE, seed=5)
-        guided = video.guided({branch: head_tokens(velocity, (1, 2, 2))})
+        guided = video.apply_guidance({branch: head_tokens(velocity, (1, 2, 2))})
         np.testing.assert_array_equal(guided, velocity)
         results.append(finish(video))
     np.testing.assert_array_equal(*results)
@@ -255,7 +256,7 @@ def test_one_branch_is_enough(scale: float, branch: Branch) -> None:
 def test_branches_in_order() -> None:
     """The prompt first, whatever the order of the contexts; the tokens are cut only once."""
     backwards = {branch: CONTEXTS[branch] for branch in reversed(BOTH)}
-    feeds = Trajectory(RUN, backwards, NOTHING, CONFIG).feeds()
+    feeds = DenoisingRun(RUN, backwards, NOTHING, CONFIG).feeds()
     assert tuple(feeds) == BOTH
     assert feeds["conditional"]["tokens"] is feeds["unconditional"]["tokens"]
     for branch in BOTH:
@@ -266,19 +267,19 @@ def test_branches_in_order() -> None:
 @pytest.mark.parametrize("scale", [0.0, 5.0])
 def test_replay_of_stored_velocities(solver: str, scale: float) -> None:
     run = replace(RUN, solver=solver, guide_scale=scale)
-    given = Conditioning(references=1)
-    recorded = Trajectory(run, CONTEXTS, given, CONFIG)
+    conditioning = Conditioning(references=1)
+    recorded = DenoisingRun(run, CONTEXTS, conditioning, CONFIG)
     stored, latents = [], []
     while not recorded.done:
-        before, step = recorded.latent, recorded.step
-        velocity = recorded.guided(answers(recorded))
+        before, step = recorded.latent, recorded.steps_done
+        velocity = recorded.apply_guidance(answers(recorded))
         assert recorded.latent is before  # asking takes no step
-        assert recorded.step == step
+        assert recorded.steps_done == step
         stored.append(velocity.copy())
         latents.append(recorded.advance(answers(recorded)).copy())
-    replayed = Trajectory(run, CONTEXTS, given, CONFIG)
+    replayed = DenoisingRun(run, CONTEXTS, conditioning, CONFIG)
     for velocity, expected in zip(stored, latents, strict=True):
-        np.testing.assert_array_equal(replayed.step_with(velocity), expected)
+        np.testing.assert_array_equal(replayed.step(velocity), expected)
     assert replayed.done
     np.testing.assert_array_equal(replayed.result, recorded.result)
 
@@ -290,41 +291,43 @@ def test_videos_in_lockstep_do_not_meet() -> None:
         replace(RUN, seed=4, solver="dpm++", steps=3, guide_scale=1.0),
         replace(RUN, seed=5, width=64, frames=1, steps=4),
     ]
-    together = [Trajectory(run, CONTEXTS, NOTHING, CONFIG) for run in runs]
+    together = [DenoisingRun(run, CONTEXTS, NOTHING, CONFIG) for run in runs]
     while not all(video.done for video in together):
         for video in together:
             if not video.done:
                 video.advance(answers(video))
     for run, video in zip(runs, together, strict=True):
-        alone = finish(Trajectory(run, CONTEXTS, NOTHING, CONFIG))
+        alone = finish(DenoisingRun(run, CONTEXTS, NOTHING, CONFIG))
         np.testing.assert_array_equal(video.result, alone)
-        assert video.step == run.steps
+        assert video.steps_done == run.steps
 
 
 def test_a_batch_of_one_or_none() -> None:
-    videos = [Trajectory(RUN, CONTEXTS, NOTHING, CONFIG) for _ in range(2)]
+    videos = [DenoisingRun(RUN, CONTEXTS, NOTHING, CONFIG) for _ in range(2)]
     batched = answers(videos[0])
     flat = {branch: velocity[0] for branch, velocity in batched.items()}
     np.testing.assert_array_equal(videos[0].advance(batched), videos[1].advance(flat))
 
 
-def test_a_sampler_of_the_caller() -> None:
+def test_noise_levels_of_another_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its noise levels and number of steps take the place of the run's."""
     sigmas = np.array([0.9, 0.5, 0.2, 0.0])
-    sampler = make_sampler("dpm++", 3, 1.0, sigmas)
-    video = Trajectory(RUN, CONTEXTS, NOTHING, CONFIG, sampler=sampler)
+    monkeypatch.setattr(
+        denoise_module, "make_sampler", lambda *_: make_sampler("dpm++", 3, 1.0, sigmas)
+    )
+    video = DenoisingRun(RUN, CONTEXTS, NOTHING, CONFIG)
     assert (video.steps, video.timestep) == (3, 900)
     start, velocity = video.latent.copy(), random(*SHAPE)
     # A first step of order 1 moves along a straight line.
     expected = start + np.float32(0.5 - 0.9) * velocity
-    np.testing.assert_allclose(video.step_with(velocity), expected, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(video.step(velocity), expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("branch", BOTH)
 def test_a_velocity_that_is_not_finite(value: float, branch: Branch) -> None:
-    video = Trajectory(RUN, CONTEXTS, NOTHING, CONFIG)
+    video = DenoisingRun(RUN, CONTEXTS, NOTHING, CONFIG)
     video.advance(answers(video))
     good = video.latent
     velocities = answers(video)
@@ -336,34 +339,34 @@ def test_a_velocity_that_is_not_finite(value: float, branch: Branch) -> None:
 
 
 def test_a_replayed_velocity_that_is_not_finite() -> None:
-    video = Trajectory(replace(RUN, steps=1), CONTEXTS, NOTHING, CONFIG)
+    video = DenoisingRun(replace(RUN, steps=1), CONTEXTS, NOTHING, CONFIG)
     with pytest.raises(WanxError, match="not finite after step 1 of 1"):
-        video.step_with(np.full(SHAPE, np.nan, np.float32))
+        video.step(np.full(SHAPE, np.nan, np.float32))
 
 
 def test_misuse() -> None:
     with pytest.raises(ValueError, match=r"initial latent has shape \(16, 3, 6, 10\)"):
-        Trajectory(RUN, CONTEXTS, NOTHING, CONFIG, latent=random(16, 3, 6, 10))
+        DenoisingRun(RUN, CONTEXTS, NOTHING, CONFIG, latent=random(16, 3, 6, 10))
     with pytest.raises(UsageError, match="unknown solver"):
-        Trajectory(replace(RUN, solver="euler"), CONTEXTS, NOTHING, CONFIG)
+        DenoisingRun(replace(RUN, solver="euler"), CONTEXTS, NOTHING, CONFIG)
     with pytest.raises(KeyError, match="unconditional"):
-        Trajectory(RUN, {"conditional": CONTEXTS["conditional"]}, NOTHING, CONFIG)
-    video = Trajectory(replace(RUN, steps=1), CONTEXTS, NOTHING, CONFIG)
+        DenoisingRun(RUN, {"conditional": CONTEXTS["conditional"]}, NOTHING, CONFIG)
+    video = DenoisingRun(replace(RUN, steps=1), CONTEXTS, NOTHING, CONFIG)
     tokens = random(45, 64)
     for branch in BOTH:
         with pytest.raises(ValueError, match="are needed"):
-            video.guided({branch: tokens})
+            video.apply_guidance({branch: tokens})
     for wrong in (random(44, 64), random(2, 45, 64)):
         with pytest.raises(ValueError, match=r"fill the grid|reshape"):
             video.advance(dict.fromkeys(BOTH, wrong))
     with pytest.raises(ValueError, match="differ in shape"):
-        video.step_with(tokens)
-    assert video.step == 0
+        video.step(tokens)
+    assert video.steps_done == 0
     video.advance(dict.fromkeys(BOTH, tokens))
     with pytest.raises(IndexError):
         video.feeds()
     with pytest.raises(ValueError, match="all 1 steps are done"):
-        video.step_with(video.latent)
+        video.step(video.latent)
 
 
 def test_prompts_to_contexts() -> None:
@@ -381,8 +384,10 @@ def test_prompts_to_contexts() -> None:
     long = "a red circle " * 20
     prompts: dict[Branch, str] = {"unconditional": " a  red &amp;amp; x\n", "conditional": long}
     cleaned: dict[Branch, str] = {"unconditional": "a red & x", "conditional": long.strip()}
-    contexts = encode_prompts(cast(Session, Echo()), tokenizer, prompts, 9)
-    assert list(contexts) == list(prompts)
+    session = cast(Session, Echo())
+    contexts = {
+        branch: encode_prompt(session, tokenizer, text, 9) for branch, text in prompts.items()
+    }
     for branch, text in cleaned.items():
         ids, mask = tokenizer.encode(text, 9)
         assert (contexts[branch].dtype, contexts[branch].shape) == (np.float32, (1, 9, 3))

@@ -17,7 +17,7 @@ from diffusers import DPMSolverMultistepScheduler, WanPipeline
 from numpy.typing import NDArray
 
 import wanx
-import wanx.runtime.pipeline as pipeline_module
+import wanx.runtime.denoise as denoise_module
 from tests.support.peers import SHIFT
 from tests.support.videos import assert_same_video, levels_of, psnr
 from wanx.bundle.reader import Bundle
@@ -115,7 +115,7 @@ def test_video_on_the_levels_of_diffusers(
     theirs = run_peer(peer, steps=steps, **options)
     sampler = make_theirs("unipc", steps, SHIFT)
     assert sampler.timesteps == tuple(peer.scheduler.timesteps.tolist())
-    monkeypatch.setattr(pipeline_module, "make_sampler", make_theirs)
+    monkeypatch.setattr(denoise_module, "make_sampler", make_theirs)
     assert_same_video(run_ours(pipeline, steps=steps, **options), theirs)
 
 

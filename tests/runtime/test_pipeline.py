@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import wanx
-import wanx.runtime.pipeline as pipeline_module
+import wanx.runtime.run_parts as run_parts_module
 from wanx.bundle.reader import Bundle
 from wanx.errors import CancelledError, UsageError, WanxError
 from wanx.runtime.output.provenance import read_metadata
@@ -43,7 +43,7 @@ class Watch:
         self.runs: list[str] = []
         self.open: list[str] = []
         self.replace: Callable[[str, int, dict[str, Any]], dict[str, Any]] = lambda *a: a[-1]
-        opener = pipeline_module.open_session
+        opener = run_parts_module.open_session
 
         def open_session(
             bundle: Bundle, component: str, *, threads: int | None, vram_budget: int | None
@@ -67,7 +67,7 @@ class Watch:
             monkeypatch.setattr(session, "close", watched_close, raising=False)
             return session
 
-        monkeypatch.setattr(pipeline_module, "open_session", open_session)
+        monkeypatch.setattr(run_parts_module, "open_session", open_session)
 
 
 @pytest.fixture

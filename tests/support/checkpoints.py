@@ -106,7 +106,7 @@ def write_original(folder: Path, diffusers: Path, task: str, suffix: str = "pth"
     return folder
 
 
-def content(checkpoint: Checkpoint) -> dict[str, bytes]:
+def tensor_bytes(checkpoint: Checkpoint) -> dict[str, bytes]:
     return {
         f"{component}.{name}": b"".join(bytes(piece) for piece in source.iter_bytes())
         for component, weights in checkpoint.components.items()
@@ -114,12 +114,12 @@ def content(checkpoint: Checkpoint) -> dict[str, bytes]:
     }
 
 
-def edit(path: Path, **changes: Any) -> None:
+def edit_json(path: Path, **changes: Any) -> None:
     values = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({k: v for k, v in values.items() if v is not ...}))
 
 
-def refused(error: type[WanxError], folder: Path, *words: str, **options: Any) -> None:
+def assert_refused(error: type[WanxError], folder: Path, *words: str, **options: Any) -> None:
     with pytest.raises(error) as caught:
         open_checkpoint(folder, **options)
     message = str(caught.value)

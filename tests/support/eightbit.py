@@ -16,16 +16,17 @@ from tests.support.peers import randomise
 from wanx.checkpoints.tensor_source import SafetensorsTensor, TensorSource
 from wanx.checkpoints.weights import ComponentWeights
 from wanx.config.models import DiTConfig
+from wanx.config.number_formats import BY_SAFETENSORS
 from wanx.exporter.component_writer import save_graph
 from wanx.exporter.components import ComponentSpec, dit_spec
-from wanx.exporter.graph.attach import attach
+from wanx.exporter.graph.attach import attach_weights
 from wanx.exporter.graph.trace import trace
 from wanx.exporter.quantization.quantize import quantize_weights, scale_tensors
 from wanx.exporter.quantization.quantized_spec import quantized_spec
 from wanx.exporter.quantization.recipe import Recipe, dit_candidates, shared_input, smoothing_of
 from wanx.exporter.quantization.scheme import SCHEMES, QuantizeOptions
 from wanx.exporter.targets import onnxruntime as target
-from wanx.files.safetensors import DTYPE_BYTES, SafetensorsWriter, TensorRef
+from wanx.files.safetensors import SafetensorsWriter, TensorRef
 from wanx.models.dit.model import WanDiT
 from wanx.runtime.sessions.onnxruntime import create_session
 
@@ -60,7 +61,9 @@ def run_torch(model: nn.Module, feeds: Feeds) -> Tensor:
         return model(**{name: torch.from_numpy(value) for name, value in feeds.items()})
 
 
-def seen(config: DiTConfig, weights: Mapping[str, Tensor], feeds: Feeds) -> dict[str, Tensor]:
+def linear_and_attention_inputs(
+    config: DiTConfig, weights: Mapping[str, Tensor], feeds: Feeds
+) -> dict[str, Tensor]:
     """The input of every linear, and q, k and v of every attention, in one plain forward."""
     model = WanDiT(config)
     model.load_state_dict({name: weight.float() for name, weight in weights.items()})
@@ -90,7 +93,7 @@ def make_recipe(
 ) -> Recipe:
     """Every layer but ``kept``, with the scales of one forward."""
     options = options or QuantizeOptions()
-    inputs = seen(config, weights, feeds)
+    inputs = linear_and_attention_inputs(config, weights, feeds)
     names = [name for name in dit_candidates(config, options)[0] if name not in kept]
     smooth = {}
     if options.smooth:
@@ -119,7 +122,7 @@ def make_recipe(
         scheme=SCHEMES[scheme],
         options=options,
         layers={name: scale(name) for name in names},
-        kept=dict.fromkeys(kept, "test"),
+        unquantized_layers=dict.fromkeys(kept, "test"),
         smooth=smooth,
         attention=attention,  # type: ignore[arg-type]
     )
@@ -209,7 +212,7 @@ def build(
     tensors |= scale_tensors(sources, recipe)
     if change is not None:
         change(tensors)
-    rows = sorted(tensors.items(), key=lambda row: -DTYPE_BYTES[_stored(row[1])])
+    rows = sorted(tensors.items(), key=lambda row: -BY_SAFETENSORS[_stored(row[1])].bits)
     header = [(n, _stored(t), tuple(t.shape)) for n, t in rows]
     with SafetensorsWriter(folder / "dit.safetensors", header) as writer:
         for _, tensor in rows:
@@ -219,9 +222,9 @@ def build(
     spec = dit_spec(config)
     if graphs:
         model = trace_once(quantized_spec(spec, traced or recipe))
-        attach(model, written, folder)
+        attach_weights(model, written, folder)
         save_graph(model, folder / "dit.onnx")
-        target.specialise(model)
+        target.optimize_for_ort(model)
         save_graph(model, folder / "engine.onnx")
     return Built(folder=folder, recipe=recipe, spec=spec, sources=original, written=written)
 
@@ -236,7 +239,9 @@ def _stored(tensor: Tensor) -> str:
     return next(name for name, dtype in _TORCH.items() if dtype == tensor.dtype)
 
 
-def oracle(config: DiTConfig, weights: Mapping[str, Tensor], built: Built, feeds: Feeds) -> Tensor:
+def quantized_reference(
+    config: DiTConfig, weights: Mapping[str, Tensor], built: Built, feeds: Feeds
+) -> Tensor:
     """The same arithmetic by hooks on the plain network: rounded inputs, dequantised weights."""
     model = WanDiT(config).requires_grad_(False)
     model.load_state_dict({name: weight.float() for name, weight in weights.items()})
@@ -247,7 +252,9 @@ def oracle(config: DiTConfig, weights: Mapping[str, Tensor], built: Built, feeds
         linear.weight.copy_(tensors[f"{name}.weight"].float() * steps)
         smooth = recipe.smooth.get(smoothing_of(name) or "", torch.ones(()))
         linear.register_forward_pre_hook(
-            lambda _, args, scale=scale, smooth=smooth: (_rounded(args[0] / smooth, scale, recipe),)
+            lambda _, args, scale=scale, smooth=smooth: (
+                _quantize_dequantize(args[0] / smooth, scale, recipe),
+            )
         )
     for name, scales in recipe.attention.items():
         attend = model.get_submodule(name)
@@ -255,18 +262,21 @@ def oracle(config: DiTConfig, weights: Mapping[str, Tensor], built: Built, feeds
 
         def attention(q: Tensor, k: Tensor, v: Tensor, s=scales, heads=heads) -> Tensor:
             q, k, v = (
-                _rounded(x, scale, recipe).unflatten(-1, (heads, -1)).transpose(1, 2).double()
+                _quantize_dequantize(x, scale, recipe)
+                .unflatten(-1, (heads, -1))
+                .transpose(1, 2)
+                .double()
                 for x, scale in zip((q, k, v), s, strict=True)
             )
             scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
-            out = _rounded(scores.softmax(-1).float(), 1 / 448, recipe).double() @ v
+            out = _quantize_dequantize(scores.softmax(-1).float(), 1 / 448, recipe).double() @ v
             return out.transpose(1, 2).flatten(-2).float()
 
         attend.forward = attention  # type: ignore[method-assign]
     return run_torch(model, feeds)
 
 
-def _rounded(x: Tensor, scale: float | None, recipe: Recipe) -> Tensor:
+def _quantize_dequantize(x: Tensor, scale: float | None, recipe: Recipe) -> Tensor:
     """``x`` as 8 bits hold it."""
     step = x.abs().amax(-1, keepdim=True) / 448 if scale is None else torch.tensor(scale)
     if recipe.scheme.dtype == torch.int8:
@@ -274,7 +284,7 @@ def _rounded(x: Tensor, scale: float | None, recipe: Recipe) -> Tensor:
     return (x / step).clamp(-448, 448).to(torch.float8_e4m3fn).float() * step
 
 
-def edit(graph: Path, change: Callable[[ir.Model], None]) -> None:
+def edit_graph_file(graph: Path, change: Callable[[ir.Model], None]) -> None:
     """Alter a graph on disk; its weights stay where they are."""
     model = ir.load(graph)
     change(model)

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from wanx.runtime.sessions.device.stored_types import NUMPY, as_float32, as_input
+from wanx.files.floats import NUMPY
+from wanx.runtime.sessions.device.stored_types import as_float32, as_input
 
 GARBAGE = 0xA5
 OUT_OF_MEMORY, INVALID, CAPTURING = 2, 1, 900

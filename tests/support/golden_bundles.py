@@ -17,7 +17,7 @@ from wanx.exporter.calibration.calibrate import record_golden
 from wanx.exporter.calibration.options import CalibrationOptions
 from wanx.exporter.component_writer import save_graph
 from wanx.exporter.components import dit_spec
-from wanx.exporter.graph.attach import attach
+from wanx.exporter.graph.attach import attach_weights
 from wanx.exporter.source import open_source
 from wanx.files.safetensors import read_header
 
@@ -25,20 +25,20 @@ TASKS = ("t2v", "i2v", "vace")
 _BUILTIN = {"t2v": "tiny", "i2v": "tiny-i2v"}  # VACE has no built-in model
 
 
-def sign(folder: Path) -> Bundle:
+def update_hashes(folder: Path) -> Bundle:
     """Make a bundle whole whose files were changed."""
     manifest = read_bundle(folder).manifest
     write_manifest(folder, manifest.model_copy(update={"files": record_files(folder)}))
     return open_bundle(folder)
 
 
-def give(bundle: Bundle, golden: Golden | None) -> Bundle:
+def with_golden_steps(bundle: Bundle, golden: Golden | None) -> Bundle:
     """Put golden steps into a bundle, or take them out of it."""
     (bundle.root / GOLDEN).parent.mkdir(exist_ok=True)
     (bundle.root / GOLDEN).unlink(missing_ok=True)
     if golden is not None:
         write_golden(golden, bundle.root / GOLDEN)
-    return sign(bundle.root)
+    return update_hashes(bundle.root)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +64,11 @@ def golden_case(folder: Path, task: str) -> Case:
     else:
         checkpoint, _ = small_model(folder.with_name(f"{folder.name}-source"), "vace")
         _write_vace(checkpoint, folder)
-    bundle = give(sign(folder), None)
+    bundle = with_golden_steps(update_hashes(folder), None)
     options = CalibrationOptions(golden_steps=2, frames=5)
     return Case(
-        bundle=give(bundle, record_golden(checkpoint, bundle, options)), checkpoint=checkpoint
+        bundle=with_golden_steps(bundle, record_golden(checkpoint, bundle, options)),
+        checkpoint=checkpoint,
     )
 
 
@@ -82,7 +83,7 @@ def _write_vace(checkpoint: Checkpoint, folder: Path) -> None:
     shutil.copy(checkpoint.source / "dit.safetensors", weights)
     spec = dit_spec(config.dit)
     graph = trace_once(spec)
-    storage = attach(graph, read_header(weights).entries, folder)
+    storage = attach_weights(graph, read_header(weights).entries, folder)
     save_graph(graph, folder / "graphs" / "dit.onnx")
     names = tuple(item.name for item in spec.inputs)
     changes = {"engines": {}, "storage": storage, "inputs": names}

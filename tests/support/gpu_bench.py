@@ -8,43 +8,42 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.items import Item
-from benchmarks.gpu.report import Found, Report
-from benchmarks.gpu.sizes import Model, Size
+from benchmarks.gpu.catalog import Item
+from benchmarks.gpu.context import BenchContext
+from benchmarks.gpu.report import Report, ReportItem
+from benchmarks.gpu.sizes import REHEARSAL_MODEL, REHEARSAL_SIZE, Model
 from benchmarks.gpu.worker import measure
-from wanx.config.models import DiTConfig
 
-CONFIG = DiTConfig(
-    dim=64, ffn_dim=160, num_heads=2, num_layers=3, text_len=8, text_dim=48, freq_dim=32
-)
+CONFIG = REHEARSAL_MODEL.config
 # A model of the name that goals are for.
 MODEL = Model(name="14B", config=CONFIG)
-SIZE = Size(name="480P", grid=(2, 3, 5), blocks=2)
+SIZE = REHEARSAL_SIZE
 
 
-def tiny_bench(folder: Path, **changes: Any) -> Bench:
-    return Bench(
+def tiny_bench(folder: Path, **changes: Any) -> BenchContext:
+    return BenchContext(
         device=torch.device("cpu"),
         folder=folder,
         models=(MODEL,),
         sizes=(SIZE,),
         gemm=64,
-        copied=1 << 12,
+        copy_bytes=1 << 12,
         compiles=False,
-        allowance=0.0,
+        seconds_per_comparison=0.0,
         **changes,
     )
 
 
-def item(name: str, run: Callable[[Bench], Iterable[Found]], seconds: float = 1) -> Item:
-    def iterate(bench: Bench) -> Iterator[Found]:
+def item(
+    name: str, run: Callable[[BenchContext], Iterable[ReportItem]], seconds: float = 1
+) -> Item:
+    def iterate(bench: BenchContext) -> Iterator[ReportItem]:
         yield from run(bench)
 
     return Item(name=name, seconds=seconds, run=iterate)
 
 
-def run_items(bench: Bench, *items: Item) -> tuple[Report, list[str]]:
+def run_items(bench: BenchContext, *items: Item) -> tuple[Report, list[str]]:
     """Measure items; return the report as it was read back, and the lines of the table."""
     path = bench.folder / "report.json"
     report = Report(path, {"settings": {}, "started": 0.0})
@@ -53,7 +52,9 @@ def run_items(bench: Bench, *items: Item) -> tuple[Report, list[str]]:
     return Report.read(path), lines
 
 
-def run_one(bench: Bench, run: Callable[[Bench], Iterable[Found]]) -> dict[str, Any]:
+def run_one(
+    bench: BenchContext, run: Callable[[BenchContext], Iterable[ReportItem]]
+) -> dict[str, Any]:
     """Measure one thing; it must not fail."""
     report, _ = run_items(bench, item("one", run))
     (record,) = report.items

@@ -18,7 +18,7 @@ from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
 from wanx.config.models import PRESETS
 from wanx.exporter.components import ComponentSpec, dit_spec
-from wanx.exporter.partition.partition import cut
+from wanx.exporter.partition.partition import partition
 from wanx.exporter.partition.stateless import export_segment
 from wanx.exporter.quantization.quantized_spec import quantized_spec
 from wanx.exporter.quantization.recipe import Recipe, dit_candidates
@@ -54,7 +54,7 @@ CASES: dict[str, ComponentSpec] = {
 
 def ran(spec: ComponentSpec, sm: int) -> Counter[str]:
     """Kernels and products of one block."""
-    parts = cut(spec, torch.bfloat16)
+    parts = partition(spec, torch.bfloat16)
     program = export_segment(parts.segments["block"], parts.axes, torch.device("cuda"))
     lowered = program.run_decompositions({}, decompose_custom_triton_ops=True)
     # Batch and length stay free whatever the kernels looked at.

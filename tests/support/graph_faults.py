@@ -22,7 +22,7 @@ def edit_graph(change: Change, component: str = "dit", *, engine: bool = False) 
     """Alter a component's graph after it was traced, or its engine's after it was specialised."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
-        trace, specialise = exporter.trace, target.specialise
+        trace, optimize_for_ort = exporter.trace, target.optimize_for_ort
 
         def traced(spec: ComponentSpec) -> ir.Model:
             model = trace(spec)
@@ -31,13 +31,13 @@ def edit_graph(change: Change, component: str = "dit", *, engine: bool = False) 
             return model
 
         def specialised(model: ir.Model) -> bool:
-            found = specialise(model)
+            found = optimize_for_ort(model)
             if model.graph.name == component:
                 change(model)
             return found
 
         if engine:
-            patch.setattr(target, "specialise", specialised)
+            patch.setattr(target, "optimize_for_ort", specialised)
         else:
             patch.setattr(exporter, "trace", traced)
 
@@ -179,4 +179,4 @@ def weight_only(patch: pytest.MonkeyPatch) -> None:
 
 def signed_activations(patch: pytest.MonkeyPatch) -> None:
     """Leave the engine to what ONNX Runtime finds by itself."""
-    patch.setattr(target, "_unsigned", lambda *_: False)
+    patch.setattr(target, "_uint8_activations", lambda *_: False)

@@ -21,7 +21,7 @@ if not GPU:
 DEVICE = "cuda" if GPU else "cpu"
 
 
-def repair() -> None:
+def patch_interpreter() -> None:
     """Let the interpreter convert and multiply numbers by PyTorch's rules."""
     if GPU:
         return

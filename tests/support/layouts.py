@@ -17,7 +17,9 @@ from wanx.checkpoints.key_maps import DIT, TEXT_ENCODER, TIED, KeyMap, vae_key_m
 DIT_STEM = "diffusion_pytorch_model"
 
 
-def renamed(module: torch.nn.Module, key_map: KeyMap, tied: dict[str, str]) -> dict[str, Tensor]:
+def with_original_names(
+    module: torch.nn.Module, key_map: KeyMap, tied: dict[str, str]
+) -> dict[str, Tensor]:
     """The weights of a peer under their original names."""
     weights = {}
     for name, tensor in module.state_dict().items():
@@ -47,7 +49,7 @@ def write_original(peer: Any, folder: Path, task: str = "t2v", suffix: str = "pt
     if task == "vace":
         config |= {"vace_layers": dit.vace_layers, "vace_in_dim": dit.vace_in_channels}
     (folder / "config.json").write_text(json.dumps(config))
-    weights = renamed(peer.transformer, DIT, {})
+    weights = with_original_names(peer.transformer, DIT, {})
     names = sorted(weights)
     index: dict[str, Any] = {"metadata": {}, "weight_map": {}}
     for number in range(3):
@@ -56,11 +58,11 @@ def write_original(peer: Any, folder: Path, task: str = "t2v", suffix: str = "pt
         save_file(part, folder / shard)
         index["weight_map"] |= dict.fromkeys(part, shard)
     (folder / f"{DIT_STEM}.safetensors.index.json").write_text(json.dumps(index))
-    text_encoder = renamed(peer.text_encoder, TEXT_ENCODER, TIED["text_encoder"])
+    text_encoder = with_original_names(peer.text_encoder, TEXT_ENCODER, TIED["text_encoder"])
     save(text_encoder, folder / f"models_t5_umt5-xxl-enc-bf16.{suffix}")
     vae = peer.vae.config
     vae_map = vae_key_map(len(vae.dim_mult), vae.num_res_blocks)
-    save(renamed(peer.vae, vae_map, {}), folder / f"Wan2.1_VAE.{suffix}")
+    save(with_original_names(peer.vae, vae_map, {}), folder / f"Wan2.1_VAE.{suffix}")
     if task in ("i2v", "flf2v"):
         clip = original_clip(peer.image_encoder.state_dict())
         save(clip, folder / f"models_clip_open-clip-xlm-roberta-large-vit-huge-14.{suffix}")
@@ -70,7 +72,7 @@ def write_original(peer: Any, folder: Path, task: str = "t2v", suffix: str = "pt
     return folder
 
 
-def stored(bundle: Bundle) -> dict[str, Tensor]:
+def stored_tensors(bundle: Bundle) -> dict[str, Tensor]:
     """Every tensor of a bundle, by its group and name."""
     return {
         f"{path.stem.split('-')[0]}/{name}": tensor

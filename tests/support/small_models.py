@@ -67,7 +67,7 @@ def small_model(
     return checkpoint, bundle
 
 
-def loaded(checkpoint: Checkpoint) -> WanDiT:
+def load_dit(checkpoint: Checkpoint) -> WanDiT:
     """The whole denoiser of :func:`small_model` in PyTorch."""
     dit = WanDiT(checkpoint.config.dit).eval().requires_grad_(False)
     data = {}

@@ -26,7 +26,7 @@ def spec_of(config: DiTConfig, kind: str) -> ComponentSpec:
         return spec
     options = QuantizeOptions(
         activation_scale="dynamic" if kind == "rows" else "static",
-        attention="fp8" if kind == "attention" else "high",
+        attention="fp8" if kind == "attention" else "none",
     )
     layers, _ = dit_candidates(config, options)
     attends = [f"blocks.{i}.self_attn.attend" for i in range(config.num_layers)]

@@ -40,7 +40,7 @@ def levels_of(scheduler: Any, sampler: Sampler) -> Iterator[None]:
         del scheduler.set_timesteps
 
 
-def assert_lively(frames: Pixels) -> None:
+def assert_moving(frames: Pixels) -> None:
     """The comparison would be worth little on a flat or still picture."""
     assert frames.std(axis=(0, 1, 2)).min() > 10
     if len(frames) > 1:
@@ -51,7 +51,7 @@ def assert_lively(frames: Pixels) -> None:
 def assert_same_video(
     ours: tuple[Pixels, list[NDArray[np.float32]]], theirs: tuple[Pixels, list[torch.Tensor]]
 ) -> None:
-    assert_lively(theirs[0])
+    assert_moving(theirs[0])
     for our_latent, their_latent in zip(ours[1], theirs[1], strict=True):
         assert relative_error(our_latent, their_latent) <= 1e-4
     assert psnr(ours[0], theirs[0]) >= 50

@@ -1,8 +1,9 @@
-"""What a bundle draws of the prompts that training never saw, as the detector sees it."""
+"""Videos that a bundle draws of the prompts that training never saw, as the detector sees them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,11 +12,13 @@ from detector import Sighting, detect
 from numpy.typing import NDArray
 
 from wanx.benchmarks.accuracy.clips import to_pixels
-from wanx.benchmarks.accuracy.subject import Case, Side, denoise
 from wanx.bundle.reader import Bundle
-from wanx.runtime.inputs.reading import read_inputs
-from wanx.runtime.options import RunOptions, resolve
-from wanx.runtime.sessions.base import Session, State
+from wanx.runtime.denoise import NonFiniteLatentError
+from wanx.runtime.inputs.reading import Inputs, read_inputs
+from wanx.runtime.options import ResolvedRun, RunOptions
+from wanx.runtime.resolve import resolve
+from wanx.runtime.run_parts import EncodedRun, RunParts
+from wanx.runtime.sessions.base import Session
 
 # The default is 20; with 8 the detector sees as much, in less than half the time.
 STEPS = 8
@@ -57,32 +60,37 @@ class Drawings:
 def draw(bundle: Bundle, *, first_seed: int, steps: int | None = STEPS) -> Drawings:
     """Draw every held-out scene once, with seeds that count up; None takes the default steps."""
     config, scenes = bundle.manifest.config, split_scenes()[1]
-    side = Side(role="candidate", bundle=bundle, threads=1)
-    cases = []
+    runs = []
     for number, scene in enumerate(scenes):
-        asked = RunOptions(prompt=scene.caption, seed=first_seed + number, steps=steps)
-        inputs = read_inputs(asked, config.task)
-        cases.append(Case(run=resolve(asked, config, inputs), inputs=inputs))
-    return Drawings(pairs=tuple(zip(scenes, _sightings(side, cases), strict=True)))
+        options = RunOptions(prompt=scene.caption, seed=first_seed + number, steps=steps)
+        inputs = read_inputs(options, config.task)
+        runs.append((resolve(options, config, inputs), inputs))
+    return Drawings(pairs=tuple(zip(scenes, _sightings(bundle, runs), strict=True)))
 
 
-def _sightings(side: Side, cases: list[Case]) -> Iterator[Sighting | None]:
-    starts = side.prepare(cases, lambda: None)
-    with side.open("dit") as session:
-        latents = [denoise(session, start.trajectory(), lambda *_: None) for start in starts]
+def _sightings(bundle: Bundle, runs: list[tuple[ResolvedRun, Inputs]]) -> Iterator[Sighting | None]:
+    parts = RunParts.of(bundle, threads=1)
+    encoded = parts.encode(runs)
+    with parts.session("dit") as session:
+        latents = [_denoise(parts, session, run) for run in encoded]
     # Open for all videos, because loading them takes as long as decoding one.
-    with side.open("vae_decoder_first") as first, side.open("vae_decoder_rest") as rest:
+    first, rest = "vae_decoder_first", "vae_decoder_rest"
+    with parts.session(first) as first_session, parts.session(rest) as rest_session:
+        opened = {first: first_session, rest: rest_session}
+        decoders = RunParts(bundle=bundle, open=lambda name: nullcontext(opened[name]))
         for latent in latents:
-            frames = None if latent is None else to_pixels(_decode(first, rest, latent))[0]
+            frames = None
+            if latent is not None:
+                frames, _ = to_pixels(decoders.decode(latent, lambda chunk: chunk))
             yield None if frames is None else detect(frames)
 
 
-def _decode(first: Session, rest: Session, latent: Float32) -> Iterator[Float32]:
-    """Decode a latent ``[C, T, h, w]`` to frames ``[3, n, H, W]``, chunk by chunk."""
-    state: State = {}
-    for index in range(latent.shape[1]):
-        part = np.ascontiguousarray(latent[None, :, index : index + 1])
-        yield (rest if index else first).run({"latent": part}, state)["video"][0]
+def _denoise(parts: RunParts, session: Session, run: EncodedRun) -> Float32 | None:
+    """Denoise a run to its clean latent ``[C, T, h, w]``; None where one is not finite."""
+    try:
+        return parts.denoise(session, run.start())
+    except NonFiniteLatentError:
+        return None
 
 
 def _judged(wanted: Scene, seen: Sighting | None) -> dict[str, bool]:

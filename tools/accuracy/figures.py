@@ -127,6 +127,6 @@ def layer_figures(bundle: Bundle) -> Figures:
         if component.quantization is not None
     ]
     return {
-        "8-bit layers": sum(sum(recipe.found.values()) for recipe in recipes),
-        "layers kept high": sum(len(recipe.kept) for recipe in recipes),
+        "8-bit layers": sum(sum(recipe.verified_counts.values()) for recipe in recipes),
+        "layers kept high": sum(len(recipe.unquantized_layers) for recipe in recipes),
     }

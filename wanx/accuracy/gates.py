@@ -84,5 +84,5 @@ def agreement(candidate: NDArray[Any], reference: NDArray[Any], **where: Any) ->
 
 
 def worst(agreements: Sequence[Agreement]) -> Agreement:
-    """The one of least cosine; what is not finite is worse than anything."""
+    """Agreement of the least cosine; one that is not finite is worse than any other."""
     return min(agreements, key=lambda a: a.cosine if math.isfinite(a.cosine) else -math.inf)

@@ -6,12 +6,12 @@ from wanx.accuracy.gates import Agreement, Gates, agreement, worst
 from wanx.bundle.golden_steps import GOLDEN, read_golden
 from wanx.bundle.reader import Bundle
 from wanx.errors import CorruptInputError, GateError
-from wanx.progress import Progress, silent
+from wanx.progress import Progress, no_progress
 from wanx.runtime.sessions import open_session
 
 
 def check_golden(
-    bundle: Bundle, *, threads: int | None = None, progress: Progress = silent
+    bundle: Bundle, *, threads: int | None = None, progress: Progress = no_progress
 ) -> tuple[Agreement, ...]:
     """Run the golden steps of a bundle, each on its own inputs, and compare the velocities.
 
@@ -24,7 +24,7 @@ def check_golden(
     if GOLDEN not in bundle.manifest.files:
         return ()
     samples = list(read_golden(bundle.root / GOLDEN).samples())
-    found = []
+    agreements = []
     with open_session(bundle, "dit", threads=threads) as session:
         for done, (step, branch, feeds) in enumerate(samples, 1):
             velocity = session.run(feeds)["velocity"]
@@ -35,7 +35,7 @@ def check_golden(
                     f"{expected.shape} where the graph answers {velocity.shape}; export the "
                     "bundle again"
                 )
-            found.append(
+            agreements.append(
                 agreement(
                     velocity,
                     expected,
@@ -46,7 +46,7 @@ def check_golden(
                 )
             )
             progress("golden steps", done, len(samples), "steps")
-    return tuple(found)
+    return tuple(agreements)
 
 
 def require_golden(agreements: tuple[Agreement, ...], gates: Gates) -> None:
@@ -55,12 +55,12 @@ def require_golden(agreements: tuple[Agreement, ...], gates: Gates) -> None:
     Raises:
         GateError: names the worst step.
     """
-    bad = [item for item in agreements if not item.cosine >= gates.dit]
-    if bad:
-        least = worst(bad)
+    below_gate = [item for item in agreements if not item.cosine >= gates.dit]
+    if below_gate:
+        worst_step = worst(below_gate)
         raise GateError(
-            f"{len(bad)} of {len(agreements)} golden steps are below the gate: cosine "
-            f"{least.cosine:.5f} ({least.sqnr_db:.1f} dB) at step {least.step} "
-            f"({least.branch}), and {gates.dit:g} is needed; keep more layers high with "
-            "--keep-high, or export at a higher precision"
+            f"{len(below_gate)} of {len(agreements)} golden steps are below the gate: cosine "
+            f"{worst_step.cosine:.5f} ({worst_step.sqnr_db:.1f} dB) at step {worst_step.step} "
+            f"({worst_step.branch}), and {gates.dit:g} is needed; leave more layers out with "
+            "--skip-layers, or export at a higher precision"
         )

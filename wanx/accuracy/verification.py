@@ -9,7 +9,7 @@ from wanx.accuracy.gates import Agreement, Gates
 from wanx.accuracy.golden_check import check_golden, require_golden
 from wanx.builtin import find_bundle, is_builtin
 from wanx.bundle.reader import FileCheck, read_bundle, verify_bundle
-from wanx.progress import Progress, byte_counter, silent
+from wanx.progress import Progress, byte_counter, no_progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ def verify(
     *,
     golden: bool = True,
     threads: int | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Verification:
     """Hash every file of a bundle, and run its golden steps if all are intact.
 

@@ -27,7 +27,7 @@ def find_bundle(name: str | Path) -> Path:
 
 
 def is_builtin(folder: Path) -> bool:
-    """Whether a bundle lies in the package, whose files an installer may have hard-linked."""
+    """True if a bundle lies in the package, whose files an installer may have hard-linked."""
     return folder in [builtin_bundle(name) for name in BUILTIN]
 
 

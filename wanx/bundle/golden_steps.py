@@ -1,4 +1,4 @@
-"""Golden steps: what the denoiser is fed at a few steps of a real run, and what it must answer.
+"""Golden steps: inputs of the denoiser at a few steps of a real run, and its right outputs.
 
 They travel with the bundle, so that its accuracy can be checked on any machine later. The answers
 come from the source weights in PyTorch in fp32, not from the bundle's own graphs.
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from wanx.bundle.manifest import printable
+from wanx.bundle.record import printable
 from wanx.errors import CorruptInputError
 from wanx.files.input_file import parse_json_object
 
@@ -100,7 +100,7 @@ def golden_from_tensors(tensors: dict[str, Array], run: dict[str, str]) -> Golde
     for name, value in tensors.items():
         kind, _, branch = name.partition(".")
         if kind == "context":
-            contexts[branch] = _whole_context(value, tensors[f"context_shape.{branch}"].tolist())
+            contexts[branch] = _padded_context(value, tensors[f"context_shape.{branch}"].tolist())
     numbers = sorted({int(name.split(".")[1]) for name in tensors if name.startswith("step.")})
     steps = tuple(
         GoldenStep(
@@ -124,8 +124,8 @@ def golden_from_tensors(tensors: dict[str, Array], run: dict[str, str]) -> Golde
     return Golden(run=run, constants=constants, contexts=contexts, steps=steps)
 
 
-def _whole_context(used: Array, shape: object) -> Array:
-    """Give text features back the rows of zeros that were left out."""
+def _padded_context(used: Array, shape: object) -> Array:
+    """Pad text features with the rows of zeros that were left out."""
     match used.shape, shape:
         case (1, rows, columns), [1, int(length), int(width)] if (
             0 < rows <= length and 0 < columns == width and length * width <= _MAX_TEXT
@@ -150,7 +150,7 @@ def read_golden(path: Path) -> Golden:
     """
     try:
         with safe_open(path, framework="numpy") as file:
-            tensors = {name: _read(file, name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: _read_tensor(file, name) for name in file.keys()}  # noqa: SIM118
             run = parse_json_object((file.metadata() or {})["run"].encode(), path)
         return golden_from_tensors(tensors, {key: str(value) for key, value in run.items()})
     except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
@@ -159,10 +159,10 @@ def read_golden(path: Path) -> Golden:
         ) from None
 
 
-def _read(file: Any, name: str) -> Array:
+def _read_tensor(file: Any, name: str) -> Array:
     """A tensor of golden steps; numpy lacks some of the types that a file can have."""
-    wanted = "I64" if name.startswith("context_shape.") else "F32"
-    found = file.get_slice(name).get_dtype()
-    if found != wanted:
-        raise ValueError(f"{name} is {found} instead of {wanted}")
+    expected = "I64" if name.startswith("context_shape.") else "F32"
+    stored = file.get_slice(name).get_dtype()
+    if stored != expected:
+        raise ValueError(f"{name} is {stored} instead of {expected}")
     return cast(Array, file.get_tensor(name))

@@ -14,17 +14,17 @@ from typing import Literal
 
 from wanx.bundle.manifest import Component, FileRecord, Manifest
 from wanx.errors import CorruptInputError
-from wanx.files.checksum import Stamps, sha256_file
+from wanx.files.checksum import DigestCache, sha256_file
 from wanx.files.onnx_wire import external_data
 
 Verify = Literal["auto", "full", "size"]
-AGAIN = "copy or export the bundle again"
+RECOPY_HINT = "copy or export the bundle again"
 
 _CLOSED_FOLDERS = ("graphs", "weights", "engines")  # a file here that nobody listed is foreign
 _MAX_GRAPH_BYTES = (1 << 31) - 1  # protobuf's limit
 
 
-def problems(
+def find_problems(
     root: Path,
     manifest: Manifest,
     verify: Verify,
@@ -36,56 +36,58 @@ def problems(
     The arguments are those of ``wanx.bundle.reader.open_bundle``.
     """
     files = manifest.files
-    sound: list[str] = []
+    whole: list[str] = []
     for name, record in files.items():
-        problem = place_problem(root, name, allow_hard_links) or _size_problem(root, name, record)
+        problem = regular_file_problem(root, name, allow_hard_links) or _size_problem(
+            root, name, record
+        )
         if problem:
             yield name, problem
         else:
-            sound.append(name)
+            whole.append(name)
     for name in _unlisted(root, files):
         yield name, f"{name!r} is not in the manifest, so not part of this bundle: delete it"
 
     damaged: set[str] = set()
     if verify != "size":
-        stamps = Stamps(root)
+        cache = DigestCache(root)
         try:
-            for name in sound:
+            for name in whole:
                 record = files[name]
-                problem = _hash_problem(root, name, record, stamps, verify == "auto", on_bytes)
+                problem = _hash_problem(root, name, record, cache, verify == "auto", on_bytes)
                 if problem:
                     damaged.add(name)
                     yield name, problem
         finally:
-            stamps.save()
+            cache.save()
 
     for component in manifest.components.values():
         for graph in (component.graph, *component.engines.values()):
-            if graph in sound and graph not in damaged and graph.endswith(".onnx"):
+            if graph in whole and graph not in damaged and graph.endswith(".onnx"):
                 problem = _graph_problem(root, graph, component, files)
                 if problem:
                     yield graph, problem
 
 
-def place_problem(root: Path, name: str, allow_hard_links: bool) -> str | None:
+def regular_file_problem(root: Path, name: str, allow_hard_links: bool) -> str | None:
     """Check that ``name`` is a regular file that nothing outside the bundle can change."""
     path = root
     for part in PurePosixPath(name).parts:
         path /= part
         try:
-            found = path.lstat()
+            status = path.lstat()
         except (FileNotFoundError, NotADirectoryError):
-            return f"{name} is missing: {AGAIN}"
+            return f"{name} is missing: {RECOPY_HINT}"
         except OSError as error:
             return _unreadable(name, error)
-        if stat.S_ISLNK(found.st_mode):
+        if stat.S_ISLNK(status.st_mode):
             link = path.relative_to(root).as_posix()
             return f"{link} is a symbolic link: make a copy with real files (cp -RL) and use that"
-    if not stat.S_ISREG(found.st_mode):
-        return f"{name} is not a file: {AGAIN}"
-    if found.st_nlink > 1 and not allow_hard_links:
+    if not stat.S_ISREG(status.st_mode):
+        return f"{name} is not a file: {RECOPY_HINT}"
+    if status.st_nlink > 1 and not allow_hard_links:
         return (
-            f"{name} has {found.st_nlink} hard links, so it can change from outside the bundle: "
+            f"{name} has {status.st_nlink} hard links, so it can change from outside the bundle: "
             "make a real copy (cp -R) and use that"
         )
     return None
@@ -95,24 +97,24 @@ def _size_problem(root: Path, name: str, record: FileRecord) -> str | None:
     size = (root / name).stat().st_size
     if size == record.size:
         return None
-    return f"{name} has {size} bytes, the manifest says {record.size}: {AGAIN}"
+    return f"{name} has {size} bytes, the manifest says {record.size}: {RECOPY_HINT}"
 
 
 def _hash_problem(
     root: Path,
     name: str,
     record: FileRecord,
-    stamps: Stamps,
-    trust_stamps: bool,
+    cache: DigestCache,
+    trust_cache: bool,
     on_bytes: Callable[[int], None] | None,
 ) -> str | None:
     path = root / name
     try:
         before = path.stat()
-        digest = stamps.digest(name, before) if trust_stamps else None
+        digest = cache.digest(name, before) if trust_cache else None
         if digest is None:
             digest = sha256_file(path, on_bytes)
-            stamps.record(name, before, path.stat(), digest)
+            cache.record(name, before, path.stat(), digest)
         elif on_bytes:
             on_bytes(record.size)
     except OSError as error:
@@ -121,7 +123,7 @@ def _hash_problem(
         return None
     return (
         f"{name} is damaged: its SHA-256 is {digest[:12]}…, the manifest says "
-        f"{record.sha256[:12]}…: {AGAIN}"
+        f"{record.sha256[:12]}…: {RECOPY_HINT}"
     )
 
 
@@ -143,7 +145,9 @@ def _graph_problem(
 ) -> str | None:
     """Check that a graph reads nothing but the weights that the manifest grants it."""
     if files[graph].size > _MAX_GRAPH_BYTES:
-        return f"{graph} has {files[graph].size} bytes, more than an ONNX file can have: {AGAIN}"
+        return (
+            f"{graph} has {files[graph].size} bytes, more than an ONNX file can have: {RECOPY_HINT}"
+        )
     try:
         for location, offset, length in external_data((root / graph).read_bytes()):
             if location not in component.weights:
@@ -153,9 +157,11 @@ def _graph_problem(
                 )
             end, size = offset + (length or 0), files[location].size
             if end > size:
-                return f"{graph} reads up to byte {end} of {location}, which has {size}: {AGAIN}"
+                return (
+                    f"{graph} reads up to byte {end} of {location}, which has {size}: {RECOPY_HINT}"
+                )
     except CorruptInputError as error:
-        return f"{graph}: {error}: {AGAIN}"
+        return f"{graph}: {error}: {RECOPY_HINT}"
     except OSError as error:
         return _unreadable(graph, error)
     return None

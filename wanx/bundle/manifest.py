@@ -13,17 +13,17 @@ from typing import Annotated, Literal, Self
 from pydantic import (
     AfterValidator,
     AwareDatetime,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     StringConstraints,
     ValidationError,
     model_validator,
 )
 
+from wanx.bundle.record import Record, first_problem, printable
 from wanx.config.limits import bounded_config
 from wanx.config.models import ModelConfig, RunDefaults, Task
+from wanx.config.number_formats import QUANTIZED, WEIGHTS, one_of
 from wanx.errors import CorruptInputError, EnvironmentMismatchError
 from wanx.files.input_file import parse_json_object
 
@@ -33,11 +33,6 @@ TOKENIZER = "tokenizer/tokenizer.json"
 FOLDERS = ("graphs", "weights", "engines", "tokenizer", "golden")
 
 _PATH = re.compile(rf"({'|'.join(FOLDERS)})(/[A-Za-z0-9_][A-Za-z0-9_.+-]{{0,127}}){{1,6}}")
-
-
-def printable(text: object) -> str:
-    """``text`` as one line that is safe to print: control characters and the like replaced."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
 
 
 def _bundle_path(path: str) -> str:
@@ -56,21 +51,21 @@ Name = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_.:-]{0,63}$")]
 Text = Annotated[str, BeforeValidator(_printable_text), StringConstraints(max_length=4096)]
 Count = Annotated[int, Field(ge=0, le=1 << 31)]
 Scale = Annotated[float, Field(gt=0, le=1e30)]
+Precision = Annotated[str, StringConstraints(pattern=one_of(row.name for row in WEIGHTS))]
+Scheme = Annotated[
+    str, StringConstraints(pattern=one_of([*(row.name for row in QUANTIZED), "int8-weight"]))
+]
 Decibel = Annotated[float, Field(ge=-1000, le=1000)]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-class FileRecord(_Record):
+class FileRecord(Record):
     """Identity of a file of the bundle: its SHA-256 (hex) and its size in bytes."""
 
     sha256: Sha256
     size: Annotated[int, Field(ge=0, le=1 << 44)]
 
 
-class QuantizedLayer(_Record):
+class QuantizedLayer(Record):
     """One 8-bit layer of a recipe.
 
     ``input_scale`` is the step between two neighbouring 8-bit inputs (None: found while running, or
@@ -81,26 +76,27 @@ class QuantizedLayer(_Record):
     sqnr_db: Decibel | None = None
 
 
-class Quantization(_Record):
-    """The recipe of a component, and what its built graph was found to hold.
+class Quantization(Record):
+    """The recipe of a component, and what its built graph holds.
 
-    ``kept`` gives, for each layer that could be 8-bit and is not, the reason. ``found`` counts the
-    8-bit layers by kind, read back from the graph; ``kernels`` what the target ran for one
-    forward, by operator.
+    ``unquantized_layers`` gives, for each layer that could be 8-bit and is not, the reason.
+    ``verified_counts`` counts the 8-bit layers by kind, read back from the graph; ``kernels`` what
+    the target ran for one forward, by operator.
     """
 
-    scheme: Literal["int8", "fp8", "int8-weight"]
+    scheme: Scheme
     weight_scale: Literal["channel", "tensor"]
     activation_scale: Literal["static", "dynamic", "none"]
     smooth: Annotated[float, Field(ge=0, le=1)] = 0.0
-    attention: Literal["high", "fp8"] = "high"
+    # Written as "high", which every version reads; the option is called none.
+    attention: Literal["high", "none", "fp8"] = "high"
     layers: dict[Text, QuantizedLayer]
-    kept: dict[Text, Text]
-    found: dict[Text, Count]
-    kernels: dict[Text, Count] = {}
+    unquantized_layers: Annotated[dict[Text, Text], Field(alias="kept")]
+    verified_counts: Annotated[dict[Text, Count], Field(alias="found")]
+    kernels: dict[Text, Count] = Field(default_factory=dict)
 
 
-class Component(_Record):
+class Component(Record):
     """One network: its graph, the weight files that the graph may read, what is inside.
 
     ``engines`` names, per target, what runs instead of the portable graph.
@@ -108,7 +104,7 @@ class Component(_Record):
     """
 
     graph: BundlePath
-    engines: dict[Name, BundlePath] = {}
+    engines: dict[Name, BundlePath] = Field(default_factory=dict)
     weights: tuple[BundlePath, ...] = ()
     storage: dict[Text, Count]
     nodes: Count
@@ -117,7 +113,7 @@ class Component(_Record):
     quantization: Quantization | None = None
 
 
-class Provenance(_Record):
+class Provenance(Record):
     """Origin of the weights, and the tools that wrote the bundle (name to version)."""
 
     source: Text
@@ -127,13 +123,13 @@ class Provenance(_Record):
     created: AwareDatetime
 
 
-class Manifest(_Record):
+class Manifest(Record):
     """The content of ``manifest.json``; ``files`` lists every other file of the bundle."""
 
     schema_version: Annotated[int, Field(ge=1, le=SCHEMA_VERSION)] = SCHEMA_VERSION
     wanx_version: Text
     config: Annotated[ModelConfig, AfterValidator(bounded_config)]
-    precision: Literal["fp32", "bf16", "fp16", "int8", "fp8"]
+    precision: Precision
     target: Name
     components: dict[Name, Component]
     provenance: Provenance
@@ -172,7 +168,7 @@ class Manifest(_Record):
 
     def to_json(self) -> bytes:
         """The bytes of ``manifest.json``; their SHA-256 identifies the bundle."""
-        return self.model_dump_json(indent=1).encode() + b"\n"
+        return self.model_dump_json(indent=1, by_alias=True).encode() + b"\n"
 
 
 def parse_manifest(data: bytes, path: Path) -> Manifest:
@@ -192,16 +188,6 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
         return Manifest.model_validate_json(data)
     except ValidationError as error:
         raise CorruptInputError(
-            f"{path}: not an acceptable manifest: {_first_problem(error)}: "
+            f"{path}: not an acceptable manifest: {first_problem(error, 'manifest')}: "
             "copy or export the bundle again"
         ) from None
-
-
-def _first_problem(error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_context=False)[0]
-    where = ".".join(str(part) for part in first["loc"]) or "manifest"
-    seen = (
-        "" if isinstance(first["input"], dict | ModelConfig) else f" (found {first['input']!r:.60})"
-    )
-    more = f", and {error.error_count() - 1} more" if error.error_count() > 1 else ""
-    return printable(f"{where:.120}: {first['msg'].removeprefix('Value error, '):.240}{seen}{more}")

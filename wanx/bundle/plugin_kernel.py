@@ -1,4 +1,4 @@
-"""A compiled kernel with all that its launch needs, as a TensorRT plan carries it.
+"""Compiled kernel with all that its launch needs, embedded in a TensorRT plan.
 
 The description is JSON, the code the binaries of all GPUs one after the other. Plans may come from
 anywhere, so everything in the description is bounded, and nothing in it is a program: sizes are
@@ -10,11 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import add, floordiv, mul
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints, ValidationError
 from pydantic import model_validator as checked
 
+from wanx.bundle.record import Record, first_problem
+from wanx.config.number_formats import KERNEL_TENSORS, one_of
 from wanx.errors import CorruptInputError, EnvironmentMismatchError, WanxError
 
 MAX_DESCRIPTION = 1 << 18
@@ -30,34 +33,30 @@ Number = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
 Size = Annotated[int, Field(ge=0, lt=LARGEST)]
 Token = Number | Axis | Literal["+", "*", "//"]
 Expression = Annotated[tuple[Token, ...], Field(min_length=1, max_length=32)]
-ElementType = Literal["fp32", "bf16", "fp16", "fp8", "int8", "int32"]
+ElementType = Annotated[str, StringConstraints(pattern=one_of(row.name for row in KERNEL_TENSORS))]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-class Value(_Record):
+class Value(Record):
     """An input or output: its type, and its shape, whose axes are numbers or named."""
 
     dtype: ElementType
     shape: Annotated[tuple[Size | Axis, ...], Field(max_length=8)]
 
 
-class Pointer(_Record):
+class Pointer(Record):
     """The address of a tensor, inputs before outputs, and ``offset`` bytes into it."""
 
     tensor: Annotated[int, Field(ge=0, lt=64)]
     offset: Size = 0
 
 
-class Integer(_Record):
+class Integer(Record):
     """A 32-bit number that depends on sizes."""
 
     integer: Expression
 
 
-class Real(_Record):
+class Real(Record):
     """A number in fp32."""
 
     real: Annotated[float, Field(allow_inf_nan=False)]
@@ -66,7 +65,7 @@ class Real(_Record):
 Argument = Pointer | Integer | Real
 
 
-class Variant(_Record):
+class Variant(Record):
     """The kernel for one GPU.
 
     Attributes:
@@ -88,34 +87,34 @@ class Variant(_Record):
     grid: tuple[Expression, Expression, Expression]
 
     def grid_at(self, axes: Mapping[str, int]) -> tuple[int, ...]:
-        """Blocks along each axis.
+        """Evaluate the blocks along each axis.
 
         Raises:
             WanxError: more than a GPU takes.
         """
-        found = tuple(evaluate(expression, axes) for expression in self.grid)
-        if any(not 0 <= n <= limit for n, limit in zip(found, _GRID_LIMITS, strict=True)):
-            raise WanxError(f"{self.function} would need {found} blocks; choose a smaller size")
-        return found
+        blocks = tuple(evaluate(expression, axes) for expression in self.grid)
+        if any(not 0 <= n <= limit for n, limit in zip(blocks, _GRID_LIMITS, strict=True)):
+            raise WanxError(f"{self.function} would need {blocks} blocks; choose a smaller size")
+        return blocks
 
     def integers_at(self, axes: Mapping[str, int]) -> dict[int, int]:
-        """Values of the integer arguments by their place.
+        """Evaluate the integer arguments, by their index.
 
         Raises:
             WanxError: one does not fit 32 bits.
         """
-        found = {
-            place: evaluate(argument.integer, axes)
-            for place, argument in enumerate(self.arguments)
+        values = {
+            index: evaluate(argument.integer, axes)
+            for index, argument in enumerate(self.arguments)
             if isinstance(argument, Integer)
         }
-        if any(not -LARGEST <= value < LARGEST for value in found.values()):
+        if any(not -LARGEST <= value < LARGEST for value in values.values()):
             raise WanxError(f"{self.function} counts past 32 bits; choose a smaller size")
-        return found
+        return values
 
 
-class Description(_Record):
-    """What a kernel reads and writes, and how it is launched on each GPU."""
+class Description(Record):
+    """Inputs and outputs of a kernel, and its launch on each GPU."""
 
     schema_version: Literal[1] = 1
     op: Name
@@ -126,12 +125,12 @@ class Description(_Record):
     @property
     def axes(self) -> dict[str, tuple[int, int]]:
         """The first input and its axis for each named axis."""
-        found: dict[str, tuple[int, int]] = {}
+        first: dict[str, tuple[int, int]] = {}
         for index, value in enumerate(self.inputs):
-            for place, size in enumerate(value.shape):
+            for axis, size in enumerate(value.shape):
                 if isinstance(size, str):
-                    found.setdefault(size, (index, place))
-        return found
+                    first.setdefault(size, (index, axis))
+        return first
 
     @checked(mode="after")
     def _is_consistent(self) -> Self:
@@ -151,25 +150,25 @@ class Description(_Record):
         return self
 
     def axes_at(self, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
-        """The sizes of the named axes, from the shapes of the inputs.
+        """Infer the sizes of the named axes from the shapes of the inputs.
 
         Raises:
             WanxError: the shapes are not those that the kernel was made for.
         """
         if len(shapes) != len(self.inputs):
             raise WanxError(f"{self.op} has {len(self.inputs)} inputs, not {len(shapes)}")
-        found: dict[str, int] = {}
+        sizes: dict[str, int] = {}
         for value, shape in zip(self.inputs, shapes, strict=True):
             if not value.shape and math.prod(shape) == 1:
                 continue  # TensorRT may give a scalar an axis
             fits = len(shape) == len(value.shape)
             for name, size in zip(value.shape, shape, strict=False):
-                known = found.setdefault(name, size) if isinstance(name, str) else name
+                known = sizes.setdefault(name, size) if isinstance(name, str) else name
                 fits = fits and known == size
             if not fits:
-                wanted = ", ".join(map(str, value.shape))
-                raise WanxError(f"{self.op} was compiled for [{wanted}], not {list(shape)}")
-        return found
+                expected = ", ".join(map(str, value.shape))
+                raise WanxError(f"{self.op} was compiled for [{expected}], not {list(shape)}")
+        return sizes
 
 
 def _require_expression(expression: Expression, axes: object) -> None:
@@ -203,44 +202,44 @@ def evaluate(expression: Expression, axes: Mapping[str, int]) -> int:
             right, left = stack.pop(), stack.pop()
             if token == "//" and right == 0:
                 raise WanxError("a kernel's description divides by zero")
-            made = left + right if token == "+" else left * right if token == "*" else left // right
-            stack.append(made)
+            operation = {"+": add, "*": mul, "//": floordiv}[str(token)]
+            stack.append(operation(left, right))
         if abs(stack[-1]) >= 1 << 63:
             raise WanxError("a kernel's description computes a number past 64 bits")
     return stack[0]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CarriedKernel:
+class PluginKernel:
     """A description and the binaries of its variants, one after the other."""
 
     description: Description
     code: bytes
 
     def fields(self) -> tuple[bytes, bytes]:
-        """Description and code as bytes; :func:`carried_kernel` reads them."""
+        """Description and code as bytes; :func:`read_plugin_kernel` reads them."""
         return self.description.model_dump_json().encode(), self.code
 
     def variant_for(self, sm: int) -> tuple[Variant, bytes]:
-        """What runs on the GPU ``sm``, and its binary.
+        """Select the variant for the GPU ``sm``, and its binary.
 
         Raises:
             EnvironmentMismatchError: there is nothing for it.
         """
         # A binary also runs on later GPUs of its generation; those from Hopper on use features
         # of one GPU alone.
-        found = [
+        candidates = [
             (variant, binary)
             for variant, binary in self._binaries()
             if variant.sm == sm or (variant.sm // 10 == sm // 10 and variant.sm < sm < _HOPPER)
         ]
-        if not found:
+        if not candidates:
             known = ", ".join(f"sm{variant.sm}" for variant in self.description.variants)
             raise EnvironmentMismatchError(
                 f"the engine's {self.description.op} was built for {known}, and this GPU is "
                 f"sm{sm}: build the engine for it"
             )
-        return max(found, key=lambda pair: pair[0].sm)
+        return max(candidates, key=lambda pair: pair[0].sm)
 
     def _binaries(self) -> Iterator[tuple[Variant, bytes]]:
         start = 0
@@ -249,8 +248,8 @@ class CarriedKernel:
             start += variant.size
 
 
-def carried_kernel(description: bytes, code: bytes) -> CarriedKernel:
-    """Read what :meth:`CarriedKernel.fields` gave.
+def read_plugin_kernel(description: bytes, code: bytes) -> PluginKernel:
+    """Read the bytes of :meth:`PluginKernel.fields`.
 
     Raises:
         CorruptInputError: it is nothing that a build writes.
@@ -261,17 +260,15 @@ def carried_kernel(description: bytes, code: bytes) -> CarriedKernel:
         parsed = Description.model_validate_json(description)
         if sum(variant.size for variant in parsed.variants) != len(code):
             raise ValueError(f"the binaries are not {len(code)} bytes together")
-        kernel = CarriedKernel(description=parsed, code=code)
+        kernel = PluginKernel(description=parsed, code=code)
         if not all(binary.startswith(ELF) for _, binary in kernel._binaries()):
             raise ValueError("a binary is no compiled code")
     except ValidationError as error:
-        problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(str(part) for part in problem["loc"]) or "description"
-        found = f"{where:.80}: {problem['msg']:.200}"
+        reason = first_problem(error, "description")
     except ValueError as error:
-        found = str(error)
+        reason = str(error)
     else:
         return kernel
     raise CorruptInputError(
-        f"the engine's kernels are damaged or not made by wanx ({found}); build the engine again"
+        f"the engine's kernels are damaged or not made by wanx ({reason}); build the engine again"
     )

@@ -25,18 +25,21 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from wanx.bundle.manifest import MANIFEST, FileRecord, Manifest, printable
+from wanx.bundle.manifest import MANIFEST, FileRecord, Manifest
+from wanx.bundle.record import printable
 from wanx.errors import UsageError
 from wanx.files.checksum import sha256_file
-from wanx.files.disk import explained, preflight_space, sync
-from wanx.interruption import undone_by_interrupt
+from wanx.files.disk import preflight_space, sync, translate_disk_errors
+from wanx.interruption import cleanup_on_sigint
 
 _OLD = "wanx-old"
 _RECOVERY_SECONDS = 5.0
 
 
 @contextmanager
-def staging(target: str | Path, *, force: bool = False, needed_bytes: int = 0) -> Iterator[Path]:
+def publish_bundle(
+    target: str | Path, *, force: bool = False, needed_bytes: int = 0
+) -> Iterator[Path]:
     """Yield an empty folder; when the block ends well, it becomes ``target``.
 
     The block writes the bundle into the folder and calls ``write_manifest`` last. If it raises,
@@ -53,26 +56,27 @@ def staging(target: str | Path, *, force: bool = False, needed_bytes: int = 0) -
     """
     target = _absolute(target)
     folder = _sibling(target, f"wanx-{os.getpid()}.partial")
-    with explained(target, folder, needed_bytes):
+    with translate_disk_errors(target, folder, needed_bytes):
         _refuse_unsuitable(target)
         preflight_space(target, needed_bytes)
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target, timeout=0):
-            _clean(target)
-            _refuse_taken(target, force)
-            with undone_by_interrupt(lambda: _abandon(target, folder)):
+            _clean_up(target)
+            _refuse_existing(target, force)
+            with cleanup_on_sigint(lambda: _abandon(target, folder)):
                 try:
-                    with explained(target, folder, needed_bytes):  # while the disk is still full
+                    # Here too, while the disk is still full.
+                    with translate_disk_errors(target, folder, needed_bytes):
                         folder.mkdir()
                         yield folder
                         _commit(folder, target, force)
                 except BaseException:
-                    _clean(target)
+                    _clean_up(target)
                     raise
 
 
 @contextmanager
-def extending(target: str | Path) -> Iterator[tuple[Path, Callable[[Manifest], None]]]:
+def add_engines(target: str | Path) -> Iterator[tuple[Path, Callable[[Manifest], None]]]:
     """Yield an empty folder for engines to be added to the bundle ``target``, and what adds them.
 
     The block writes ``engines/<key>`` into the folder and calls the function with the new manifest.
@@ -94,7 +98,7 @@ def extending(target: str | Path) -> Iterator[tuple[Path, Callable[[Manifest], N
             for path in moved:
                 shutil.rmtree(path, ignore_errors=True)
 
-        with undone_by_interrupt(undo):
+        with cleanup_on_sigint(undo):
             try:
                 for new in sorted((folder / "engines").glob("*")):
                     for path in (*new.rglob("*"), new):
@@ -114,16 +118,16 @@ def extending(target: str | Path) -> Iterator[tuple[Path, Callable[[Manifest], N
                 shutil.rmtree(old, ignore_errors=True)
 
     with (
-        explained(target, folder, 0),
+        translate_disk_errors(target, folder, 0),
         _locked(target, timeout=0),
-        undone_by_interrupt(lambda: _abandon(target, folder)),
+        cleanup_on_sigint(lambda: _abandon(target, folder)),
     ):
-        _clean(target)
+        _clean_up(target)
         try:
             folder.mkdir()
             yield folder, commit
         finally:
-            _clean(target)
+            _clean_up(target)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -168,11 +172,11 @@ def recover(target: Path) -> None:
     old = _sibling(target, _OLD)
     if os.path.lexists(target) or not old.is_dir():
         return
-    with explained(target, old, 0), _locked(target, timeout=_RECOVERY_SECONDS):
-        _clean(target)
+    with translate_disk_errors(target, old, 0), _locked(target, timeout=_RECOVERY_SECONDS):
+        _clean_up(target)
 
 
-def _clean(target: Path) -> None:
+def _clean_up(target: Path) -> None:
     """Remove what dead exports left; the caller holds the lock, so no other is alive."""
     for name in _partials(target):
         shutil.rmtree(target.parent / name, ignore_errors=True)
@@ -181,7 +185,7 @@ def _clean(target: Path) -> None:
         if not os.path.lexists(target):
             os.rename(old, target)
             sync(target.parent)
-        elif _is_bundle(target):
+        elif _is_wanx_bundle(target):
             _discard(old)
 
 
@@ -189,7 +193,7 @@ def _abandon(target: Path, folder: Path) -> None:
     """Remove ``folder`` while other threads may write into it: they know it by its old name."""
     with suppress(OSError):
         os.rename(folder, _sibling(target, "wanx-0.partial"))
-    _clean(target)
+    _clean_up(target)
 
 
 def _commit(folder: Path, target: Path, force: bool) -> None:
@@ -198,9 +202,9 @@ def _commit(folder: Path, target: Path, force: bool) -> None:
         for name in names:
             sync(Path(parent, name))
         sync(Path(parent))
-    _refuse_taken(target, force)
+    _refuse_existing(target, force)
     old = _sibling(target, _OLD)
-    if _is_bundle(target):
+    if _is_wanx_bundle(target):
         os.rename(target, old)
     elif target.is_dir():
         target.rmdir()
@@ -231,18 +235,18 @@ def _refuse_unsuitable(target: Path) -> None:
         raise UsageError(f"{target} is a mount point: choose a folder inside it")
 
 
-def _refuse_taken(target: Path, force: bool) -> None:
+def _refuse_existing(target: Path, force: bool) -> None:
     """Refuse a target that must not be replaced; the caller holds the lock."""
     _refuse_unsuitable(target)
     if not target.exists():
         return
-    if not _is_bundle(target) and any(target.iterdir()):
+    if not _is_wanx_bundle(target) and any(target.iterdir()):
         raise UsageError(f"{target} exists and is not a wanx bundle: choose another name")
     if not force:
         raise UsageError(f"{target} exists: choose another name, or replace it with --force")
 
 
-def _is_bundle(folder: Path) -> bool:
+def _is_wanx_bundle(folder: Path) -> bool:
     """True if ``folder`` is wanx's own: other programs have a manifest.json too."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
@@ -258,13 +262,13 @@ def _locked(target: Path, timeout: float) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        pids = [found[1] for name in _partials(target) if (found := re.search(r"-(\d+)\.", name))]
+        pids = [match[1] for name in _partials(target) if (match := re.search(r"-(\d+)\.", name))]
         who = f" (pid {pids[0]})" if pids else ""
         raise UsageError(
             f"another export is writing {target}{who}: wait for it or choose another name"
         ) from None
     try:
-        with undone_by_interrupt(path.unlink):
+        with cleanup_on_sigint(path.unlink):
             yield
     finally:
         with suppress(OSError):  # safe while held: filelock never grants a lock on an unlinked file

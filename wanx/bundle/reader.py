@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from wanx.bundle.integrity import AGAIN, Verify, place_problem, problems
+from wanx.bundle.integrity import RECOPY_HINT, Verify, find_problems, regular_file_problem
 from wanx.bundle.manifest import (
     MANIFEST,
     TOKENIZER,
@@ -25,9 +25,9 @@ from wanx.bundle.manifest import (
     Manifest,
     Provenance,
     parse_manifest,
-    printable,
 )
 from wanx.bundle.publish import recover
+from wanx.bundle.record import printable
 from wanx.errors import CorruptInputError, UsageError, WanxError
 
 __all__ = [
@@ -76,7 +76,9 @@ class Bundle:
             CorruptInputError: the bundle was made without one.
         """
         if TOKENIZER not in self.manifest.files:
-            raise CorruptInputError(f"{self.root}: {TOKENIZER} is not in the manifest: {AGAIN}")
+            raise CorruptInputError(
+                f"{self.root}: {TOKENIZER} is not in the manifest: {RECOPY_HINT}"
+            )
         return self.root / TOKENIZER
 
     @property
@@ -116,7 +118,9 @@ def open_bundle(
         EnvironmentMismatchError: a newer wanx wrote the bundle.
     """
     bundle = read_bundle(path)
-    for _, problem in problems(bundle.root, bundle.manifest, verify, on_bytes, allow_hard_links):
+    for _, problem in find_problems(
+        bundle.root, bundle.manifest, verify, on_bytes, allow_hard_links
+    ):
         if read_bundle(path).hash != bundle.hash:  # replaced by an export while it was checked
             return open_bundle(
                 path, verify=verify, on_bytes=on_bytes, allow_hard_links=allow_hard_links
@@ -137,11 +141,13 @@ def verify_bundle(
         UsageError, CorruptInputError, EnvironmentMismatchError: the manifest cannot be used.
     """
     bundle = read_bundle(path)
-    found: dict[str, str] = {}
-    for name, problem in problems(bundle.root, bundle.manifest, "full", on_bytes, allow_hard_links):
-        found.setdefault(name, problem)
-    names = sorted({*bundle.manifest.files, *found})
-    return [FileCheck(name, found.get(name)) for name in names]
+    problem_by_file: dict[str, str] = {}
+    for name, problem in find_problems(
+        bundle.root, bundle.manifest, "full", on_bytes, allow_hard_links
+    ):
+        problem_by_file.setdefault(name, problem)
+    names = sorted({*bundle.manifest.files, *problem_by_file})
+    return [FileCheck(name, problem_by_file.get(name)) for name in names]
 
 
 def read_bundle(path: str | Path) -> Bundle:
@@ -159,7 +165,7 @@ def read_bundle(path: str | Path) -> Bundle:
         manifest = root / MANIFEST
         if not os.path.lexists(manifest):
             raise CorruptInputError(f"{root}: not a wanx bundle, it has no {MANIFEST}")
-        problem = place_problem(root, MANIFEST, allow_hard_links=True)
+        problem = regular_file_problem(root, MANIFEST, allow_hard_links=True)
         if problem:
             raise CorruptInputError(f"{root}: {problem}")
         with manifest.open("rb") as file:
@@ -169,5 +175,7 @@ def read_bundle(path: str | Path) -> Bundle:
     except OSError as error:
         raise WanxError(f"{path} cannot be read: {error.strerror}") from None
     if len(data) > _MAX_MANIFEST_BYTES:
-        raise CorruptInputError(f"{manifest}: larger than {_MAX_MANIFEST_BYTES} bytes: {AGAIN}")
+        raise CorruptInputError(
+            f"{manifest}: larger than {_MAX_MANIFEST_BYTES} bytes: {RECOPY_HINT}"
+        )
     return Bundle(root, parse_manifest(data, manifest), hashlib.sha256(data).hexdigest())

@@ -1,8 +1,8 @@
-"""Record of the compiled engines that were built on this machine.
+"""Markers of the compiled engines that were built on this machine.
 
 A compiled engine is a program: loading one runs whatever is in it, which no hash in its own bundle
-can vouch for. So building leaves a note in the user's cache folder, and engines without one are not
-loaded unless the user says that their origin is trusted.
+can vouch for. So building leaves a marker in the user's cache folder, and engines without one are
+not loaded unless the user says that their origin is trusted.
 """
 
 from __future__ import annotations
@@ -12,21 +12,20 @@ import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-import platformdirs
-
 from wanx.bundle.manifest import FileRecord
 from wanx.bundle.reader import Bundle
 from wanx.errors import EnvironmentMismatchError
+from wanx.files.cache import cache_path
 
-TRUST = "WANX_TRUST_ENGINES"
+TRUST_VARIABLE = "WANX_TRUST_ENGINES"
 
 
-def note_built(engine: str, files: Mapping[str, FileRecord]) -> None:
-    """Remember that the engine whose plan is ``engine`` was built here, with these files."""
-    note = _note(engine, files)
-    if note is not None:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.touch()
+def mark_trusted(engine: str, files: Mapping[str, FileRecord]) -> None:
+    """Remember that the engine whose schedule is ``engine`` was built here, with these files."""
+    marker = _trust_marker(engine, files)
+    if marker is not None:
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()
 
 
 def require_trusted(bundle: Bundle, component: str, target: str) -> None:
@@ -35,24 +34,23 @@ def require_trusted(bundle: Bundle, component: str, target: str) -> None:
     Raises:
         EnvironmentMismatchError: says how to build it here, or to trust it.
     """
-    note = _note(bundle.manifest.components[component].engines[target], bundle.manifest.files)
-    if os.environ.get(TRUST) == "1" or (note is not None and note.exists()):
+    marker = _trust_marker(
+        bundle.manifest.components[component].engines[target], bundle.manifest.files
+    )
+    if os.environ.get(TRUST_VARIABLE) == "1" or (marker is not None and marker.exists()):
         return
     raise EnvironmentMismatchError(
         f"the engines of {bundle.root} were compiled elsewhere, and a compiled engine can do "
-        f"anything: run `wanx build {bundle.root} --target {target}`, or set {TRUST}=1 if you "
-        "trust where it comes from"
+        f"anything: run `wanx build {bundle.root} --target {target}`, or set {TRUST_VARIABLE}=1 if "
+        "you trust where it comes from"
     )
 
 
-def _note(engine: str, files: Mapping[str, FileRecord]) -> Path | None:
-    """Path of an engine's note, whose name stands for every byte in the engine's folder."""
-    cache = platformdirs.user_cache_path("wanx", appauthor=False)
-    if not cache.is_absolute():  # there is no home folder
-        return None
+def _trust_marker(engine: str, files: Mapping[str, FileRecord]) -> Path | None:
+    """Path of an engine's marker; its name is a digest of every byte in the engine's folder."""
     folder = PurePosixPath(engine).parent
     facts = [
         f"{p} {r.sha256}" for p, r in sorted(files.items()) if folder in PurePosixPath(p).parents
     ]
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()
-    return cache / "built" / digest
+    return cache_path("built", digest)

@@ -92,9 +92,9 @@ def _open(source: Path) -> Checkpoint:
     for matches, open_layout in _LAYOUTS:
         if matches(source):
             return open_layout(source)
-    found = f"only {', '.join(names[:5])}" if names else "nothing"
+    content = f"only {', '.join(names[:5])}" if names else "nothing"
     raise UsageError(
-        f"{source} holds {found}; expected the files of Wan-AI/Wan2.1-* (config.json, "
+        f"{source} holds {content}; expected the files of Wan-AI/Wan2.1-* (config.json, "
         f"{_DIT_STEM}*.safetensors, …) or of its Diffusers version (model_index.json, …)"
     )
 
@@ -224,15 +224,15 @@ def _checkpoint(
             ("image features", dit_config.image_dim, "image encoder", image_encoder_config.dim),
             ("tokens of an image", dit_config.image_tokens, "image encoder", tokens),
         ]
-    for what, dit_size, other, other_size in agreements:
+    for quantity, dit_size, other, other_size in agreements:
         if dit_size != other_size:
             raise CorruptInputError(
-                f"{source}: the DiT has {dit_size} {what}, the {other} {other_size}; the parts are "
-                "of different models"
+                f"{source}: the DiT has {dit_size} {quantity}, the {other} {other_size}; the parts "
+                "are of different models"
             )
     components = {weights.component: weights for weights in parts}
-    task = sizes.recognise_task(components["dit"].tensors)
-    like = next(preset for preset in PRESETS.values() if preset.task == task)
+    task = sizes.infer_task(components["dit"].tensors)
+    preset_of_task = next(preset for preset in PRESETS.values() if preset.task == task)
     config = ModelConfig(
         name="custom",
         task=task,
@@ -240,7 +240,7 @@ def _checkpoint(
         text_encoder=text_encoder_config,
         image_encoder=image_encoder_config,
         vae=vae_config,
-        defaults=like.defaults,
+        defaults=preset_of_task.defaults,
     )
     for preset in PRESETS.values():
         if preset == dataclasses.replace(config, name=preset.name, defaults=preset.defaults):

@@ -17,8 +17,8 @@ from wanx.config.models import DiTConfig, Task, TextEncoderConfig, VAEConfig
 from wanx.errors import CorruptInputError, UsageError
 
 
-def recognise_task(names: Iterable[str]) -> Task:
-    """Tell the task of a DiT from its original tensor names."""
+def infer_task(names: Iterable[str]) -> Task:
+    """Infer the task of a DiT from its original tensor names."""
     names = list(names)
     if any(name.startswith("vace_blocks.") for name in names):
         return "vace"
@@ -95,11 +95,11 @@ def dit_config(fields: dict[str, Any], weights: ComponentWeights, config_path: P
         CorruptInputError: the two disagree, or tensors that tell sizes are missing.
         UsageError: the network is not one of Wan2.1.
     """
-    task = recognise_task(weights.tensors)
+    task = infer_task(weights.tensors)
     dim, in_dim, *patch = shape_of(weights, "patch_embedding.weight", 5)
     if patch != [1, 2, 2]:
         raise UsageError(f"{config_path}: the patch size {patch} is not supported, only [1, 2, 2]")
-    told = {
+    inferred = {
         "dim": dim,
         "in_dim": in_dim,
         "out_dim": shape_of(weights, "head.head.weight", 2)[0] // math.prod(patch),
@@ -109,27 +109,28 @@ def dit_config(fields: dict[str, Any], weights: ComponentWeights, config_path: P
         "num_layers": count_blocks(weights, "blocks"),
     }
     if task in ("i2v", "flf2v"):
-        told["image_dim"] = shape_of(weights, "img_emb.proj.1.weight", 2)[1]
+        inferred["image_dim"] = shape_of(weights, "img_emb.proj.1.weight", 2)[1]
     if task == "flf2v":
-        told["image_positions"] = shape_of(weights, "img_emb.emb_pos", 3)[1]
+        inferred["image_positions"] = shape_of(weights, "img_emb.emb_pos", 3)[1]
     if task == "vace":
-        told["vace_in_dim"] = shape_of(weights, "vace_patch_embedding.weight", 5)[1]
+        inferred["vace_in_dim"] = shape_of(weights, "vace_patch_embedding.weight", 5)[1]
         hints = count_blocks(weights, "vace_blocks")
         # the reference's default: every second block
-        layers = fields.setdefault("vace_layers", tuple(range(0, told["num_layers"], 2)))
+        layers = fields.setdefault("vace_layers", tuple(range(0, inferred["num_layers"], 2)))
         if (
             len(layers) != hints
             or layers != tuple(sorted({0, *layers}))
-            or layers[-1] >= told["num_layers"]
+            or layers[-1] >= inferred["num_layers"]
         ):
             raise CorruptInputError(
                 f"{config_path}: vace_layers {list(layers)} do not fit {hints} hint blocks beside "
-                f"{told['num_layers']} blocks; the config and the weights are of different models"
+                f"{inferred['num_layers']} blocks; the config and the weights are of different "
+                "models"
             )
     else:
         fields = {k: v for k, v in fields.items() if k not in ("vace_layers", "vace_in_dim")}
-    require_agreement(fields, told, config_path)
-    return _checked_dit(task, {**fields, **told}, config_path)
+    require_agreement(fields, inferred, config_path)
+    return _checked_dit(task, {**fields, **inferred}, config_path)
 
 
 def _checked_dit(task: Task, fields: dict[str, Any], config_path: Path) -> DiTConfig:
@@ -179,7 +180,7 @@ def text_encoder_config(
     """
     vocab_size, dim = shape_of(weights, "token_embedding.weight", 2)
     num_buckets, num_heads = shape_of(weights, "blocks.0.pos_embedding.embedding.weight", 2)
-    told = {
+    inferred = {
         "vocab_size": vocab_size,
         "dim": dim,
         "ffn_dim": shape_of(weights, "blocks.0.ffn.fc1.weight", 2)[0],
@@ -188,8 +189,8 @@ def text_encoder_config(
         "num_layers": count_blocks(weights, "blocks"),
         "num_buckets": num_buckets,
     }
-    require_agreement(fields, told, source)
-    return TextEncoderConfig(**{**fields, **told})
+    require_agreement(fields, inferred, source)
+    return TextEncoderConfig(**{**fields, **inferred})
 
 
 def diffusers_vae_fields(config: ConfigFile) -> dict[str, Any]:
@@ -233,15 +234,15 @@ def vae_config(fields: dict[str, Any], weights: ComponentWeights, source: Path) 
         else:
             width = shape_of(weights, f"{layer}.residual.2.weight", 5)[0]
             blocks[-1] += 1
-    told: dict[str, Any] = {
+    inferred: dict[str, Any] = {
         "base_dim": base_dim,
         "z_dim": shape_of(weights, "conv2.weight", 5)[0],
         "multipliers": (*multipliers, width // base_dim),
         "num_res_blocks": blocks[0],
         "temporal_downsample": tuple(temporal),
     }
-    require_agreement(fields, told, source)
-    config = VAEConfig(**{**fields, **told})
+    require_agreement(fields, inferred, source)
+    config = VAEConfig(**{**fields, **inferred})
     if not len(config.latent_mean) == len(config.latent_std) == config.z_dim:
         raise UsageError(
             f"{source}: means and deviations of {len(config.latent_mean)} latent channels do not "

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from wanx.checkpoints import key_maps
 from wanx.checkpoints.tensor_source import JoinedTensor, TensorSource
-from wanx.checkpoints.weights import ComponentWeights, open_weights, some_of
+from wanx.checkpoints.weights import ComponentWeights, abbreviate, open_weights
 from wanx.errors import CorruptInputError
 
 Tensors = dict[str, TensorSource]
@@ -30,19 +30,21 @@ def open_component(
             tensor under two names.
     """
     stored, files = open_weights(folder, stem)
-    for copy, kept in key_maps.TIED.get(component, {}).items():
-        if copy in stored and (kept not in stored or stored[copy].shape == stored[kept].shape):
-            stored.setdefault(kept, stored[copy])
-            del stored[copy]
-    harmless = key_maps.HARMLESS.get(component, ())
+    for duplicate, primary in key_maps.TIED.get(component, {}).items():
+        if duplicate in stored and (
+            primary not in stored or stored[duplicate].shape == stored[primary].shape
+        ):
+            stored.setdefault(primary, stored[duplicate])
+            del stored[duplicate]
+    ignored = key_maps.IGNORED.get(component, ())
     prefixes = key_maps.PREFIXES.get(component, ())
     prefix = next((p for p in prefixes if any(name.startswith(p) for name in stored)), "")
     tensors: Tensors = {}
     for name, tensor in stored.items():
-        if any(re.fullmatch(pattern, name) for pattern, _ in harmless):
+        if any(re.fullmatch(pattern, name) for pattern, _ in ignored):
             continue
-        bare = name.removeprefix(prefix)
-        original = (key_map and key_map.to_original(bare)) or bare
+        without_prefix = name.removeprefix(prefix)
+        original = (key_map and key_map.to_original(without_prefix)) or without_prefix
         if original in tensors:
             raise CorruptInputError(
                 f"{tensor.file} holds {original!r} twice, as {tensors[original].name!r} and as "
@@ -60,13 +62,13 @@ def open_component(
 
 
 def _as_original(weights: ComponentWeights) -> ComponentWeights:
-    """Give the tensors of the Diffusers layout the shapes of the original."""
+    """Reshape and concatenate tensors of the Diffusers layout to those of the original."""
     tensors = dict(weights.tensors)
     for name, axes in key_maps.LEADING_AXES.get(weights.component, {}).items():
         if name in tensors:
             tensors[name] = replace(tensors[name], shape=(*(1,) * axes, *tensors[name].shape))
     missing: list[str] = []
-    for whole, parts in key_maps.JOINED.get(weights.component, {}).items():
+    for whole, parts in key_maps.CONCATENATED.get(weights.component, {}).items():
         pattern = re.compile(rf"(.*\.)(?:{'|'.join(parts)})(\..*)")
         matches = [match for name in tensors if (match := pattern.fullmatch(name))]
         for before, after in dict.fromkeys(match.groups() for match in matches):
@@ -78,6 +80,6 @@ def _as_original(weights: ComponentWeights) -> ComponentWeights:
     if missing:
         raise CorruptInputError(
             f"the {weights.component} weights in {weights.files[0].parent} lack "
-            f"{some_of(missing)}; use a complete Wan2.1 checkpoint"
+            f"{abbreviate(missing)}; use a complete Wan2.1 checkpoint"
         )
     return replace(weights, tensors=tensors)

@@ -28,7 +28,7 @@ class ConfigFile:
         """A positive integer."""
         value: Any = self.values.get(key)
         if type(value) is not int or not 0 < value <= _MAX_SIZE:
-            raise self._wrong(key, "a positive integer")
+            raise self._unexpected_value(key, "a positive integer")
         return value
 
     def sizes(self, key: str, *, minimum: int = 1) -> tuple[int, ...]:
@@ -37,7 +37,7 @@ class ConfigFile:
         if not isinstance(value, list) or not all(
             type(v) is int and minimum <= v <= _MAX_SIZE for v in value
         ):
-            raise self._wrong(key, f"a list of integers from {minimum}")
+            raise self._unexpected_value(key, f"a list of integers from {minimum}")
         return tuple(value)
 
     def numbers(self, key: str) -> tuple[float, ...]:
@@ -46,21 +46,21 @@ class ConfigFile:
         if not isinstance(value, list) or not all(
             type(v) in (int, float) and abs(v) < _MAX_NUMBER for v in value
         ):
-            raise self._wrong(key, "a list of numbers")
+            raise self._unexpected_value(key, "a list of numbers")
         return tuple(map(float, value))
 
     def epsilon(self, key: str) -> float:
         """A small positive number."""
         value: Any = self.values.get(key)
         if type(value) not in (int, float) or not 0 < value < 1:
-            raise self._wrong(key, "a number between 0 and 1")
+            raise self._unexpected_value(key, "a number between 0 and 1")
         return float(value)
 
     def flags(self, key: str) -> tuple[bool, ...]:
         """A list of booleans."""
         value: Any = self.values.get(key)
         if not isinstance(value, list) or not all(type(v) is bool for v in value):
-            raise self._wrong(key, "a list of booleans")
+            raise self._unexpected_value(key, "a list of booleans")
         return tuple(value)
 
     def require(self, key: str, *accepted: Any) -> None:
@@ -72,14 +72,15 @@ class ConfigFile:
         if key in self.values and self.values[key] not in accepted:
             choices = " or ".join(map(repr, accepted))
             raise UsageError(
-                f"{self.path}: {key} = {self._shown(key)} is not supported, only {choices}; "
-                "use a Wan2.1 checkpoint"
+                f"{self.path}: {key} = {self._printable_value(key)} is not supported, only "
+                f"{choices}; use a Wan2.1 checkpoint"
             )
 
-    def _shown(self, key: str) -> str:
+    def _printable_value(self, key: str) -> str:
         return repr(self.values.get(key))[:80]
 
-    def _wrong(self, key: str, expected: str) -> CorruptInputError:
+    def _unexpected_value(self, key: str, expected: str) -> CorruptInputError:
         return CorruptInputError(
-            f"{self.path}: {key} = {self._shown(key)} is not {expected}; download the file again"
+            f"{self.path}: {key} = {self._printable_value(key)} is not {expected}; download the "
+            "file again"
         )

@@ -32,7 +32,7 @@ def open_original_image_encoder(source: Path) -> ImageEncoderParts:
     if shape_of(weights, "patch_embedding.weight", 4)[0] == published.dim:
         # A file without the last layer, which nobody reads, would pass for a shallower tower.
         fields["num_layers"] = published.num_layers
-    return _without_the_end(weights, fields, weights.files[0])
+    return _drop_last_layer(weights, fields, weights.files[0])
 
 
 def open_diffusers_image_encoder(folder: Path) -> ImageEncoderParts:
@@ -45,7 +45,7 @@ def open_diffusers_image_encoder(folder: Path) -> ImageEncoderParts:
     config = ConfigFile(folder / "config.json")
     fields = diffusers_image_encoder_fields(config)
     weights = open_component("image_encoder", folder, "model", key_maps.IMAGE_ENCODER)
-    return _without_the_end(weights, fields, config.path)
+    return _drop_last_layer(weights, fields, config.path)
 
 
 def diffusers_image_encoder_fields(config: ConfigFile) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def diffusers_image_encoder_fields(config: ConfigFile) -> dict[str, Any]:
     }
 
 
-def _without_the_end(
+def _drop_last_layer(
     weights: ComponentWeights, fields: dict[str, Any], source: Path
 ) -> ImageEncoderParts:
     config = image_encoder_config(fields, weights, source)
@@ -89,15 +89,15 @@ def image_encoder_config(
     """
     dim, _, patch, _ = shape_of(weights, "patch_embedding.weight", 4)
     positions = shape_of(weights, "pos_embedding", 3)[1]
-    told = {
+    inferred = {
         "dim": dim,
         "ffn_dim": shape_of(weights, "transformer.0.mlp.0.weight", 2)[0],
         "num_layers": count_blocks(weights, "transformer"),
         "patch_size": patch,
         "image_size": patch * math.isqrt(positions - 1),
     }
-    require_agreement(fields, told, source)
-    config = ImageEncoderConfig(**{**fields, **told})
+    require_agreement(fields, inferred, source)
+    config = ImageEncoderConfig(**{**fields, **inferred})
     square = positions > 1 and config.tokens == positions
     if not square or config.dim % config.num_heads or config.num_layers < 2:
         raise CorruptInputError(

@@ -36,17 +36,17 @@ def count_blocks(weights: ComponentWeights, stack: str) -> int:
     return len({n[len(prefix) :].split(".")[0] for n in weights.tensors if n.startswith(prefix)})
 
 
-def require_agreement(fields: Mapping[str, Any], told: Mapping[str, Any], source: Path) -> None:
+def require_agreement(fields: Mapping[str, Any], inferred: Mapping[str, Any], source: Path) -> None:
     """Compare what a config file says with what the tensors tell.
 
     Raises:
         CorruptInputError: they are of different models.
     """
-    wrong = [key for key, value in told.items() if fields.get(key, value) != value]
+    wrong = [key for key, value in inferred.items() if fields.get(key, value) != value]
     if wrong:
-        said = ", ".join(f"{key} {fields[key]}" for key in wrong)
-        held = ", ".join(f"{key} {told[key]}" for key in wrong)
+        in_config = ", ".join(f"{key} {fields[key]}" for key in wrong)
+        in_tensors = ", ".join(f"{key} {inferred[key]}" for key in wrong)
         raise CorruptInputError(
-            f"{source} says {said} but the tensors have {held}; the config and the weights are of "
-            "different models"
+            f"{source} says {in_config} but the tensors have {in_tensors}; the config and the "
+            "weights are of different models"
         )

@@ -2,7 +2,8 @@
 
 Each table pairs an original name with its Diffusers name, without the leaf (``.weight``, ``.bias``,
 ``.gamma``) unless only one of the two has it; ``{n}`` stands for any number. The maps are pure
-renames: no tensor is split or transposed, and ``JOINED`` lists those that Diffusers keeps in parts.
+renames: no tensor is split or transposed, and ``CONCATENATED`` lists those that Diffusers keeps in
+parts.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class KeyMap:
         """Index pairs of (original, Diffusers) templates."""
         pairs = list(pairs)
         self._to_diffusers = dict(pairs)
-        self._to_original = {theirs: original for original, theirs in pairs}
+        self._to_original = {diffusers: original for original, diffusers in pairs}
         assert len(pairs) == len(self._to_diffusers) == len(self._to_original), "not one-to-one"
 
     def to_original(self, name: str) -> str | None:
@@ -47,19 +48,19 @@ def _rename(table: Mapping[str, str], name: str) -> str | None:
     return None
 
 
-def _attention(original: str, theirs: str) -> Iterator[tuple[str, str]]:
+def _attention(original: str, diffusers: str) -> Iterator[tuple[str, str]]:
     for leaf in ("q", "k", "v"):
-        yield f"{original}.{leaf}", f"{theirs}.to_{leaf}"
+        yield f"{original}.{leaf}", f"{diffusers}.to_{leaf}"
         if leaf != "v":
-            yield f"{original}.norm_{leaf}", f"{theirs}.norm_{leaf}"
-    yield f"{original}.o", f"{theirs}.to_out.0"
+            yield f"{original}.norm_{leaf}", f"{diffusers}.norm_{leaf}"
+    yield f"{original}.o", f"{diffusers}.to_out.0"
 
 
 def _dit_block(stack: str) -> Iterator[tuple[str, str]]:
     block = f"{stack}.{{n}}"
     yield from _attention(f"{block}.self_attn", f"{block}.attn1")
     yield from _attention(f"{block}.cross_attn", f"{block}.attn2")
-    for original, theirs in (
+    for original, diffusers in (
         ("modulation", "scale_shift_table"),
         ("norm3", "norm2"),  # the affine norm before cross attention; the others hold no tensor
         ("ffn.0", "ffn.net.0.proj"),
@@ -68,7 +69,7 @@ def _dit_block(stack: str) -> Iterator[tuple[str, str]]:
         ("cross_attn.v_img", "attn2.add_v_proj"),
         ("cross_attn.norm_k_img", "attn2.norm_added_k"),
     ):
-        yield f"{block}.{original}", f"{block}.{theirs}"
+        yield f"{block}.{original}", f"{block}.{diffusers}"
 
 
 DIT = KeyMap(
@@ -127,17 +128,17 @@ IMAGE_ENCODER = KeyMap(
 )
 
 
-def _vae_residual(original: str, theirs: str) -> Iterator[tuple[str, str]]:
-    yield f"{original}.residual.0", f"{theirs}.norm1"
-    yield f"{original}.residual.2", f"{theirs}.conv1"
-    yield f"{original}.residual.3", f"{theirs}.norm2"
-    yield f"{original}.residual.6", f"{theirs}.conv2"
-    yield f"{original}.shortcut", f"{theirs}.conv_shortcut"
+def _vae_residual(original: str, diffusers: str) -> Iterator[tuple[str, str]]:
+    yield f"{original}.residual.0", f"{diffusers}.norm1"
+    yield f"{original}.residual.2", f"{diffusers}.conv1"
+    yield f"{original}.residual.3", f"{diffusers}.norm2"
+    yield f"{original}.residual.6", f"{diffusers}.conv2"
+    yield f"{original}.shortcut", f"{diffusers}.conv_shortcut"
 
 
-def _vae_resample(original: str, theirs: str) -> Iterator[tuple[str, str]]:
-    yield f"{original}.resample.1", f"{theirs}.resample.1"
-    yield f"{original}.time_conv", f"{theirs}.time_conv"
+def _vae_resample(original: str, diffusers: str) -> Iterator[tuple[str, str]]:
+    yield f"{original}.resample.1", f"{diffusers}.resample.1"
+    yield f"{original}.time_conv", f"{diffusers}.time_conv"
 
 
 def _vae_ends(half: str) -> Iterator[tuple[str, str]]:
@@ -184,7 +185,7 @@ PREFIXES = {"image_encoder": ("visual.", "vision_model.")}
 
 # Tensors that the original holds whole and Diffusers in parts: the last part of the name, and its
 # parts' in the order in which they lie along the first axis.
-JOINED = {"image_encoder": {"to_qkv": ("to_q", "to_k", "to_v")}}
+CONCATENATED = {"image_encoder": {"to_qkv": ("to_q", "to_k", "to_v")}}
 
 # Axes of size one that lead a tensor of the original and are not there in Diffusers.
 LEADING_AXES = {"image_encoder": {"cls_embedding": 2, "pos_embedding": 1}}
@@ -193,7 +194,7 @@ LEADING_AXES = {"image_encoder": {"cls_embedding": 2, "pos_embedding": 1}}
 TIED = {"text_encoder": {"encoder.embed_tokens.weight": "shared.weight"}}
 
 # Tensors that no network reads, by component: a pattern of the stored name, and why it is there.
-HARMLESS = {
+IGNORED = {
     "dit": ((r"(vace_)?blocks\.\d+\.attn2\.norm_added_q\.weight", "an unused norm of diffusers"),),
     "image_encoder": (
         (r"textual\..+|log_scale", "CLIP's other half and its temperature"),

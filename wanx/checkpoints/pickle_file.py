@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanx.checkpoints.tensor_source import CHUNK_BYTES, TensorSource
+from wanx.config.number_formats import FLOATS
 from wanx.errors import CorruptInputError
 from wanx.files.input_file import open_input
 
@@ -83,7 +84,7 @@ def _check_archive(path: Path) -> None:
 def _source(path: Path, name: object, value: object, file_size: int) -> PickledTensor:
     import torch
 
-    dtypes = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    dtypes = {getattr(torch, row.torch): row.safetensors for row in FLOATS}
     if not isinstance(name, str) or not isinstance(value, torch.Tensor):
         raise CorruptInputError(
             f"{path} holds {str(name)[:80]!r}, a {type(value).__name__}, among its tensors; "

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from wanx.checkpoints.floats import Chunk, convert_chunk, has_nonfinite
 from wanx.errors import CorruptInputError, UsageError
+from wanx.files.floats import Chunk, convert_chunk, has_nonfinite
 from wanx.files.input_file import open_input
 from wanx.files.safetensors import TensorRef
 
@@ -40,7 +40,7 @@ class TensorSource(ABC):
 
     @abstractmethod
     def iter_bytes(self, chunk: int = CHUNK_BYTES) -> Iterator[memoryview]:
-        """Yield the raw bytes in order; each piece is valid until the next one is asked for.
+        """Yield the raw bytes in order; each piece is valid until the next is drawn.
 
         Args:
             chunk: largest size of a piece in bytes; a multiple of 8 keeps elements whole.
@@ -136,10 +136,10 @@ class JoinedTensor(TensorSource):
         if len({(part.dtype, len(part.shape), part.shape[1:]) for part in parts}) > 1 or not all(
             part.shape for part in parts
         ):
-            found = ", ".join(f"{part.dtype} {list(part.shape)}" for part in parts)
+            descriptions = ", ".join(f"{part.dtype} {list(part.shape)}" for part in parts)
             raise CorruptInputError(
-                f"{first.file}: the tensors {name} are {found} and do not make one; download the "
-                "file again"
+                f"{first.file}: the tensors {name} are {descriptions} and do not make one; "
+                "download the file again"
             )
         return cls(
             name=name,
@@ -161,6 +161,6 @@ class JoinedTensor(TensorSource):
             yield from part.iter_bytes(chunk)
 
     def iter_converted(self, dtype: str, chunk: int = CHUNK_BYTES) -> Iterator[Chunk]:
-        """Convert each part in turn, so that what is refused is told by its own name."""
+        """Convert each part in turn, so that errors name the part that was refused."""
         for part in self.parts:
             yield from part.iter_converted(dtype, chunk)

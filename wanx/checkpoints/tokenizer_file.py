@@ -22,7 +22,7 @@ def write_tokenizer(source: Path, destination: Path) -> None:
         WanxError: the destination cannot be written.
     """
     if source.name == "spiece.model":
-        text = _convert(source)
+        text = _convert_sentencepiece(source)
     else:
         if "model" not in read_json_object(source):
             raise CorruptInputError(f"{source} has no tokenizer model; download it again")
@@ -36,7 +36,7 @@ def write_tokenizer(source: Path, destination: Path) -> None:
         ) from None
 
 
-def _convert(source: Path) -> bytes:
+def _convert_sentencepiece(source: Path) -> bytes:
     open_input(source).close()
     try:
         transformers = importlib.import_module("transformers")

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from wanx.checkpoints.floats import FLOAT_TYPES
 from wanx.checkpoints.pickle_file import read_pickle
 from wanx.checkpoints.tensor_source import SafetensorsTensor, TensorSource
 from wanx.errors import CorruptInputError, UsageError
+from wanx.files.floats import FLOATS
 from wanx.files.input_file import read_json_object
 from wanx.files.safetensors import read_header
 
-_LISTED = 10  # problems spelled out in one message
+_MAX_LISTED = 10  # problems spelled out in one message
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
 # The patch embedding is a Linear over the bytes of a Conv3d: [D, C, 1, 2, 2] is read as [D, 4C].
 _FLATTENED = frozenset({"patch_embedding.weight", "vace_patch_embedding.weight"})
@@ -51,7 +51,7 @@ class ComponentWeights:
 def check_tensors(
     component: str,
     expected: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, TensorSource],
+    tensors: Mapping[str, TensorSource],
     stored_name: Callable[[str], str] = str,
 ) -> None:
     """Require exactly the expected tensors, as floats of the expected shapes.
@@ -59,29 +59,33 @@ def check_tensors(
     Args:
         component: named in the message.
         expected: shapes by original name.
-        found: sources by original name.
+        tensors: sources by original name.
         stored_name: turns an original name into the one that the files use.
 
     Raises:
         CorruptInputError: lists every missing, unexpected, misshaped or wrongly typed tensor.
     """
-    problems = [f"missing {stored_name(name)}" for name in expected if name not in found]
+    problems = [f"missing {stored_name(name)}" for name in expected if name not in tensors]
     problems += [
-        f"unexpected {_shown(src.name)}" for name, src in found.items() if name not in expected
+        f"unexpected {_printable_name(src.name)}"
+        for name, src in tensors.items()
+        if name not in expected
     ]
-    for name, source in found.items():
+    for name, source in tensors.items():
         if name not in expected:
             continue
-        shape, wanted = source.shape, tuple(expected[name])
-        if name in _FLATTENED and len(wanted) == 2 and len(shape) > 2:
+        shape, expected_shape = source.shape, tuple(expected[name])
+        if name in _FLATTENED and len(expected_shape) == 2 and len(shape) > 2:
             shape = (shape[0], math.prod(shape[1:]))
-        if shape != wanted:
-            problems.append(f"{source.name} has shape {list(shape)} instead of {list(wanted)}")
-        if source.dtype not in FLOAT_TYPES:
+        if shape != expected_shape:
+            problems.append(
+                f"{source.name} has shape {list(shape)} instead of {list(expected_shape)}"
+            )
+        if source.dtype not in FLOATS:
             problems.append(f"{source.name} is {source.dtype} instead of F32, F16 or BF16")
     if problems:
-        listed = "; ".join(problems[:_LISTED])
-        more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        listed = "; ".join(problems[:_MAX_LISTED])
+        more = f"; and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
         raise CorruptInputError(
             f"the {component} weights do not fit their network ({len(problems)} in all): {listed}"
             f"{more}; use a complete Wan2.1 checkpoint"
@@ -125,12 +129,12 @@ def _shards_without_index(folder: Path, stem: str) -> list[Path]:
     assert match is not None
     count = int(match[1])
     names = {p.name for p in shards}
-    wanted = (f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1))
-    missing = [name for name in wanted if name not in names]
+    expected = (f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1))
+    missing = [name for name in expected if name not in names]
     if missing:
         raise CorruptInputError(
             f"{folder} holds {count - len(missing)} of {count} shards of {stem}, "
-            f"missing {some_of(missing)}; download them"
+            f"missing {abbreviate(missing)}; download them"
         )
     if len(shards) != count:
         raise CorruptInputError(
@@ -149,19 +153,19 @@ def _open_index(index: Path) -> tuple[dict[str, TensorSource], tuple[Path, ...]]
     shards = {name: _shard_path(index, name) for name in dict.fromkeys(weight_map.values())}
     if missing := [name for name, path in shards.items() if not path.exists()]:
         raise CorruptInputError(
-            f"{index.parent} lacks {len(missing)} of {len(shards)} shards: {some_of(missing)}; "
+            f"{index.parent} lacks {len(missing)} of {len(shards)} shards: {abbreviate(missing)}; "
             "download them"
         )
     tensors, files = _open_shards(shards.values())
-    lost = [
+    misplaced = [
         f"{name} in {shard}"
         for name, shard in weight_map.items()
         if name not in tensors or tensors[name].file != shards[shard]
     ]
-    if lost:
+    if misplaced:
         raise CorruptInputError(
-            f"{index}: {len(lost)} of {len(weight_map)} tensors are not where it says: "
-            f"{some_of(lost)}; download the index and its shards again"
+            f"{index}: {len(misplaced)} of {len(weight_map)} tensors are not where it says: "
+            f"{abbreviate(misplaced)}; download the index and its shards again"
         )
     return tensors, files
 
@@ -198,12 +202,12 @@ def _open_shards(paths: Iterable[Path]) -> tuple[dict[str, TensorSource], tuple[
     return tensors, files
 
 
-def some_of(names: list[str]) -> str:
+def abbreviate(names: list[str]) -> str:
     """The first few of many names, and how many more there are."""
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(map(_shown, names[:_LISTED])) + more
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return ", ".join(map(_printable_name, names[:_MAX_LISTED])) + more
 
 
-def _shown(name: str) -> str:
+def _printable_name(name: str) -> str:
     """A name out of a file, without line breaks or terminal codes."""
     return name[:160] if name.isprintable() else ascii(name[:160])

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from wanx.commands.completion import complete_bundle
 from wanx.commands.options import Json, Quiet, Threads, option, print_json
 from wanx.errors import GateError, UsageError, WanxError
 
@@ -21,6 +22,7 @@ def bench(
             help="Folders of bundles, or built-in ones; with --compare: an old and a new "
             "report.json.",
             show_default="the built-in tiny model",
+            autocompletion=complete_bundle,
         ),
     ] = None,
     output: Annotated[
@@ -51,7 +53,11 @@ def bench(
     ] = None,
     baseline: Annotated[
         str | None,
-        option(help="Bundle that the others are compared with.", show_default="the first"),
+        option(
+            help="Bundle that the others are compared with.",
+            show_default="the first",
+            autocompletion=complete_bundle,
+        ),
     ] = None,
     peer: Annotated[
         list[str] | None,
@@ -100,7 +106,7 @@ def bench(
     from wanx.benchmarks.speed.bench import Extras
     from wanx.benchmarks.speed.peers import parse_peers
     from wanx.benchmarks.speed.suite import BenchOptions
-    from wanx.commands.display.generation import bars
+    from wanx.commands.display.generation import progress_bars
     from wanx.commands.display.speed import print_results
     from wanx.runtime.options import RunOptions
     from wanx.runtime.sizes import parse_size
@@ -113,7 +119,7 @@ def bench(
     )  # fmt: skip
     extras = Extras(roofline=roofline or profile, profile=profile, sweep=sweep is not None)
     command = shlex.join(["wanx", *sys.argv[1:]])
-    with bars(quiet) as progress:
+    with progress_bars(quiet) as progress:
         results = wanx.bench(
             *(bundles or []), output=output, options=options, extras=extras, command=command,
             progress=progress,
@@ -135,19 +141,24 @@ def _compare(reports: list[str], fail_over: str | None, as_json: bool) -> None:
         raise UsageError(f"--compare takes an old and a new report.json, not {len(reports)} files")
     limit = None if fail_over is None else _share(fail_over)
     old, new = (read_results(Path(path)) for path in reports)
-    found = changes(old, new)
-    other = differences(old, new)
+    all_changes = changes(old, new)
+    other_differences = differences(old, new)
     if as_json:
-        print_json({"differences": other, "changes": [change.to_json() for change in found]})
+        print_json(
+            {
+                "differences": other_differences,
+                "changes": [change.to_json() for change in all_changes],
+            }
+        )
     else:
-        print_changes(found, other)
-    slower = [change for change in found if limit is not None and change.slower_than(limit)]
+        print_changes(all_changes, other_differences)
+    slower = [change for change in all_changes if limit is not None and change.slower_than(limit)]
     if slower:
         worst = max(slower, key=lambda change: change.growth)
         raise GateError(
             f"{worst.metric} of {worst.subject} at {worst.case} is slower by "
             f"{worst.growth:.1%}, more than {fail_over} and than noise; {len(slower)} of "
-            f"{len(found)} figures are"
+            f"{len(all_changes)} figures are"
         )
 
 

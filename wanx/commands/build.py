@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from wanx.builtin import find_bundle, is_builtin
+from wanx.commands.completion import complete_target
 from wanx.commands.options import BundlePath, Json, Quiet, bundle_facts, option, print_json
-from wanx.errors import UsageError
-from wanx.interruption import ends_at_interrupt
+from wanx.interruption import exit_on_sigint
 
 
 def build(
     bundle: BundlePath,
-    target: Annotated[str, option(help="As for export: aoti, rtx:sm89, tensorrt, cpu.")] = "aoti",
+    target: Annotated[
+        str,
+        option(
+            help="As for export: aoti, rtx:sm89, tensorrt, cpu.", autocompletion=complete_target
+        ),
+    ] = "aoti",
     plugins: Annotated[
         str,
         option(
@@ -46,30 +50,22 @@ def build(
     quiet: Quiet = False,
 ) -> None:
     """Build the engines of another target into a bundle, from the bundle alone."""
-    from wanx.exporter.packages import require_packages
-
-    require_packages()
-    from wanx.bundle.reader import open_bundle
-    from wanx.commands.display.generation import bars, print_bundle
-    from wanx.exporter.build import EngineOptions
-    from wanx.exporter.build import build as run_build
-    from wanx.exporter.targets.tensorrt.tuning import parse_tuning
+    import wanx
+    from wanx.commands.display.generation import log_lines, print_bundle, progress_bars
+    from wanx.exporter.targets.options import parse_workspace
     from wanx.runtime.sizes import parse_size
 
-    options = EngineOptions(
-        plugins=plugins,
-        sizes=tuple(parse_size(size) for size in sizes.split(",")) if sizes else (),
-        frames=frames,
-        tuning=parse_tuning(workspace, opt_level),
-    )
-    folder = find_bundle(bundle)
-    if is_builtin(folder):
-        raise UsageError(
-            f"{bundle} is built in and stays as it is; `wanx export {bundle} --target {target}` "
-            "makes a bundle of it"
+    with exit_on_sigint(), progress_bars(quiet) as progress, log_lines(quiet, "wanx.exporter"):
+        built = wanx.build(
+            bundle,
+            target=target,
+            progress=progress,
+            plugins=plugins,
+            sizes=tuple(parse_size(size) for size in sizes.split(",")) if sizes else (),
+            frames=frames,
+            workspace=parse_workspace(workspace),
+            opt_level=opt_level,
         )
-    with ends_at_interrupt(), bars(quiet) as progress:
-        built = run_build(open_bundle(folder), target, progress, options)
     if as_json:
         print_json(bundle_facts(built))
     else:

@@ -7,16 +7,25 @@ from typing import Annotated
 
 import typer
 
+from wanx.commands.completion import complete_bundle
 from wanx.commands.options import Json, Quiet, Threads, option, print_json
 from wanx.errors import GateError, UsageError
 
 
 def compare(
     candidate: Annotated[
-        str, typer.Argument(help="Folder of the bundle in question, or a built-in one.")
+        str,
+        typer.Argument(
+            help="Folder of the bundle in question, or a built-in one.",
+            autocompletion=complete_bundle,
+        ),
     ],
     reference: Annotated[
-        str, typer.Argument(help="Folder of the bundle that it should equal, or a built-in one.")
+        str,
+        typer.Argument(
+            help="Folder of the bundle that it should equal, or a built-in one.",
+            autocompletion=complete_bundle,
+        ),
     ],
     output: Annotated[
         Path | None,
@@ -46,9 +55,10 @@ def compare(
     multiples of what one ulp of noise does to the reference.
     """
     import wanx
-    from wanx.benchmarks.report.files import prepare_folder, write_accuracy
+    from wanx.benchmarks.accuracy.files import write_accuracy
+    from wanx.benchmarks.report.files import prepare_folder
     from wanx.commands.display.accuracy import print_comparison
-    from wanx.commands.display.generation import bars
+    from wanx.commands.display.generation import progress_bars
     from wanx.runtime.sizes import parse_size
 
     if prompt is not None and prompts is not None:
@@ -56,7 +66,7 @@ def compare(
     if output is not None:
         prepare_folder(output)
     width, height = (None, None) if size is None else parse_size(size)
-    with bars(quiet) as progress:
+    with progress_bars(quiet) as progress:
         comparison = wanx.compare(
             candidate, reference, prompts=prompts, clips=clips, threads=threads, progress=progress,
             prompt=prompt, width=width, height=height, frames=frames, steps=steps, seed=seed,

@@ -22,7 +22,7 @@ from wanx.exporter.packages import PACKAGES
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """Result of one check; a ``required`` one must be ``ok`` for a bundle to run."""
 
     name: str
@@ -33,35 +33,35 @@ class Finding:
 
 def doctor(as_json: Json = False) -> None:
     """Say what this machine can run and export; exit 4 if it cannot run a bundle."""
-    findings = examine()
+    results = run_checks()
     if as_json:
-        print_json([asdict(finding) for finding in findings])
+        print_json([asdict(result) for result in results])
     else:
-        _print(findings)
-    if any(finding.required and not finding.ok for finding in findings):
+        _print(results)
+    if any(result.required and not result.ok for result in results):
         raise typer.Exit(EnvironmentMismatchError.exit_code)
 
 
-def examine() -> list[Finding]:
+def run_checks() -> list[CheckResult]:
     """Check the interpreter, the machine, the packages and the built-in bundle."""
     return [
-        Finding("python", True, f"{platform.python_version()} on {platform.platform()}"),
-        Finding("processor", True, f"{os.cpu_count()} cores, {_memory()}"),
-        Finding("disk", True, f"{shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB free here"),
-        _checked("onnxruntime", _onnxruntime),
-        _checked("video", _video),
-        _checked("built-in model", _builtin),
+        CheckResult("python", True, f"{platform.python_version()} on {platform.platform()}"),
+        CheckResult("processor", True, f"{os.cpu_count()} cores, {_memory()}"),
+        CheckResult("disk", True, f"{shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB free here"),
+        _check("onnxruntime", _onnxruntime),
+        _check("video", _video),
+        _check("built-in model", _builtin),
         _export(),
         _gpu(),
         _compiler(),
     ]
 
 
-def _checked(name: str, look: Callable[[], str]) -> Finding:
+def _check(name: str, probe: Callable[[], str]) -> CheckResult:
     try:
-        return Finding(name, True, look())
+        return CheckResult(name, True, probe())
     except (ImportError, OSError, WanxError) as error:
-        return Finding(name, False, f"{error}; reinstall wanx")
+        return CheckResult(name, False, f"{error}; reinstall wanx")
 
 
 def _memory() -> str:
@@ -94,52 +94,56 @@ def _builtin() -> str:
     return f"{bundle.manifest.name} at {bundle.manifest.precision}, intact"
 
 
-def _export() -> Finding:
-    found = []
+def _export() -> CheckResult:
+    versions = []
     for package in PACKAGES:
         try:
-            found.append(f"{package} {version(package)}")
+            versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             detail = f"{package} is not installed; pip install 'wanx[export]' to export"
-            return Finding("export", False, detail, required=False)
-    return Finding("export", True, ", ".join(found), required=False)
+            return CheckResult("export", False, detail, required=False)
+    return CheckResult("export", True, ", ".join(versions), required=False)
 
 
-def _gpu() -> Finding:
-    """NVIDIA's own tool is asked, which takes no second where PyTorch takes several to import."""
+def _gpu() -> CheckResult:
+    """Ask nvidia-smi, which takes no second where PyTorch takes several to import."""
     query = "name,compute_cap,driver_version"
-    found = ""
+    listing = ""
     if tool := shutil.which("nvidia-smi"):
         command = [tool, f"--query-gpu={query}", "--format=csv,noheader"]
         with suppress(OSError, subprocess.SubprocessError):
-            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-            found = done.stdout
-    gpus = [[part.strip() for part in row.split(",")] for row in found.splitlines()]
-    named = [
+            process = subprocess.run(
+                command, capture_output=True, text=True, timeout=20, check=True
+            )
+            listing = process.stdout
+    gpus = [[part.strip() for part in row.split(",")] for row in listing.splitlines()]
+    descriptions = [
         f"{name} (SM{capability.replace('.', '')}, driver {driver})"
         for name, capability, driver in (row for row in gpus if len(row) == 3)
     ]
-    if not named:
-        return Finding("gpu", False, "no NVIDIA GPU found; --target cpu needs none", required=False)
-    return Finding("gpu", True, ", ".join(named), required=False)
+    if not descriptions:
+        return CheckResult(
+            "gpu", False, "no NVIDIA GPU found; --target cpu needs none", required=False
+        )
+    return CheckResult("gpu", True, ", ".join(descriptions), required=False)
 
 
-def _compiler() -> Finding:
+def _compiler() -> CheckResult:
     for name in ("g++", "clang++"):
         if shutil.which(name):
-            return Finding("c++", True, f"{name}, which --target aoti calls", required=False)
+            return CheckResult("c++", True, f"{name}, which --target aoti calls", required=False)
     detail = "no g++ or clang++; --target aoti needs one (apt install g++)"
-    return Finding("c++", False, detail, required=False)
+    return CheckResult("c++", False, detail, required=False)
 
 
-def _print(findings: Sequence[Finding]) -> None:
+def _print(results: Sequence[CheckResult]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from wanx.commands.display.generation import OUT
+    from wanx.commands.display.generation import STDOUT
 
     table = Table(box=None, pad_edge=False, show_header=False)
-    for finding in findings:
-        mark = Text("ok", "green") if finding.ok else Text("no", "red" if finding.required else "")
-        table.add_row(mark, finding.name, Text(finding.detail))
-    OUT.print(table)
+    for result in results:
+        mark = Text("ok", "green") if result.ok else Text("no", "red" if result.required else "")
+        table.add_row(mark, result.name, Text(result.detail))
+    STDOUT.print(table)

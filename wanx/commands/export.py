@@ -8,13 +8,23 @@ from typing import Annotated, Any
 
 import typer
 
+from wanx.commands.completion import (
+    complete_bundle,
+    complete_precision,
+    complete_target,
+    complete_task,
+)
 from wanx.commands.options import Json, Quiet, bundle_facts, option, print_json
-from wanx.interruption import ends_at_interrupt
+from wanx.interruption import exit_on_sigint
 
 
 def export(
     source: Annotated[
-        str, typer.Argument(help="Folder of a checkpoint or bundle, or tiny, the built-in model.")
+        str,
+        typer.Argument(
+            help="Folder of a checkpoint or bundle, or tiny, the built-in model.",
+            autocompletion=complete_bundle,
+        ),
     ] = "tiny",
     output: Annotated[
         Path | None, option("--output", "-o", help="Folder of the bundle to write.")
@@ -23,7 +33,8 @@ def export(
         str,
         option(
             help="Of DiT and text encoder. Storage: auto (as they are), fp32, bf16, fp16. "
-            "Quantised: int8, fp8."
+            "Quantised: int8, fp8.",
+            autocompletion=complete_precision,
         ),
     ] = "auto",
     target: Annotated[
@@ -31,11 +42,16 @@ def export(
         option(
             help="What will run the bundle: cpu, aoti (compiled for this GPU), rtx:sm89 "
             "(TensorRT-RTX for such GPUs, several with commas), tensorrt (for this GPU) or "
-            "tensorrt:sm80+ (and all newer ones)."
+            "tensorrt:sm80+ (and all newer ones).",
+            autocompletion=complete_target,
         ),
     ] = "cpu",
     task: Annotated[
-        str | None, option(help="Insist on this task; an error names what was found.")
+        str | None,
+        option(
+            help="Insist on this task; an error names what was found.",
+            autocompletion=complete_task,
+        ),
     ] = None,
     quantize: Annotated[
         list[str] | None,
@@ -43,12 +59,15 @@ def export(
             help="Component to quantise: dit, text_encoder; may be repeated.", show_default="both"
         ),
     ] = None,
-    keep_high: Annotated[
+    skip_layers: Annotated[
         list[str] | None,
         option(
             metavar="<pattern>",
             help="Layers of the DiT that stay as they are, such as 'blocks.0.*'; may be repeated.",
         ),
+    ] = None,
+    keep_high: Annotated[
+        list[str] | None, option(hidden=True, help="Old name of --skip-layers.")
     ] = None,
     weight_scale: Annotated[
         str, option(help="fp8: a scale per channel or per tensor.")
@@ -59,9 +78,13 @@ def export(
     smooth: Annotated[
         float, option(help="SmoothQuant's strength: 0 (off) to 1, such as 0.5.")
     ] = 0.0,
-    attention: Annotated[str, option(help="Self-attention: high, or fp8 with --precision fp8.")] = (
-        "high"
-    ),
+    attention: Annotated[
+        str,
+        option(
+            help="8-bit self-attention: none, or fp8 with --precision fp8.",
+            callback=lambda value: "none" if value == "high" else value,  # its old name
+        ),
+    ] = "none",
     layer_gate: Annotated[
         float | None,
         option(help="Least SQNR of a layer in dB, below which it stays high.", show_default="auto"),
@@ -101,7 +124,7 @@ def export(
     require_packages()
     import wanx
     from wanx.commands.display.accuracy import print_quantization
-    from wanx.commands.display.generation import bars, print_bundle, print_estimate
+    from wanx.commands.display.generation import print_bundle, print_estimate, progress_bars
     from wanx.exporter.calibration.options import CalibrationOptions
     from wanx.exporter.quantization.scheme import QUANTIZED, QuantizeOptions
     from wanx.runtime.sizes import parse_size
@@ -111,7 +134,8 @@ def export(
         "source": source, "output": output, "precision": precision, "target": target,
         "task": task, "force": force, "gate": gate,
         "quantize": QuantizeOptions(
-            components=tuple(quantize or QUANTIZED), keep_high=tuple(keep_high or ()),
+            components=tuple(quantize or QUANTIZED),
+            skip_layers=(*(skip_layers or ()), *(keep_high or ())),
             weight_scale=weight_scale,  # type: ignore[arg-type]
             activation_scale=activation_scale,  # type: ignore[arg-type]
             smooth=smooth,
@@ -136,7 +160,7 @@ def export(
         else:
             print_estimate(resolved, needs)
         return
-    with ends_at_interrupt(), bars(quiet) as progress:
+    with exit_on_sigint(), progress_bars(quiet) as progress:
         bundle = wanx.export(**options, progress=progress)
     if as_json:
         print_json(bundle_facts(bundle))

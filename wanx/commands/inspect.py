@@ -12,6 +12,6 @@ def inspect(bundle: BundlePath, as_json: Json = False) -> None:
 
     opened = wanx.inspect(bundle)
     if as_json:
-        print_json(bundle_facts(opened) | opened.manifest.model_dump(mode="json"))
+        print_json(bundle_facts(opened) | opened.manifest.model_dump(mode="json", by_alias=True))
     else:
         print_bundle(opened)

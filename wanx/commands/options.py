@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from wanx.commands.completion import complete_bundle
+
 if TYPE_CHECKING:
     from wanx.bundle.reader import Bundle
 
@@ -21,7 +23,11 @@ Threads = Annotated[
 ]
 BundlePath = Annotated[
     str,
-    typer.Argument(metavar="BUNDLE", help="Folder of the bundle, or the name of a built-in one."),
+    typer.Argument(
+        metavar="BUNDLE",
+        help="Folder of the bundle, or the name of a built-in one.",
+        autocompletion=complete_bundle,
+    ),
 ]
 
 

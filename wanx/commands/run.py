@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from wanx.commands.completion import complete_bundle, complete_solver
 from wanx.commands.options import Json, Quiet, Threads, option, print_json
 from wanx.errors import UsageError
 
@@ -24,7 +25,11 @@ if TYPE_CHECKING:
 
 def run(
     bundle: Annotated[
-        str | None, typer.Argument(help="Folder of the bundle; left out, the built-in tiny model.")
+        str | None,
+        typer.Argument(
+            help="Folder of the bundle; left out, the built-in tiny model.",
+            autocompletion=complete_bundle,
+        ),
     ] = None,
     prompt: Annotated[str | None, typer.Argument(help="What the video shows.")] = None,
     output: Annotated[
@@ -61,7 +66,9 @@ def run(
         float | None, option(help="Weight of the prompt; 1 switches guidance off.")
     ] = None,
     shift: Annotated[float | None, option(help="Shift of the noise schedule.")] = None,
-    solver: Annotated[str, option(help="unipc or dpm++.")] = "unipc",
+    solver: Annotated[str, option(help="unipc or dpm++.", autocompletion=complete_solver)] = (
+        "unipc"
+    ),
     seed: Annotated[int, option(help="Seed of the noise; -1 draws one.")] = -1,
     negative_prompt: Annotated[str | None, option(help="What the video should not show.")] = None,
     fps: Annotated[int | None, option(help="Frames per second of the file.")] = None,
@@ -86,7 +93,7 @@ def run(
     Options that are left out take the bundle's defaults.
     """
     import wanx
-    from wanx.commands.display.generation import bars, memory_lines, print_generation
+    from wanx.commands.display.generation import log_lines, print_generation, progress_bars
     from wanx.runtime.batch import read_jobs, seeds
     from wanx.runtime.options import RunOptions
     from wanx.runtime.sessions.device.vram_budget import parse_vram_budget
@@ -105,21 +112,21 @@ def run(
         raise UsageError("--count and --prompts do not go together; give each seed a line")
     budget = None if vram_budget is None else parse_vram_budget(vram_budget)
     load = partial(wanx.load, folder, threads=threads, vram_budget=budget)
-    with memory_lines(quiet):
+    with log_lines(quiet, "wanx.runtime"):
         if prompts is not None:
             jobs = read_jobs(prompts, _batch_folder(output), options, suffix)
-            _run_jobs(load(), jobs, bars(quiet), as_json, resume=True)
+            _run_jobs(load(), jobs, progress_bars(quiet), as_json, resume=True)
             return
         if count > 1:
             jobs = seeds(options, _numbered(output, Path(f"out{suffix}"), count))
-            _run_jobs(load(), jobs, bars(quiet), as_json, resume=False)
+            _run_jobs(load(), jobs, progress_bars(quiet), as_json, resume=False)
             return
-        with bars(quiet) as progress:
+        with progress_bars(quiet) as progress:
             pipeline = load()
             path = output or _free_name(Path(f"out{suffix}"))
             result = pipeline.run(options, output=path, progress=progress)
     if as_json:
-        print_json(_facts(result, pipeline))
+        print_json(_generation_facts(result, pipeline))
     else:
         print_generation(result, pipeline.bundle)
 
@@ -127,7 +134,7 @@ def run(
 def _run_jobs(
     pipeline: Pipeline,
     jobs: Sequence[Job],
-    shown: AbstractContextManager[Progress],
+    progress_bars: AbstractContextManager[Progress],
     as_json: bool,
     *,
     resume: bool,
@@ -137,7 +144,7 @@ def _run_jobs(
     from wanx.runtime.batch import run_jobs
 
     outcomes = []
-    with shown as progress:
+    with progress_bars as progress:
         current = ""
 
         def on_start(number: int, job: Job) -> None:
@@ -158,7 +165,7 @@ def _run_jobs(
             [
                 {"name": outcome.job.name, "output": str(outcome.job.output)}
                 | ({"error": str(outcome.error)} if outcome.error else {})
-                | (_facts(outcome.result, pipeline) if outcome.result else {})
+                | (_generation_facts(outcome.result, pipeline) if outcome.result else {})
                 for outcome in outcomes
             ]
         )
@@ -168,7 +175,7 @@ def _run_jobs(
         raise typer.Exit(1)
 
 
-def _facts(result: Generation, pipeline: Pipeline) -> dict[str, Any]:
+def _generation_facts(result: Generation, pipeline: Pipeline) -> dict[str, Any]:
     return {"output": str(result.path), "bundle": pipeline.bundle.hash} | {
         "options": asdict(result.options),
         "stages": [asdict(stage) for stage in result.stages],
@@ -176,7 +183,7 @@ def _facts(result: Generation, pipeline: Pipeline) -> dict[str, Any]:
 
 
 def _bundle_and_prompt(first: str | None, second: str | None) -> tuple[Path | None, str | None]:
-    """Tell a bundle from a prompt when only one of the two was given."""
+    """Distinguish a bundle from a prompt where only one of the two is there."""
     from wanx.builtin import BUILTIN, find_bundle
 
     if first is None:
@@ -212,10 +219,10 @@ def _free_name(path: Path) -> Path:
     return candidate
 
 
-def _numbered(asked: Path | None, default: Path, count: int) -> list[Path]:
-    """As asked with -1, -2, …; or the default with the next numbers that are not taken."""
-    path = asked or default
+def _numbered(output: Path | None, default: Path, count: int) -> list[Path]:
+    """``output`` with -1, -2, …; without it, ``default`` with the next free numbers."""
+    path = output or default
     numbers = (path.with_stem(f"{path.stem}-{i}") for i in itertools.count(1))
-    if asked is None:
+    if output is None:
         numbers = (candidate for candidate in numbers if not os.path.lexists(candidate))
     return list(itertools.islice(numbers, count))

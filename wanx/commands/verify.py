@@ -26,9 +26,9 @@ def verify(
     """
     import wanx
     from wanx.commands.display.accuracy import print_golden
-    from wanx.commands.display.generation import bars, print_checks
+    from wanx.commands.display.generation import print_checks, progress_bars
 
-    with bars(quiet) as progress:
+    with progress_bars(quiet) as progress:
         verification = wanx.verify(bundle, golden=golden, threads=threads, progress=progress)
     if as_json:
         print_json(

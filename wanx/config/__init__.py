@@ -1,4 +1,4 @@
-"""Facts of the Wan models, and bounds on configurations that come from files.
+"""Facts of the Wan models, bounds on configurations from files, and the table of number formats.
 
 Imports nothing of wanx. Start with ``models.py``.
 """

@@ -10,8 +10,8 @@ from typing import Any
 from wanx.config.models import ModelConfig
 
 # Integers of wanx.config.models that need another ceiling than _LARGEST.
-_LARGEST = 1 << 16
-_CEILINGS = {
+_DEFAULT_MAXIMUM = 1 << 16
+_MAXIMA = {
     "vocab_size": 1 << 20,
     "num_heads": 1024,
     "num_layers": 1024,
@@ -65,10 +65,10 @@ def bounded_config(config: ModelConfig) -> ModelConfig:
             if not math.isfinite(value) or abs(value) > 1e6:
                 raise ValueError(f"{name} is {value}, which is out of range")
         elif value is not None and not isinstance(value, bool):
-            least = 0 if leaf in ("vace_layers", "length") else 1
-            most = _CEILINGS.get(leaf, _LARGEST)
-            if not least <= value <= most:
-                raise ValueError(f"{name} is {value}, outside {least}..{most}")
+            minimum = 0 if leaf in ("vace_layers", "length") else 1
+            maximum = _MAXIMA.get(leaf, _DEFAULT_MAXIMUM)
+            if not minimum <= value <= maximum:
+                raise ValueError(f"{name} is {value}, outside {minimum}..{maximum}")
     dit, vae, run = config.dit, config.vae, config.defaults
     image = config.image_encoder
     requirements = {

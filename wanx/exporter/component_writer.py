@@ -1,4 +1,4 @@
-"""The graphs of a component in the bundle, and the proof that they are what the recipe says."""
+"""The graphs of a component in the bundle, verified against the recipe."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import onnx_ir as ir
 from wanx.bundle.manifest import Component
 from wanx.errors import WanxError
 from wanx.exporter.components import ComponentSpec
-from wanx.exporter.graph.attach import attach
+from wanx.exporter.graph.attach import attach_weights
 from wanx.exporter.quantization.readback import require_recipe
 from wanx.exporter.quantization.recipe import Recipe
 from wanx.exporter.targets import onnxruntime
@@ -20,11 +20,11 @@ def write_graphs(
     spec: ComponentSpec, model: ir.Model, weights: WrittenWeights, folder: Path
 ) -> Component:
     """Write the portable graph of a component and the variants of it that targets run faster."""
-    storage = attach(model, weights.tensors, folder)
+    storage = attach_weights(model, weights.tensors, folder)
     save_graph(model, folder / "graphs" / f"{spec.name}.onnx")
     nodes = len(model.graph)
     engines = {}
-    if onnxruntime.specialise(model):
+    if onnxruntime.optimize_for_ort(model):
         path = folder / "engines" / onnxruntime.ENGINE / f"{spec.name}.onnx"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_graph(model, path)
@@ -40,27 +40,30 @@ def write_graphs(
     )
 
 
-def proven(spec: ComponentSpec, component: Component, recipe: Recipe, folder: Path) -> Component:
-    """Add to a component what reading its graphs back has found.
+def verified_component(
+    spec: ComponentSpec, component: Component, recipe: Recipe, folder: Path
+) -> Component:
+    """Add the counts of its 8-bit layers, read back from its graphs, to a component.
 
     Raises:
         WanxError: a graph is not what the recipe says, or does not run as it.
     """
     for graph in component.engines.values():
         require_recipe(spec.name, folder / graph, folder, recipe)
-    found = require_recipe(spec.name, folder / component.graph, folder, recipe)
+    counts = require_recipe(spec.name, folder / component.graph, folder, recipe)
     kernels = {}
     if recipe.scheme.name == "int8":
         kernels = onnxruntime.profile_products(
             spec, folder / component.engines.get("cpu", component.graph), folder
         )
-        ran = kernels.get(onnxruntime.INTEGER_PRODUCT, 0)
-        if ran != len(recipe.layers):
+        integer_products = kernels.get(onnxruntime.INTEGER_PRODUCT, 0)
+        if integer_products != len(recipe.layers):
             raise WanxError(
-                f"ONNX Runtime ran {ran} of the {len(recipe.layers)} 8-bit layers of {spec.name} "
-                "as integer products; use the versions of constraints.txt, or report this"
+                f"ONNX Runtime ran {integer_products} of the {len(recipe.layers)} 8-bit layers of "
+                f"{spec.name} as integer products; use the versions of constraints.txt, or report "
+                "this"
             )
-    return component.model_copy(update={"quantization": recipe.record(found, kernels)})
+    return component.model_copy(update={"quantization": recipe.record(counts, kernels)})
 
 
 def save_graph(model: ir.Model, path: Path) -> None:

@@ -75,7 +75,7 @@ class ComponentSpec:
     stack: str = "blocks"
 
     def module(self, blocks: int | None = None) -> nn.Module:
-        """Build the module, with fewer ``blocks`` where that is asked for."""
+        """Build the module, with all blocks or the first ``blocks``."""
         return self.build(blocks or self.blocks) if self.blocks else self.build()
 
 
@@ -215,7 +215,7 @@ def vae_encoder_specs(config: VAEConfig) -> list[ComponentSpec]:
         GraphInput(name="video", shape=(1, 3, frames, *sides))
         for frames in (1, config.temporal_stride)
     )
-    return _streamed(
+    return _chunked_specs(
         "vae_encoder", "latent", (first, lambda: EncoderFirst(config)),
         (rest, lambda: EncoderRest(config)),
     )  # fmt: skip
@@ -224,20 +224,22 @@ def vae_encoder_specs(config: VAEConfig) -> list[ComponentSpec]:
 def vae_decoder_specs(config: VAEConfig) -> list[ComponentSpec]:
     """Describe the two decoder graphs; the caches of ``rest`` are what either graph left."""
     latent = GraphInput(name="latent", shape=(1, config.z_dim, 1, "h", "w"))
-    return _streamed(
+    return _chunked_specs(
         "vae_decoder", "video", (latent, lambda: DecoderFirst(config)),
         (latent, lambda: DecoderRest(config)),
     )  # fmt: skip
 
 
-Part = tuple[GraphInput, Callable[[], nn.Module]]
+ChunkGraph = tuple[GraphInput, Callable[[], nn.Module]]
 
 
-def _streamed(name: str, output: str, first: Part, rest: Part) -> list[ComponentSpec]:
+def _chunked_specs(
+    name: str, output: str, first: ChunkGraph, rest: ChunkGraph
+) -> list[ComponentSpec]:
     """Describe a graph for the first chunk and one for each later chunk, with caches between."""
     axes = {"h": 6, "w": 10}
     with FakeTensorMode():
-        kept = first[1]()(first[0].example(axes))[1:]
+        first_caches = first[1]()(first[0].example(axes))[1:]
     caches = tuple(
         GraphInput(
             name=f"cache_{i}",
@@ -247,7 +249,7 @@ def _streamed(name: str, output: str, first: Part, rest: Part) -> list[Component
                 _scaled(past.shape[4] // axes["w"], "w"),
             ),
         )
-        for i, past in enumerate(kept)
+        for i, past in enumerate(first_caches)
     )
     outputs = (output, *(f"{cache.name}_next" for cache in caches))
     return [

@@ -1,4 +1,4 @@
-"""What engines depend on, as a name."""
+"""Cache key of engines: network structure, compiler, device, tuning table."""
 
 from __future__ import annotations
 
@@ -6,40 +6,36 @@ import hashlib
 import json
 from collections.abc import Mapping
 
-import torch
-
-from wanx.exporter.components import ComponentSpec
-from wanx.exporter.partition.partition import cut
+from wanx.exporter.partition.segments import Partition
 from wanx.kernels.launch_config import TABLE
 
 
 def engine_key(
-    specs: Mapping[str, tuple[ComponentSpec, torch.dtype]],
-    kind: str,
+    partitions: Mapping[str, Partition],
+    target: str,
     device: str,
     version: str,
     compiler: str,
 ) -> str:
-    """A name for the engines of some components.
+    """Name the engines of some components.
 
     Another compiler, device, network or choice of kernels has another name. Weights are not part of
     it, since engines hold none.
 
     Args:
-        specs: by name, each with the type that it computes in.
-        kind: of the target.
+        partitions: segments of each component.
+        target: without GPUs.
         device: that they are for.
         version: of wanx.
-        compiler: and its version.
+        compiler: its name, version and options.
     """
     facts = {
         name: [
             [repr(step) for step in parts.steps],
             [repr(segment.structure) for segment in parts.segments.values()],
         ]
-        for name, (spec, dtype) in specs.items()
-        for parts in [cut(spec, dtype)]
+        for name, parts in partitions.items()
     }
     tuned = TABLE.read_text(encoding="utf-8")
     text = json.dumps([version, compiler, tuned, facts], sort_keys=True)
-    return f"{kind}-{device}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return f"{target}-{device}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"

@@ -64,7 +64,7 @@ def _operations(resolved: ResolvedExport) -> int:
     """Additions and multiplications of the runs: two for each parameter and token."""
     config = resolved.checkpoint.config
     tokens = 0
-    for run in resolved.runs:
+    for run, _ in resolved.runs:
         _, times, rows, columns = latent_shape(run.width, run.height, run.frames, config.vae)
         length = times * rows * columns // config.dit.patch_volume
         tokens += length * run.steps * len(branches(run.guide_scale))

@@ -6,7 +6,7 @@ import hashlib
 import platform
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,14 +21,14 @@ from wanx.accuracy.gates import Gates
 from wanx.accuracy.golden_check import check_golden, require_golden
 from wanx.bundle.golden_steps import GOLDEN, write_golden
 from wanx.bundle.manifest import TOKENIZER, Component, Manifest, Provenance
-from wanx.bundle.publish import record_files, staging, write_manifest
+from wanx.bundle.publish import publish_bundle, record_files, write_manifest
 from wanx.bundle.reader import Bundle, open_bundle
 from wanx.checkpoints.checkpoint import Checkpoint
 from wanx.checkpoints.tokenizer_file import write_tokenizer
 from wanx.errors import CancelledError, WanxError
 from wanx.exporter.build import with_engines
 from wanx.exporter.calibration.calibrate import record_golden
-from wanx.exporter.component_writer import proven, write_graphs
+from wanx.exporter.component_writer import verified_component, write_graphs
 from wanx.exporter.components import ComponentSpec, component_specs, expected_tensors
 from wanx.exporter.estimate import Estimate, estimate
 from wanx.exporter.graph.trace import trace
@@ -37,8 +37,9 @@ from wanx.exporter.quantization.choose_recipe import choose_recipe
 from wanx.exporter.quantization.quantized_spec import quantized_spec
 from wanx.exporter.quantization.recipe import Recipe, text_recipe
 from wanx.exporter.source import open_source
+from wanx.exporter.targets.registry import parse_target
 from wanx.exporter.weights import WrittenWeights, combined_sha256, write_weights
-from wanx.progress import Progress, byte_counter, silent
+from wanx.progress import Progress, byte_counter, no_progress
 from wanx.version import __version__
 
 TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors", "numpy")
@@ -72,7 +73,7 @@ def plan(options: ExportOptions, checkpoint: Checkpoint | None = None) -> Export
     return ExportPlan(resolved=resolved, estimate=estimate(resolved))
 
 
-def export(options: ExportOptions, progress: Progress = silent) -> Bundle:
+def export(options: ExportOptions, progress: Progress = no_progress) -> Bundle:
     """Write a bundle and open it.
 
     Raises:
@@ -91,7 +92,7 @@ def check(resolved: ResolvedExport) -> None:
         resolved.checkpoint.components[group].check(shapes)
 
 
-def write_bundle(planned: ExportPlan, progress: Progress = silent) -> Bundle:
+def write_bundle(planned: ExportPlan, progress: Progress = no_progress) -> Bundle:
     """Write the bundle of a checked export and open it.
 
     It appears at its place only when it is complete. Memory stays that of the graph, or of one
@@ -102,7 +103,9 @@ def write_bundle(planned: ExportPlan, progress: Progress = silent) -> Bundle:
         WanxError: the weights or the disk do not allow it.
     """
     resolved, needed = planned.resolved, planned.estimate.bundle_bytes
-    with staging(resolved.output, force=resolved.options.force, needed_bytes=needed) as folder:
+    with publish_bundle(
+        resolved.output, force=resolved.options.force, needed_bytes=needed
+    ) as folder:
         _build(resolved, folder, progress)
     # Every file was hashed while it was written; the first run reads them back from the disk.
     return open_bundle(resolved.output, verify="size")
@@ -110,8 +113,8 @@ def write_bundle(planned: ExportPlan, progress: Progress = silent) -> Bundle:
 
 def _build(resolved: ResolvedExport, folder: Path, progress: Progress) -> None:
     options, checkpoint = resolved.options, resolved.checkpoint
-    build = _Build(resolved, folder, progress)
     specs = component_specs(checkpoint.config)
+    build = _Build(resolved, specs, folder, progress)
     recipes = {}
     if "text_encoder" in resolved.eight_bit:
         recipes["text_encoder"] = text_recipe(checkpoint.config.text_encoder)
@@ -121,21 +124,24 @@ def _build(resolved: ResolvedExport, folder: Path, progress: Progress) -> None:
         build.add([spec for spec in specs if spec.weights != "dit"], recipes)
         recipes["dit"], golden = choose_recipe(
             checkpoint, build.bundle(), resolved.scheme, options.quantize, options.calibration,
-            progress,
+            progress, resolved.runs,
         )  # fmt: skip
         build.add([spec for spec in specs if spec.weights == "dit"], recipes)
     else:
         build.add(specs, recipes)
         if options.calibration.golden_steps:
-            golden = record_golden(checkpoint, build.bundle(), options.calibration, progress)
+            golden = record_golden(
+                checkpoint, build.bundle(), options.calibration, progress, resolved.runs
+            )
     if golden is not None and options.calibration.golden_steps:
         (folder / GOLDEN).parent.mkdir()
         write_golden(golden, folder / GOLDEN)
     plain = build.bundle()
-    manifest = with_engines(folder, plain.manifest, options.target, folder, progress)
+    target = parse_target(options.target)
+    manifest = with_engines(folder, plain.manifest, target, specs, folder, progress)
     if options.gate:
         # Engines for a GPU that is not here cannot run; their numbers can, on the processor.
-        runs = manifest.target == "aoti" or torch.cuda.is_available()
+        runs = not target.may_be_elsewhere or torch.cuda.is_available()
         built = replace(plain, manifest=manifest) if runs else plain
         require_golden(check_golden(built, progress=progress), Gates())
     write_manifest(folder, manifest)
@@ -144,8 +150,15 @@ def _build(resolved: ResolvedExport, folder: Path, progress: Progress) -> None:
 class _Build:
     """A bundle that grows by components in a folder."""
 
-    def __init__(self, resolved: ResolvedExport, folder: Path, progress: Progress) -> None:
+    def __init__(
+        self,
+        resolved: ResolvedExport,
+        specs: Sequence[ComponentSpec],
+        folder: Path,
+        progress: Progress,
+    ) -> None:
         self._resolved, self._folder, self._progress = resolved, folder, progress
+        self._names = [spec.name for spec in specs]
         self._components: dict[str, Component] = {}
         self._sha256: dict[str, str] = {}
         self._sources: dict[str, str] = {}
@@ -163,19 +176,18 @@ class _Build:
             component = write_graphs(spec, model, written[spec.weights], self._folder)
             recipe = recipes.get(spec.weights)
             if recipe is not None:
-                component = proven(spec, component, recipe, self._folder)
+                component = verified_component(spec, component, recipe, self._folder)
             self._components[spec.name] = component
 
     def bundle(self) -> Bundle:
         """Bundle of the components so far; it may lack some, and golden steps."""
         resolved = self._resolved
-        names = [spec.name for spec in component_specs(resolved.checkpoint.config)]
         manifest = Manifest(
             wanx_version=__version__,
             config=resolved.checkpoint.config,
             precision=resolved.precision,
             target="cpu",
-            components={n: self._components[n] for n in names if n in self._components},
+            components={n: self._components[n] for n in self._names if n in self._components},
             provenance=Provenance(
                 source=resolved.checkpoint.source.name,
                 source_layout=resolved.checkpoint.layout,
@@ -197,7 +209,7 @@ class _Build:
         stop = threading.Event()
         groups = list(dict.fromkeys(spec.weights for spec in specs))
         traced: list[tuple[ComponentSpec, ir.Model]] = []
-        with _prompt_switching(), ThreadPoolExecutor(max_workers=1) as writer:
+        with _short_switch_interval(), ThreadPoolExecutor(max_workers=1) as writer:
             writing = writer.submit(self._write_groups, groups, recipes, stop)
             try:
                 for spec in specs:
@@ -212,8 +224,8 @@ class _Build:
                 raise
 
     def _count_traced(self, here: int) -> None:
-        total = len(component_specs(self._resolved.checkpoint.config))
-        self._progress("trace graphs", len(self._components) + here, total, "steps")
+        count = len(self._components) + here
+        self._progress("trace graphs", count, len(self._names), "steps")
 
     def _write_groups(
         self, groups: list[str], recipes: Mapping[str, Recipe], stop: threading.Event
@@ -242,8 +254,8 @@ class _Build:
 
 
 @contextmanager
-def _prompt_switching() -> Iterator[None]:
-    """Let the writer have the interpreter when its disk is ready, not 5 ms of tracing later."""
+def _short_switch_interval() -> Iterator[None]:
+    """Lower the GIL's switch interval, so that tracing does not starve the writer."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(2e-4)
     try:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
 
 from wanx.checkpoints.checkpoint import Checkpoint
 from wanx.config.models import ModelConfig, Task
+from wanx.config.number_formats import BY_SAFETENSORS, FLOATS, WEIGHTS
 from wanx.errors import UsageError
-from wanx.exporter.build import require_target
-from wanx.exporter.calibration.options import CalibrationOptions, golden_only, planned_runs
+from wanx.exporter.calibration.options import (
+    CalibrationOptions,
+    PlannedRuns,
+    golden_only,
+    planned_runs,
+)
 from wanx.exporter.quantization.recipe import dit_candidates, require_matches, text_recipe
-from wanx.exporter.quantization.scheme import SCHEMES, QuantizeOptions, Scheme
-from wanx.runtime.options import ResolvedRun
+from wanx.exporter.quantization.scheme import SCHEMES, WEIGHT_ONLY, QuantizeOptions, Scheme
+from wanx.exporter.targets.registry import parse_target
 
-Precision = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
-STORED_TYPES: dict[str, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
-WIDTH = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "F8_E4M3": 1}
+PRECISIONS = tuple(row.name for row in WEIGHTS)
+STORED_TYPES = {row.name: row.safetensors for row in FLOATS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +59,12 @@ class ExportOptions:
         Raises:
             UsageError: an unknown precision or target.
         """
-        known = ("auto", *get_args(Precision))
+        known = ("auto", *PRECISIONS)
         if self.precision not in known:
             raise UsageError(
                 f"--precision {self.precision} is not available; choose {', '.join(known)}"
             )
-        require_target(self.target)
+        parse_target(self.target)
         if self.gate and not self.calibration.golden_steps:
             raise UsageError("--gate runs the golden steps, and --golden-steps 0 makes none")
         if self.precision in SCHEMES:
@@ -85,17 +88,17 @@ class ResolvedExport:
         scheme: number format of 8-bit layers; None where there are none.
         options: as the user gave them.
         eight_bit: per group, the tensors that the scheme would store in 8 bits.
-        runs: trajectories that are watched to calibrate, or that golden steps are recorded from.
+        runs: runs with their inputs, to calibrate with or to record golden steps from.
     """
 
     checkpoint: Checkpoint
     output: Path
-    precision: Precision
+    precision: str
     storage: dict[str, str | None]
     scheme: Scheme | None
     options: ExportOptions
     eight_bit: dict[str, frozenset[str]]
-    runs: tuple[ResolvedRun, ...]
+    runs: PlannedRuns
 
     def stored_type(self, group: str, dtype: str) -> str:
         """Type in which a tensor of type ``dtype`` of a group of weights is written."""
@@ -107,11 +110,14 @@ class ResolvedExport:
         per_tensor = group == "dit" and self.options.quantize.weight_scale == "tensor"
         total = 0
         for name, tensor in self.checkpoint.components[group].tensors.items():
-            count = tensor.nbytes // WIDTH[tensor.dtype]
+            count = tensor.nbytes * 8 // BY_SAFETENSORS[tensor.dtype].bits
             if name in eight_bit:
-                total += count + 4 * (1 if per_tensor else tensor.shape[0])  # and scales
+                scheme = self.scheme if group == "dit" else SCHEMES[WEIGHT_ONLY]
+                assert scheme is not None
+                total += scheme.format.nbytes(count)
+                total += 4 * (1 if per_tensor else tensor.shape[0])  # and scales
             else:
-                total += count * WIDTH[self.stored_type(group, tensor.dtype)]
+                total += BY_SAFETENSORS[self.stored_type(group, tensor.dtype)].nbytes(count)
         return total
 
 
@@ -119,7 +125,7 @@ def resolve(options: ExportOptions, checkpoint: Checkpoint) -> ResolvedExport:
     """Decide what ``auto`` stands for, which tensors can be 8-bit, and what calibrates.
 
     Raises:
-        UsageError: a pattern of ``--keep-high`` matches no layer, or all of them.
+        UsageError: a pattern of ``--skip-layers`` matches no layer, or all of them.
         WanxError: as :func:`~wanx.exporter.calibration.options.planned_runs`.
     """
     scheme = SCHEMES.get(options.precision)
@@ -140,7 +146,7 @@ def resolve(options: ExportOptions, checkpoint: Checkpoint) -> ResolvedExport:
     return ResolvedExport(
         checkpoint=checkpoint,
         output=options.output or Path(f"{checkpoint.config.name}-{precision}"),
-        precision=precision,  # type: ignore[arg-type]
+        precision=precision,
         storage={"dit": stored, "text_encoder": stored, "vae": None, "image_encoder": None},
         scheme=scheme,
         options=options,
@@ -149,22 +155,20 @@ def resolve(options: ExportOptions, checkpoint: Checkpoint) -> ResolvedExport:
     )
 
 
-def _runs(
-    options: CalibrationOptions, config: ModelConfig, *, calibrates: bool
-) -> tuple[ResolvedRun, ...]:
+def _runs(options: CalibrationOptions, config: ModelConfig, *, calibrates: bool) -> PlannedRuns:
     if not calibrates:
         if not options.golden_steps:
             return ()
         options = golden_only(options)
-    return tuple(run for run, _ in planned_runs(options, config))
+    return planned_runs(options, config)
 
 
 def _eight_bit(checkpoint: Checkpoint, options: QuantizeOptions) -> dict[str, frozenset[str]]:
     config = checkpoint.config
-    wanted, kept = dit_candidates(config.dit, options)
-    require_matches(options.keep_high, (*wanted, *kept))
+    candidates, unquantized = dit_candidates(config.dit, options)
+    require_matches(options.skip_layers, (*candidates, *unquantized))
     tensors = {
-        "dit": frozenset(f"{layer}.weight" for layer in wanted),
+        "dit": frozenset(f"{layer}.weight" for layer in candidates),
         "text_encoder": text_recipe(config.text_encoder).weights,
     }
     return {group: names for group, names in tensors.items() if group in options.components}

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from wanx.errors import EnvironmentMismatchError
 
-PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript", "ml_dtypes")
+PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript")
 
 
 def require_packages() -> None:

@@ -57,6 +57,6 @@ def _open_bundle(path: Path, task: Task | None) -> Checkpoint:
 
 
 def weight_groups(config: ModelConfig) -> dict[str, str]:
-    """Give the groups of weights of a bundle, each with a component whose files hold all of it."""
+    """Groups of weights of a bundle, each with a component whose files hold all of it."""
     groups = {"dit": "dit", "text_encoder": "text_encoder", "vae": "vae_decoder_rest"}
     return groups if config.image_encoder is None else {**groups, "image_encoder": "image_encoder"}

@@ -12,7 +12,8 @@ from pathlib import Path
 from torch import Tensor
 
 from wanx.checkpoints.tensor_source import SafetensorsTensor, TensorSource
-from wanx.exporter.options import WIDTH, ResolvedExport
+from wanx.config.number_formats import BY_SAFETENSORS
+from wanx.exporter.options import ResolvedExport
 from wanx.exporter.quantization.quantize import quantize_weights, scale_tensors
 from wanx.exporter.quantization.readback_weights import require_nearest
 from wanx.exporter.quantization.recipe import Recipe
@@ -21,10 +22,10 @@ from wanx.files.hashing import CopiedFile
 from wanx.files.input_file import open_input
 from wanx.files.safetensors import SafetensorsHeader, SafetensorsWriter, TensorRef, read_header
 
-_PIECE = 32 << 20
+_PIECE_BYTES = 32 << 20
 
 OnBytes = Callable[[int], None]
-Row = tuple[str, str, TensorSource]  # original name, stored type, where it comes from
+TensorRow = tuple[str, str, TensorSource]  # original name, stored type, where it comes from
 
 
 @dataclass
@@ -32,7 +33,7 @@ class WrittenWeights:
     """The weight files of one group.
 
     Attributes:
-        tensors: place of every tensor, by its original name.
+        tensors: location of every tensor, by its original name.
         sha256: digest of every file, hex.
         source_sha256: digests of the files that the weights came from, by file name.
     """
@@ -71,22 +72,22 @@ def write_weights(
     """
     weights = resolved.checkpoint.components[group]
     sources = weights.tensors if recipe is None else quantize_weights(weights, recipe)
-    by_file: dict[Path, list[Row]] = {}
+    by_file: dict[Path, list[TensorRow]] = {}
     for name, source in sources.items():
         row = (name, resolved.stored_type(group, source.dtype), source)
         by_file.setdefault(source.file, []).append(row)
-    kept = [file for file, rows in by_file.items() if _is_wanted_as_it_is(file, rows)]
-    changed = [row for file, rows in by_file.items() if file not in kept for row in rows]
-    count = len(kept) + bool(changed)
+    unchanged = [file for file, rows in by_file.items() if _is_unchanged(file, rows)]
+    rewritten = [row for file, rows in by_file.items() if file not in unchanged for row in rows]
+    count = len(unchanged) + bool(rewritten)
     names = iter(
         f"{group}.safetensors" if count == 1 else f"{group}-{i:05d}-of-{count:05d}.safetensors"
         for i in range(1, count + 1)
     )
     written = WrittenWeights()
-    for file in kept:
+    for file in unchanged:
         _copy(file, folder / next(names), written, on_bytes)
-    if changed:
-        _rewrite(changed, folder / next(names), written, on_bytes)
+    if rewritten:
+        _rewrite(rewritten, folder / next(names), written, on_bytes)
     if recipe is not None:
         _write_scales(
             scale_tensors(sources, recipe), folder / f"{group}-scales.safetensors", written
@@ -104,7 +105,7 @@ def _write_scales(scales: Mapping[str, Tensor], path: Path, written: WrittenWeig
     written.sha256[path] = writer.sha256
 
 
-def _is_wanted_as_it_is(file: Path, rows: list[Row]) -> bool:
+def _is_unchanged(file: Path, rows: list[TensorRow]) -> bool:
     return all(
         isinstance(source, SafetensorsTensor) and source.name == name and source.dtype == stored
         for name, stored, source in rows
@@ -144,18 +145,18 @@ def _check_pieces(header: SafetensorsHeader, digest: hashlib._Hash) -> Iterator[
         for ref in refs:
             source, end = SafetensorsTensor.from_ref(ref), ref.offset + ref.nbytes
             # Large pieces: each step asks for the interpreter lock, which tracing holds meanwhile.
-            for start in range(ref.offset, end, _PIECE):
-                with data[start : min(start + _PIECE, end)] as piece:
+            for start in range(ref.offset, end, _PIECE_BYTES):
+                with data[start : min(start + _PIECE_BYTES, end)] as piece:
                     source.require_finite(piece)
                     digest.update(piece)
                     size = len(piece)
                 yield size
 
 
-def _rewrite(rows: list[Row], path: Path, written: WrittenWeights, on_bytes: OnBytes) -> None:
+def _rewrite(rows: list[TensorRow], path: Path, written: WrittenWeights, on_bytes: OnBytes) -> None:
     # A tensor must start at a multiple of its width, so wider types go first; then disk order.
-    rows.sort(key=lambda row: (-WIDTH[row[1]], str(row[2].file), getattr(row[2], "offset", 0)))
-    narrowest = {file: WIDTH[stored] for _, stored, source in rows for file in source.files}
+    rows.sort(key=lambda row: (-_bits(row[1]), str(row[2].file), getattr(row[2], "offset", 0)))
+    narrowest = {file: _bits(stored) for _, stored, source in rows for file in source.files}
     hashes: dict[Path, Future[str]] = {}
     with ThreadPoolExecutor(max_workers=1) as hasher:
         header = [(name, stored, source.shape) for name, stored, source in rows]
@@ -165,7 +166,7 @@ def _rewrite(rows: list[Row], path: Path, written: WrittenWeights, on_bytes: OnB
                     for file in source.files:
                         # Beside the conversion, while the file's pages are still in memory: so not
                         # before its last tensors, which are most of it where it is quantised.
-                        if file not in hashes and WIDTH[stored] == narrowest[file]:
+                        if file not in hashes and _bits(stored) == narrowest[file]:
                             hashes[file] = hasher.submit(sha256_file, file)
                     for chunk in source.iter_converted(stored):
                         writer.write(chunk)
@@ -176,6 +177,10 @@ def _rewrite(rows: list[Row], path: Path, written: WrittenWeights, on_bytes: OnB
     written.tensors |= writer.header.entries
     written.sha256[path] = writer.sha256
     written.source_sha256 |= digests
+
+
+def _bits(stored: str) -> int:
+    return BY_SAFETENSORS[stored].bits
 
 
 def combined_sha256(digests: dict[str, str]) -> str:

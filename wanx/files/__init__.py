@@ -1,4 +1,4 @@
-"""Files as bytes: checked reading, hashing, copying, safetensors and the ONNX wire format.
+"""Files as bytes: checked reading, hashing, copying, safetensors, floats, the ONNX wire format.
 
-Imports errors only. Start with ``input_file.py``.
+Imports config and errors only. Start with ``input_file.py``.
 """

@@ -1,17 +1,16 @@
-"""SHA-256 of files, and a memory of which files were already found good."""
+"""SHA-256 of files, and a cache of the digests of files that have not changed since."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import platformdirs
+from wanx.files.cache import cache_path, read_cached, write_cached
 
 _CHUNK = 1 << 20
 _SETTLED_NS = 2_000_000_000  # coarsest timestamp of a file system in use (FAT)
@@ -37,29 +36,27 @@ def sha256_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> st
     return digest.hexdigest()
 
 
-class Stamps:
-    """Remembers, in the user's cache folder, the digest of the files under one folder.
+class DigestCache:
+    """Cache, in the user's cache folder, of the digests of the files under one folder.
 
-    A stamp holds as long as size, inode, mtime and ctime stay: ctime cannot be set back, so a file
+    An entry holds as long as size, inode, mtime and ctime stay: ctime cannot be set back, so a file
     that was written to is hashed again. Damage below the file system (a rotting disk) does not show
     here. Where the cache cannot be read or written, nothing is remembered and nothing fails.
     """
 
     def __init__(self, folder: Path) -> None:
         """Load what is remembered about the files under ``folder``."""
-        cache = platformdirs.user_cache_path("wanx", appauthor=False)
         key = hashlib.sha256(os.fsencode(folder)).hexdigest()
-        # Without a home folder the path stays relative, "~/.cache": it would land in the cwd.
-        self._path = cache / "verified" / f"{key}.json" if cache.is_absolute() else None
-        self._stamps: dict[str, list[object]] = {}
+        self._path = cache_path("verified", f"{key}.json")
+        self._entries: dict[str, list[object]] = {}
         self._changed = False
-        with suppress(OSError, ValueError, RecursionError):
-            loaded = json.loads(self._path.read_bytes()) if self._path else {}
-            self._stamps = loaded if isinstance(loaded, dict) else {}
+        with suppress(ValueError, RecursionError):
+            loaded = json.loads(read_cached(self._path))
+            self._entries = loaded if isinstance(loaded, dict) else {}
 
     def digest(self, name: str, stat: os.stat_result) -> str | None:
         """The digest recorded for ``name``, unless the file may have changed since."""
-        match self._stamps.get(name):
+        match self._entries.get(name):
             case [str(digest), *identity] if identity == _identity(stat):
                 return digest
         return None
@@ -69,23 +66,13 @@ class Stamps:
         stat = _identity(before)
         if stat != _identity(after) or time.time_ns() - before.st_ctime_ns < _SETTLED_NS:
             return  # it changed, or a later write within the clock's tick would go unseen
-        self._stamps[name] = [digest, *stat]
+        self._entries[name] = [digest, *stat]
         self._changed = True
 
     def save(self) -> None:
         """Write what was recorded, in one step."""
-        if not self._changed or self._path is None:
-            return
-        with suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self._path.parent)
-            try:
-                with open(handle, "w", encoding="utf-8") as file:
-                    json.dump(self._stamps, file)
-                os.replace(temporary, self._path)
-            except BaseException:
-                os.unlink(temporary)
-                raise
+        if self._changed:
+            write_cached(self._path, json.dumps(self._entries).encode())
 
 
 def _identity(stat: os.stat_result) -> list[object]:

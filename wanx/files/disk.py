@@ -27,7 +27,7 @@ def preflight_space(target: Path, needed_bytes: int) -> None:
 
 
 @contextmanager
-def explained(target: Path, folder: Path, needed_bytes: int) -> Iterator[None]:
+def translate_disk_errors(target: Path, folder: Path, needed_bytes: int) -> Iterator[None]:
     """Turn a full disk, or any failure to write at ``target``, into one line."""
     try:
         yield

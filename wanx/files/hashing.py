@@ -14,7 +14,7 @@ from typing import Self
 
 from wanx.errors import CorruptInputError, WanxError
 
-_WAITING = 8
+_MAX_QUEUED_CHUNKS = 8
 
 
 class HashingFile:
@@ -39,8 +39,8 @@ class HashingFile:
             self._file = path.open("xb", buffering=0)
         except OSError as error:
             raise self._failure(error) from None
-        self._hasher = ThreadPoolExecutor(max_workers=1)
-        self._hashing: deque[Future[None]] = deque()
+        self._executor = ThreadPoolExecutor(max_workers=1)
+        self._queued: deque[Future[None]] = deque()
 
     def write(self, chunk: bytes | bytearray | memoryview) -> None:
         """Append bytes; the chunk may be reused after the call.
@@ -57,9 +57,9 @@ class HashingFile:
             )
         # hashlib and write() both release the interpreter lock, so they run at the same time. A few
         # chunks may wait: handing over each one in lockstep costs a wake-up of the other thread.
-        self._hashing.append(self._hasher.submit(self._digest.update, bytes(view)))
-        if len(self._hashing) > _WAITING:
-            self._hashing.popleft().result()
+        self._queued.append(self._executor.submit(self._digest.update, bytes(view)))
+        if len(self._queued) > _MAX_QUEUED_CHUNKS:
+            self._queued.popleft().result()
         try:
             while view:
                 count = self._file.write(view)
@@ -84,12 +84,12 @@ class HashingFile:
             self._file.close()
         except OSError as error:
             raise self._failure(error) from None
-        self._hasher.shutdown()
+        self._executor.shutdown()
         self.sha256 = self._digest.hexdigest()
 
     def abort(self) -> None:
         """Stop and remove the unfinished file."""
-        self._hasher.shutdown()
+        self._executor.shutdown()
         self._file.close()
         self.path.unlink(missing_ok=True)
 
@@ -127,7 +127,7 @@ class CopiedFile:
             WanxError: the operating system refuses.
         """
         self.source, self.path, self.size = source, target, size
-        self._done = 0
+        self._copied = 0
         try:
             self._reader = source.open("rb", buffering=0)
             self._writer = target.open("xb", buffering=0)
@@ -141,18 +141,18 @@ class CopiedFile:
             CorruptInputError: the source ended.
             WanxError: the disk is full, or another error of the operating system.
         """
-        end = self._done + count
+        end = self._copied + count
         try:
-            while self._done < end:
-                copied = _copy_some(self._reader, self._writer, end - self._done)
+            while self._copied < end:
+                copied = _copy_some(self._reader, self._writer, end - self._copied)
                 if copied == 0:
                     raise CorruptInputError(
-                        f"{self.source} ended after {self._done} of {self.size} bytes; it was cut "
-                        "while being read, so restore it and run again"
+                        f"{self.source} ended after {self._copied} of {self.size} bytes; it was "
+                        "cut while being read, so restore it and run again"
                     )
-                self._done += copied
+                self._copied += copied
         except OSError as error:
-            raise _write_failure(self.path, error, self._done, self.size) from None
+            raise _write_failure(self.path, error, self._copied, self.size) from None
 
     def __enter__(self) -> Self:
         """Return the file itself."""
@@ -168,11 +168,11 @@ class CopiedFile:
         self._reader.close()
         try:
             if kind is None:
-                assert self._done == self.size, "the whole file is copied"
+                assert self._copied == self.size, "the whole file is copied"
                 os.fsync(self._writer.fileno())
         except OSError as problem:
             kind = OSError
-            raise _write_failure(self.path, problem, self._done, self.size) from None
+            raise _write_failure(self.path, problem, self._copied, self.size) from None
         finally:
             self._writer.close()
             if kind is not None:

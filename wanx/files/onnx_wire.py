@@ -1,4 +1,4 @@
-"""Finds the external data of an ONNX graph in its bytes, without the onnx package.
+"""External data of an ONNX graph, read from its bytes without the onnx package.
 
 The runtime has no onnx, yet must know which files a graph will make ONNX Runtime open before it
 does. The walker follows every path of the protobuf schema that reaches a TensorProto (field numbers
@@ -43,10 +43,10 @@ def external_data(model: bytes) -> Iterator[ExternalData]:
     Raises:
         CorruptInputError: the bytes are not a well-formed model.
     """
-    return _tensors(memoryview(model), "Model", 0)
+    return _walk(memoryview(model), "Model", 0)
 
 
-def _tensors(message: memoryview, kind: str, depth: int) -> Iterator[ExternalData]:
+def _walk(message: memoryview, kind: str, depth: int) -> Iterator[ExternalData]:
     if depth > _MAX_DEPTH:
         raise CorruptInputError("graph damaged: nested too deeply")
     if kind == "Tensor":
@@ -57,7 +57,7 @@ def _tensors(message: memoryview, kind: str, depth: int) -> Iterator[ExternalDat
         child = children.get(number)
         if child and wire == _BYTES:
             assert isinstance(value, memoryview)
-            yield from _tensors(value, child, depth + 1)
+            yield from _walk(value, child, depth + 1)
 
 
 def _tensor(message: memoryview) -> Iterator[ExternalData]:
@@ -67,7 +67,7 @@ def _tensor(message: memoryview) -> Iterator[ExternalData]:
         if number == _DATA_LOCATION and wire == _VARINT:
             external = external or value != 0
         elif number == _EXTERNAL_DATA and isinstance(value, memoryview):
-            key, text = _entry(value)
+            key, text = _key_and_value(value)
             if key in entries:
                 raise CorruptInputError(f"graph damaged: a tensor has two values for {key!r:.40}")
             entries[key] = text
@@ -78,12 +78,12 @@ def _tensor(message: memoryview) -> Iterator[ExternalData]:
     length = entries.get("length")
     yield ExternalData(
         entries["location"],
-        _natural(entries.get("offset", "0")),
-        None if length is None else _natural(length),
+        _parse_natural(entries.get("offset", "0")),
+        None if length is None else _parse_natural(length),
     )
 
 
-def _entry(message: memoryview) -> tuple[str, str]:
+def _key_and_value(message: memoryview) -> tuple[str, str]:
     """The key and value of a StringStringEntryProto; for a repeated field the last one counts."""
     pair = {1: "", 2: ""}
     for number, _, value in _fields(message):
@@ -95,7 +95,7 @@ def _entry(message: memoryview) -> tuple[str, str]:
     return pair[1], pair[2]
 
 
-def _natural(text: str) -> int:
+def _parse_natural(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 20):
         raise CorruptInputError(f"graph damaged: {text!r:.40} is not an offset or length")
     return int(text)
@@ -105,16 +105,16 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
     """The fields of one message: number, wire type, value (bytes as a view, numbers as int)."""
     position, end = 0, len(message)
     while position < end:
-        tag, position = _varint(message, position)
+        tag, position = _read_varint(message, position)
         number, wire = tag >> 3, tag & 7
         if not 0 < number < 1 << 29:
             raise CorruptInputError(f"graph damaged: field number {number}")
         if wire == _VARINT:
-            value, position = _varint(message, position)
+            value, position = _read_varint(message, position)
             yield number, wire, value
             continue
         if wire == _BYTES:
-            size, position = _varint(message, position)
+            size, position = _read_varint(message, position)
         elif wire in (_FIXED64, _FIXED32):
             size = 8 if wire == _FIXED64 else 4
         else:
@@ -125,7 +125,7 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
         position += size
 
 
-def _varint(message: memoryview, position: int) -> tuple[int, int]:
+def _read_varint(message: memoryview, position: int) -> tuple[int, int]:
     """Decode a variable-length integer; returns it with the position that follows it."""
     result = 0
     for shift in range(0, 70, 7):

@@ -14,18 +14,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from wanx.config.number_formats import BY_SAFETENSORS
 from wanx.errors import CorruptInputError
 from wanx.files.hashing import HashingFile
 from wanx.files.input_file import open_input, parse_json_object
 
 MAX_HEADER_BYTES = 100_000_000
-DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1,
-    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
-    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4,
-    "U64": 8, "I64": 8, "F64": 8, "C64": 8,
-}  # fmt: skip
 _METADATA = "__metadata__"
 _MAX_BYTES = 1 << 63
 _ALIGNMENT = 64  # of the first tensor in files that we write: a cache line
@@ -101,7 +95,7 @@ def _parse_entry(path: Path, name: str, info: Any, data_start: int) -> TensorRef
             pass
         case _:
             raise _corrupt(path, f"the header entry of tensor {name[:80]!r} is malformed")
-    if dtype not in DTYPE_BYTES:
+    if dtype not in BY_SAFETENSORS:
         raise CorruptInputError(
             f"{path}: tensor {name[:80]!r} has the data type {dtype[:32]!r}, which wanx does "
             "not read; convert it to F32, BF16 or F16"
@@ -117,16 +111,16 @@ def _parse_entry(path: Path, name: str, info: Any, data_start: int) -> TensorRef
 
 def _tensor_bytes(dtype: str, shape: Iterable[int]) -> int | None:
     """Bytes of a tensor; None past 2^63, found without multiplying ever larger numbers."""
-    total = DTYPE_BYTES[dtype]
+    bits = BY_SAFETENSORS[dtype].bits
     for side in shape:
-        total *= side
-        if total >= _MAX_BYTES:
+        bits *= side
+        if bits >= 8 * _MAX_BYTES:
             return None
-    return total
+    return None if bits % 8 else bits // 8
 
 
-def _corrupt(path: Path, found: str) -> CorruptInputError:
-    return CorruptInputError(f"{path}: {found}; download or export the file again")
+def _corrupt(path: Path, problem: str) -> CorruptInputError:
+    return CorruptInputError(f"{path}: {problem}; download or export the file again")
 
 
 class SafetensorsWriter:
@@ -150,7 +144,7 @@ class SafetensorsWriter:
 
         Args:
             path: file to create; it must not exist.
-            tensors: name, dtype (a key of ``DTYPE_BYTES``) and shape of each tensor, in order.
+            tensors: name, dtype (a key of ``BY_SAFETENSORS``) and shape of each tensor, in order.
                 List wider types first: a tensor must start at a multiple of its item size.
             metadata: text to keep in the header.
 
@@ -213,7 +207,8 @@ def _render_header(
         nbytes = _tensor_bytes(dtype, shape)
         assert nbytes is not None, f"{name}: shape {shape} overflows"
         assert name not in table, f"{name}: listed twice"
-        assert end % DTYPE_BYTES[dtype] == 0, f"{name}: misaligned, list wider types first"
+        bits = BY_SAFETENSORS[dtype].bits
+        assert 8 * end % bits == 0, f"{name}: misaligned, list wider types first"
         table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + nbytes]}
         sizes.append(((name, dtype, shape), nbytes))
         end += nbytes

@@ -1,4 +1,4 @@
 """Hot spots of the model as ``wanx::`` ops, one a file: reference, kernel, op, ONNX function.
 
-Imports errors only. Start with ``adaln.py``, then ``registry.py`` and ``launch.py``.
+Imports config and errors only. Start with ``adaln.py``, then ``registry.py`` and ``launch.py``.
 """

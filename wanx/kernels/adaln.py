@@ -33,7 +33,7 @@ from wanx.kernels.launch_config import config
 from wanx.kernels.quantize import is_scale, round_to_8bit, row_scale_of
 from wanx.kernels.registry import DOMAIN, NODES, needs_gradient, register, register_node
 
-LARGEST_DIM = 16384
+MAX_DIM = 16384
 
 
 def adaln_reference(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -63,8 +63,8 @@ def unsupported_reason(
         return reason
     if x.dtype not in FLOATS:
         return f"x is {x.dtype}"
-    if x.shape[-1] > LARGEST_DIM:
-        return f"D is {x.shape[-1]}, above {LARGEST_DIM}"
+    if x.shape[-1] > MAX_DIM:
+        return f"D is {x.shape[-1]}, above {MAX_DIM}"
     if z is not None and (z.shape != x.shape or z.dtype not in FLOATS):
         return f"z {z.dtype} {list(z.shape)} does not belong to x {list(x.shape)}"
     if q_scale is not None and not is_scale(q_scale):
@@ -81,10 +81,10 @@ def unsupported_modulation(x: Tensor, *modulations: Tensor) -> str | None:
     """Problem of a tensor that is not fp32 ``[B, 1, D]`` or ``[1, 1, D]``, for x ``[B, L, D]``."""
     batch, _, dim = x.shape
     for tensor in modulations:
-        found = f"a modulation {tensor.dtype} {list(tensor.shape)}"
+        description = f"a modulation {tensor.dtype} {list(tensor.shape)}"
         shapes = ((1, 1, dim), (batch, 1, dim))
         if tensor.shape not in shapes or tensor.dtype != torch.float32:
-            return f"{found} does not belong to x {list(x.shape)}"
+            return f"{description} does not belong to x {list(x.shape)}"
     return None
 
 
@@ -99,7 +99,7 @@ def _adaln_kernel(  # type: ignore[no-untyped-def]
     column = tl.arange(0, BLOCK)
     inside = column < D
     factor = 1.0 + tl.load(scale + batch * scale_stride + column, mask=inside, other=0.0)
-    offset = tl.load(shift + batch * shift_stride + column, mask=inside, other=0.0)
+    bias = tl.load(shift + batch * shift_stride + column, mask=inside, other=0.0)
     if RESIDUAL:
         weight = tl.load(gate + batch * gate_stride + column, mask=inside, other=0.0)
     if STATIC:
@@ -107,24 +107,24 @@ def _adaln_kernel(  # type: ignore[no-untyped-def]
     first = tl.program_id(0) * TOKENS
     for token in range(first, min(first + TOKENS, length)):
         row = batch.to(tl.int64) * length + token
-        place = row * D + column
-        value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        offsets = row * D + column
+        value = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
         if RESIDUAL:
-            value += tl.load(z + place, mask=inside, other=0.0).to(tl.float32) * weight
-            tl.store(updated + place, value.to(updated.dtype.element_ty), mask=inside)
+            value += tl.load(z + offsets, mask=inside, other=0.0).to(tl.float32) * weight
+            tl.store(updated + offsets, value.to(updated.dtype.element_ty), mask=inside)
         mean = tl.sum(value) / D
         centred = tl.where(inside, value - mean, 0.0)
         deviation = tl.rsqrt(tl.sum(centred * centred) / D + eps)
-        y = centred * deviation * factor + offset
+        y = centred * deviation * factor + bias
         if DYNAMIC:
             largest = tl.max(tl.where(inside, tl.abs(y), 0.0))
             step = row_scale_of(largest)
             tl.store(out_scale + row, step)
         if STATIC or DYNAMIC:
             # A quotient, as 1 / step is infinite for the smallest steps.
-            tl.store(out + place, round_to_8bit(y / step, out.dtype.element_ty), mask=inside)
+            tl.store(out + offsets, round_to_8bit(y / step, out.dtype.element_ty), mask=inside)
         else:
-            tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
+            tl.store(out + offsets, y.to(out.dtype.element_ty), mask=inside)
 
 
 def launch_adaln(

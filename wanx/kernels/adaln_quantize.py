@@ -19,7 +19,12 @@ from torch.library import triton_op
 
 from wanx.kernels.adaln import adaln_reference, launch_adaln, unsupported_reason
 from wanx.kernels.launch import runs_reference
-from wanx.kernels.quantize import SMALLEST_AMAX, quantize_reference, quantize_rows_reference
+from wanx.kernels.quantize import (
+    E4M3_MAX,
+    SMALLEST_AMAX,
+    quantize_reference,
+    quantize_rows_reference,
+)
 from wanx.kernels.registry import DOMAIN, Outputs, register
 
 E4M3 = torch.float8_e4m3fn
@@ -55,7 +60,7 @@ def AdaLNQuantizeRows(x, scale, shift, eps: float):  # type: ignore[no-untyped-d
     y = normed * (scale + one) + shift
     amax = op.ReduceMax(op.Abs(y), op.Constant(value_ints=[-1]), keepdims=1)
     smallest = op.Constant(value_float=SMALLEST_AMAX)
-    rows = op.Max(amax, smallest) / op.Constant(value_float=448.0)
+    rows = op.Max(amax, smallest) / op.Constant(value_float=E4M3_MAX)
     return op.QuantizeLinear(y / rows, one, output_dtype=17), rows
 
 

@@ -20,19 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wanx.config.number_formats import KERNEL_TENSORS
 from wanx.errors import UsageError
-from wanx.kernels.launch import recorded
+from wanx.kernels.launch import capture_launches
+from wanx.kernels.number_formats import FORMATS
 
 SPILL_BYTES = 200  # of a thread's stack: more is a kernel that does not fit its GPU
 KNOWN_SM = (80, 89, 90, 100, 120)
-_POINTERS = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int8: "*i8",
-    torch.int32: "*i32",
-    torch.float8_e4m3fn: "*fp8e4nv",
-}
+_POINTERS = {dtype: f"*{row.triton}" for dtype, row in FORMATS.items() if row.triton}
+_OLDEST_SM = {f"*{row.triton}": row.oldest_sm for row in KERNEL_TENSORS}
 _COMPILER = ("num_warps", "num_stages")
 
 
@@ -59,7 +55,7 @@ class Launch:
     @property
     def oldest_sm(self) -> int:
         """The first GPU that has the number formats of the parameters."""
-        return 89 if "*fp8e4nv" in self.signature.values() else 80
+        return max(_OLDEST_SM.get(kind, 80) for kind in self.signature.values())
 
 
 def record(sm: int, function: Callable[..., object], *args: Any, **kwargs: Any) -> list[Launch]:
@@ -86,7 +82,7 @@ def record(sm: int, function: Callable[..., object], *args: Any, **kwargs: Any) 
             )
         )
 
-    with recorded(note, sm):
+    with capture_launches(note, sm):
         function(*args, **kwargs)
     return launches
 
@@ -140,13 +136,13 @@ def resources(compiled: Any) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        found = subprocess.run(
+        listing = subprocess.run(
             [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)],
             capture_output=True,
             text=True,
             check=True,
         ).stdout
-    usage = {name: int(number) for name, number in re.findall(r"(REG|STACK):(\d+)", found)}
+    usage = {name: int(number) for name, number in re.findall(r"(REG|STACK):(\d+)", listing)}
     return {
         "registers": usage["REG"],
         "stack": usage["STACK"],
@@ -231,14 +227,14 @@ def main() -> None:
     """Compile everything and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sm", type=int, action="append", help="such as 90; repeat for several")
-    asked = parser.parse_args().sm or KNOWN_SM
-    if unknown := [sm for sm in asked if sm not in KNOWN_SM]:
+    sms = parser.parse_args().sm or KNOWN_SM
+    if unknown := [sm for sm in sms if sm not in KNOWN_SM]:
         known = ", ".join(map(str, KNOWN_SM))
         print(f"error: there is nothing for SM {unknown[0]}; known are {known}", file=sys.stderr)
         sys.exit(UsageError.exit_code)
     print(f"{'kernel':40} sm  registers  stack  shared")
     spilled = 0
-    for sm in asked:
+    for sm in sms:
         for name, launch in launches_of_wan(sm):
             if sm >= launch.oldest_sm:
                 used = resources(compile_for(launch, sm))

@@ -49,12 +49,12 @@ def _gated_residual_kernel(  # type: ignore[no-untyped-def]
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     weight = tl.load(gate + batch * gate_stride + column, mask=column < D, other=0.0)
-    place = (batch.to(tl.int64) * length + token[:, None]) * D + column[None, :]
+    offsets = (batch.to(tl.int64) * length + token[:, None]) * D + column[None, :]
     inside = (token[:, None] < length) & (column[None, :] < D)
-    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    added = tl.load(y + place, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+    added = tl.load(y + offsets, mask=inside, other=0.0).to(tl.float32)
     value += added * weight[None, :]
-    tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + offsets, value.to(out.dtype.element_ty), mask=inside)
 
 
 def launch_gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:

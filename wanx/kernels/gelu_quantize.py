@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from wanx.kernels.launch import runs_reference
 from wanx.kernels.quantize import (
+    E4M3_MAX,
     SMALLEST_AMAX,
     launch_quantize,
     quantize_reference,
@@ -55,7 +56,7 @@ def GeluQuantizeRows(x):  # type: ignore[no-untyped-def]
     y = op.Gelu(op.Cast(x, to=1), approximate="tanh")
     amax = op.ReduceMax(op.Abs(y), op.Constant(value_ints=[-1]), keepdims=1)
     smallest = op.Constant(value_float=SMALLEST_AMAX)
-    rows = op.Max(amax, smallest) / op.Constant(value_float=448.0)
+    rows = op.Max(amax, smallest) / op.Constant(value_float=E4M3_MAX)
     one = op.Constant(value_float=1.0)
     return op.QuantizeLinear(y / rows, one, output_dtype=17), rows
 

@@ -17,57 +17,27 @@ x8 and weight8 may lie apart.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import torch
 from torch import Tensor
 
 from wanx.kernels.adaln import unsupported_modulation
 from wanx.kernels.launch import FLOATS, jit, launch, sm_of, tl, unsupported_tensors
+from wanx.kernels.launch_config import config
+from wanx.kernels.number_formats import FORMATS
 from wanx.kernels.quantize import RANGES, gelu_tanh, round_to_8bit
 
 E4M3 = torch.float8_e4m3fn
 LARGEST_INT8_K = 2**17 - 1  # 128² K stays below 2³¹
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tile:
-    """Tile of one program, and the options that it is compiled with.
-
-    Attributes:
-        block_m: rows.
-        block_n: columns.
-        block_k: depth of a step.
-        group_m: blocks of rows that share a block of columns in the L2 cache.
-        num_warps: warps of the program.
-        num_stages: steps that are loaded ahead.
-    """
-
-    block_m: int = 128
-    block_n: int = 128
-    block_k: int = 128
-    group_m: int = 8
-    num_warps: int = 8
-    num_stages: int = 4
-
-
-# From which GPU on; what is wider spills registers. int8 has no tensor memory from SM103 on.
-TILES = {
-    torch.int8: {80: Tile(), 90: Tile(block_m=256), 103: Tile()},
-    E4M3: {89: Tile(), 100: Tile(block_m=256), 120: Tile()},
-}
-# Of rows that do not all start at multiples of 16 bytes each byte has its own address.
-UNALIGNED = Tile(block_m=64, block_n=64, block_k=32, num_warps=4)
-
-
-def tile_for(x8: Tensor, weight8: Tensor, *, residual: bool = False) -> Tile:
-    """The default tile for these operands on their GPU."""
+def op_in_table(x8: Tensor, weight8: Tensor, *, gelu: bool = False, residual: bool = False) -> str:
+    """Name of the entries of :mod:`wanx.kernels.launch_config` for these operands."""
+    # The table has the widest blocks that spill no registers: the residual takes as many as the
+    # product, and int8 has no tensor memory from SM103 on.
+    # Of rows that do not all start at multiples of 16 bytes each byte has its own address.
     if any(number % 16 for number in (x8.shape[1], x8.stride(0), weight8.stride(0))):
-        return UNALIGNED
-    table, sm = TILES[x8.dtype], sm_of(x8)
-    tile = table[max((oldest for oldest in table if oldest <= sm), default=min(table))]
-    # The residual takes as many registers as the product.
-    return replace(tile, block_m=min(tile.block_m, 128)) if residual else tile
+        return "gemm_unaligned"
+    return f"gemm_{FORMATS[x8.dtype].name}{'_gelu' if gelu else '_residual' if residual else ''}"
 
 
 def unsupported_reason(
@@ -169,13 +139,13 @@ def _gemm_8bit_kernel(  # type: ignore[no-untyped-def]
     y += tl.load(bias + first_n + weight_row).to(tl.float32)[None, :]
     inside = (row[:, None] < M - first_m) & (column[None, :] < N - first_n)
     first = first_row * N + first_n
-    place = row[:, None] * N + column[None, :]
+    offsets = row[:, None] * N + column[None, :]
     if GELU:
         y = round_to_8bit(gelu_tanh(y) / tl.load(out_scale), out.dtype.element_ty)
     elif RESIDUAL:
         y *= tl.load(gate + batch * gate_stride + first_n + weight_row)[None, :]
-        y += tl.load(residual + first + place, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + first + place, y.to(out.dtype.element_ty), mask=inside)
+        y += tl.load(residual + first + offsets, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + first + offsets, y.to(out.dtype.element_ty), mask=inside)
 
 
 def launch_gemm_8bit(
@@ -189,7 +159,6 @@ def launch_gemm_8bit(
     dtype: torch.dtype | None = None,
     residual: Tensor | None = None,
     gate: Tensor | None = None,
-    tile: Tile | None = None,
 ) -> Tensor:
     """Run the kernel; without ``out_scale``, ``residual`` and ``gate`` it stores y.
 
@@ -203,7 +172,6 @@ def launch_gemm_8bit(
         dtype: of what ``out_scale`` rounds.
         residual: with ``gate`` it asks for the residual, updated.
         gate: ``[B, 1, N]`` or ``[1, 1, N]``.
-        tile: instead of the default one.
     """
     (m, k), n = x8.shape, weight8.shape[0]
     sm = sm_of(x8)
@@ -214,20 +182,20 @@ def launch_gemm_8bit(
         out = torch.empty_like(residual)
         batch, gate_stride = residual.shape[0], gate.stride(0) if gate.shape[0] > 1 else 0
     rows = m // batch
-    tile = tile or tile_for(x8, weight8, residual=residual is not None)
-    programs = -(-rows // tile.block_m) * -(-n // tile.block_n)
+    op = op_in_table(x8, weight8, gelu=out_scale is not None, residual=residual is not None)
+    meta = config(op, sm, n=n, k=k)
+    programs = -(-rows // meta["BLOCK_M"]) * -(-n // meta["BLOCK_N"])
     # What a variant does not use is not looked at: any tensor will do in its place.
     launch(
         _gemm_8bit_kernel, (programs, batch),
         x8, x_scale, weight8, weight_scale, bias, x_scale if out_scale is None else out_scale,
         bias if residual is None else residual, x_scale if gate is None else gate, out,
         rows, n, k, x8.stride(0), weight8.stride(0), gate_stride,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
         X_ROWS=bool(x_scale.numel() > 1), WEIGHT_ROWS=bool(weight_scale.numel() > 1),
-        MASK_K=k % tile.block_k != 0,
+        MASK_K=k % meta["BLOCK_K"] != 0,
         # Blackwell's data centre GPUs sum in memory of their own, in fp32.
         PROMOTE=x8.dtype == E4M3 and not 100 <= sm < 120,
         GELU=out_scale is not None, RESIDUAL=residual is not None,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **meta,
     )  # fmt: skip
     return out

@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.library import wrap_triton
 from torch.torch_version import TorchVersion
 
+from wanx.config.number_formats import FP8
 from wanx.errors import WanxError
 
 try:
@@ -37,10 +38,10 @@ else:
     jit = triton.jit
 
 __all__ = [
+    "capture_launches",
     "jit",
     "launch",
     "next_power_of_two",
-    "recorded",
     "runs_reference",
     "sm_of",
     "tl",
@@ -49,9 +50,9 @@ __all__ = [
     "without_tma",
 ]
 
-OLDEST = (8, 0)
-OLDEST_FP8 = (8, 9)
-OLDEST_TMA = 90
+MIN_CAPABILITY = (8, 0)
+MIN_CAPABILITY_FP8 = divmod(FP8.oldest_sm, 10)
+MIN_SM_TMA = 90
 # A kernel makes its descriptors itself, in memory that whoever launches it allocates. Those that
 # come from outside, TensorDescriptor, are lost where wrap_triton is traced without Dynamo, as
 # torch.export does. For the memory programs of AOTInductor before 2.12 allocate what one block of
@@ -59,7 +60,7 @@ OLDEST_TMA = 90
 PROGRAMS_HAVE_TMA = TorchVersion(torch.__version__) >= "2.12"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _log = logging.getLogger("wanx.kernels")
-_recorder: Callable[..., None] | None = None
+_on_launch: Callable[..., None] | None = None
 _target = 90
 
 
@@ -72,8 +73,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         args: tensors and numbers, in the kernel's order.
         meta: its ``constexpr`` parameters, and ``num_warps`` and ``num_stages``.
     """
-    if _recorder is not None:
-        _recorder(kernel, grid, args, meta)
+    if _on_launch is not None:
+        _on_launch(kernel, grid, args, meta)
     else:
         if meta.get("TMA"):
             triton.set_allocator(_allocate)
@@ -86,23 +87,23 @@ def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
 
 
 @contextmanager
-def recorded(recorder: Callable[..., None], sm: int) -> Iterator[None]:
-    """Within it, launches for the GPU ``sm`` are told to ``recorder`` instead of run.
+def capture_launches(on_launch: Callable[..., None], sm: int) -> Iterator[None]:
+    """Call ``on_launch`` instead of running kernels, whose GPU is taken to be ``sm``.
 
-    Their tensors need no memory. Of several within each other the innermost is told.
+    Tensors need no memory meanwhile. Of several within each other the innermost is called.
     """
-    global _recorder, _target
-    before = _recorder, _target
-    _recorder, _target = recorder, sm
+    global _on_launch, _target
+    before = _on_launch, _target
+    _on_launch, _target = on_launch, sm
     try:
         yield
     finally:
-        _recorder, _target = before
+        _on_launch, _target = before
 
 
 def sm_of(tensor: Tensor) -> int:
     """The GPU that a kernel with ``tensor`` will run on, such as 90."""
-    if _recorder is not None:
+    if _on_launch is not None:
         return _target
     if not tensor.is_cuda:
         return 90  # interpreted
@@ -127,12 +128,12 @@ def runs_reference(op: str, reason: str | None, *tensors: Tensor) -> bool:
             f"the kernel of wanx::{op} cannot run: {reason}; unset WANX_STRICT to run PyTorch's "
             "operators instead"
         )
-    _report(op, reason)
+    _warn_once(op, reason)
     return True
 
 
 @cache
-def _report(op: str, reason: str) -> None:
+def _warn_once(op: str, reason: str) -> None:
     _log.warning("wanx::%s runs as PyTorch operators, which is slower: %s", op, reason)
 
 
@@ -151,11 +152,12 @@ def unsupported_tensors(*tensors: Tensor, fp8: bool = False, triton: bool = True
         return f"its tensors are on {' and '.join(sorted(devices))}"
     if not tensors[0].is_cuda:
         return f"it runs on NVIDIA GPUs, not on {tensors[0].device.type}"
-    found = torch.cuda.get_device_capability(tensors[0].device)
-    oldest = OLDEST_FP8 if fp8 else OLDEST
-    if found < oldest:
+    capability = torch.cuda.get_device_capability(tensors[0].device)
+    minimum = MIN_CAPABILITY_FP8 if fp8 else MIN_CAPABILITY
+    if capability < minimum:
         what = "FP8 needs" if fp8 else "it needs"
-        return f"{what} SM{oldest[0]}{oldest[1]} or newer, this GPU is SM{found[0]}{found[1]}"
+        major, minor = capability
+        return f"{what} SM{minimum[0]}{minimum[1]} or newer, this GPU is SM{major}{minor}"
     for tensor in tensors:
         if tensor.ndim and tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
             return f"rows of {list(tensor.shape)} are not contiguous (stride {tensor.stride(-1)})"
@@ -169,15 +171,15 @@ def unsupported_tma(*tensors: Tensor) -> str | None:
         tensors: those that a kernel describes by rows, which are contiguous.
     """
     sm = sm_of(tensors[0])
-    if sm < OLDEST_TMA:
-        return f"TMA needs SM{OLDEST_TMA} or newer, this GPU is SM{sm}"
+    if sm < MIN_SM_TMA:
+        return f"TMA needs SM{MIN_SM_TMA} or newer, this GPU is SM{sm}"
     traced = is_fake(tensors[0])
     if traced and not PROGRAMS_HAVE_TMA:
         return f"programs with TMA need PyTorch 2.12 or newer, this is {torch.__version__}"
     for tensor in tensors:
         # A size that is left open counts where it is a multiple whatever it is.
-        places = (tensor.storage_offset(), *tensor.stride()[:-1])
-        if not all(statically_known_true(n * tensor.itemsize % 16 == 0) for n in places):
+        offsets = (tensor.storage_offset(), *tensor.stride()[:-1])
+        if not all(statically_known_true(n * tensor.itemsize % 16 == 0) for n in offsets):
             return f"rows of {list(tensor.shape)} do not all start at multiples of 16 bytes"
         if not traced and tensor.data_ptr() % 16:
             return f"{list(tensor.shape)} does not start at a multiple of 16 bytes"

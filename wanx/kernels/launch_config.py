@@ -2,11 +2,11 @@
 
 The table is ``tuned.json`` beside this file. Each of its entries has an op, a GPU by its SM, the
 sizes that it stands for, and what was found best there: the meta-parameters of the op's kernel, or
-the order of providers of attention, fastest first. What was measured says on which machine, in
+the ranking of backends of attention, fastest first. What was measured says on which machine, in
 microseconds; ``null`` marks what follows from registers and shared memory alone, or from
 experience elsewhere. Entries with no SM are for GPUs that have none of their own.
 
-``python -m wanx.kernels.tuning.tune`` measures and writes new entries.
+``python -m benchmarks.tuning.tune`` measures and writes new entries.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TABLE = Path(__file__).with_name("tuned.json")
 Choice = dict[str, int] | list[str]
 _table: tuple[Entry, ...] | None = None
 _overrides: dict[str, dict[str, int]] = {}
-_orders: dict[str, list[str]] = {}
+_rankings: dict[str, list[str]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Entry:
         op: the op.
         sm: the GPU, such as 90; None for those without entries of the op.
         shape: sizes by name; one that is missing does not matter.
-        choice: meta-parameters by name, or the order of providers.
+        choice: meta-parameters by name, or the ranking of backends.
         measured: GPU, versions and times; None where nothing was measured.
     """
 
@@ -51,24 +51,24 @@ class Entry:
         return self.op, self.sm or 0, tuple(sorted(self.shape.items()))
 
 
-def load(path: Path) -> list[Entry]:
+def load_table(path: Path) -> list[Entry]:
     """Read a table."""
     return [Entry(**fields) for fields in json.loads(path.read_text(encoding="utf-8"))]
 
 
-def dump(entries: Iterable[Entry], path: Path) -> None:
+def dump_table(entries: Iterable[Entry], path: Path) -> None:
     """Write a table, an entry on each line, so that changes show."""
-    ordered = sorted(entries, key=lambda entry: entry.key)
-    lines = ",\n".join(json.dumps(asdict(entry)) for entry in ordered)
+    by_key = sorted(entries, key=lambda entry: entry.key)
+    lines = ",\n".join(json.dumps(asdict(entry)) for entry in by_key)
     path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
-def merged(table: Iterable[Entry], found: Iterable[Entry]) -> list[Entry]:
-    """The table with what was found, which replaces entries for the same op, GPU and shape."""
-    return list({entry.key: entry for entry in (*table, *found)}.values())
+def merge_entries(table: Iterable[Entry], new_entries: Iterable[Entry]) -> list[Entry]:
+    """Add entries to a table; they replace those for the same op, GPU and shape."""
+    return list({entry.key: entry for entry in (*table, *new_entries)}.values())
 
 
-def nearest(table: Iterable[Entry], op: str, sm: int, shape: Mapping[str, int]) -> Entry:
+def nearest_entry(table: Iterable[Entry], op: str, sm: int, shape: Mapping[str, int]) -> Entry:
     """The entry of ``op`` and ``sm`` whose shape is nearest, else one for unknown GPUs.
 
     Sizes count by their ratio and in their order: the second decides between entries that are
@@ -79,9 +79,9 @@ def nearest(table: Iterable[Entry], op: str, sm: int, shape: Mapping[str, int]) 
         KeyError: the table does not know the op.
     """
     known = [entry for entry in table if entry.op == op]
-    found = [entry for entry in known if entry.sm == sm]
-    found = found or [entry for entry in known if entry.sm is None]
-    if not found:
+    candidates = [entry for entry in known if entry.sm == sm]
+    candidates = candidates or [entry for entry in known if entry.sm is None]
+    if not candidates:
         raise KeyError(f"{TABLE.name} has no entry of {op} for SM{sm}, nor one for unknown GPUs")
 
     def distance(entry: Entry) -> tuple[Any, ...]:
@@ -91,26 +91,26 @@ def nearest(table: Iterable[Entry], op: str, sm: int, shape: Mapping[str, int]) 
         )
         return (*ratios, entry.measured is None, -sum(entry.shape.values()))
 
-    return min(found, key=distance)
+    return min(candidates, key=distance)
 
 
-def use(table: Iterable[Entry]) -> None:
+def set_table(table: Iterable[Entry]) -> None:
     """Look everything up in this table from now on, and not in the package's own."""
     global _table
     _table = tuple(table)
-    _find.cache_clear()
+    _lookup.cache_clear()
 
 
 @cache
-def _find(op: str, sm: int, shape: tuple[tuple[str, int], ...]) -> Choice:
-    return nearest(_table or (), op, sm, dict(shape)).choice
+def _lookup(op: str, sm: int, shape: tuple[tuple[str, int], ...]) -> Choice:
+    return nearest_entry(_table or (), op, sm, dict(shape)).choice
 
 
 def _choice(op: str, sm: int, shape: Mapping[str, Any]) -> Choice:
     if _table is None:
-        use(load(TABLE))
+        set_table(load_table(TABLE))
     # A symbolic size, as in a graph while it is traced, must not be fixed by looking at it.
-    return _find(op, sm, tuple((n, size) for n, size in shape.items() if isinstance(size, int)))
+    return _lookup(op, sm, tuple((n, size) for n, size in shape.items() if isinstance(size, int)))
 
 
 def config(op: str, sm: int, **shape: int) -> dict[str, int]:
@@ -131,45 +131,45 @@ def config(op: str, sm: int, **shape: int) -> dict[str, int]:
     return dict(choice)
 
 
-def provider_order(sm: int, *, bits: int, keys: int) -> list[str]:
-    """Providers of attention whose operands have ``bits``, or more, from fast to slow.
+def backend_ranking(sm: int, *, bits: int, keys: int) -> list[str]:
+    """Backends of attention whose operands have ``bits``, or more, from fast to slow.
 
     Args:
         sm: the GPU, such as 90.
         bits: 16 or 8.
         keys: how many each query attends to; left out if it is symbolic.
     """
-    return order(f"attention_providers_{bits}bit", sm, keys=keys)
+    return ranking(f"attention_providers_{bits}bit", sm, keys=keys)
 
 
-def order(op: str, sm: int, **shape: int) -> list[str]:
+def ranking(op: str, sm: int, **shape: int) -> list[str]:
     """The implementations of an op, from fast to slow; arguments as of :func:`config`.
 
     Raises:
         KeyError: the table does not know the op.
     """
-    if op in _orders:
-        return list(_orders[op])
+    if op in _rankings:
+        return list(_rankings[op])
     choice = _choice(op, sm, shape)
     assert isinstance(choice, list)
     return list(choice)
 
 
 @contextmanager
-def ordered(op: str, names: list[str]) -> Iterator[None]:
-    """Within it, these are all the implementations that ``op`` has."""
-    before = dict(_orders)
-    _orders[op] = names
+def with_ranking(op: str, names: list[str]) -> Iterator[None]:
+    """Let ``op`` have these implementations alone, inside the block."""
+    before = dict(_rankings)
+    _rankings[op] = names
     try:
         yield
     finally:
-        _orders.clear()
-        _orders.update(before)
+        _rankings.clear()
+        _rankings.update(before)
 
 
 @contextmanager
-def overridden(op: str, choice: dict[str, int]) -> Iterator[None]:
-    """Within it, ``op`` runs with these meta-parameters everywhere."""
+def with_config(op: str, choice: dict[str, int]) -> Iterator[None]:
+    """Run ``op`` with these meta-parameters everywhere, inside the block."""
     before = dict(_overrides)
     _overrides[op] = choice
     try:

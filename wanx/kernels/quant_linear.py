@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from wanx.kernels import gemm_8bit
 from wanx.kernels.launch import runs_reference, sm_of, unsupported_tensors
-from wanx.kernels.launch_config import order
+from wanx.kernels.launch_config import ranking
 from wanx.kernels.registry import DOMAIN, Outputs, needs_gradient, register
 
 Run = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -122,12 +122,12 @@ def _choose(
     """Choose the fastest product for an op on this GPU, or say why none can run."""
     values = (x8, x_scale, weight8, weight_scale, bias)
     n, k = weight8.shape
-    found: Run | str = ""
-    for name in order(op, sm_of(x8), n=n, k=k):
-        found = candidate(name, *values)
-        if not isinstance(found, str):
+    choice: Run | str = ""
+    for name in ranking(op, sm_of(x8), n=n, k=k):
+        choice = candidate(name, *values)
+        if not isinstance(choice, str):
             break
-    return found
+    return choice
 
 
 def candidate(

@@ -24,6 +24,7 @@ from onnxscript import script
 from torch import Tensor
 from torch.library import triton_op
 
+from wanx.config.number_formats import FP8, QUANTIZED
 from wanx.kernels.launch import (
     FLOATS,
     jit,
@@ -37,11 +38,11 @@ from wanx.kernels.launch import (
 from wanx.kernels.launch_config import config
 from wanx.kernels.registry import DOMAIN, ONNX_TYPES, Outputs, register, register_node
 
-E4M3_MAX = 448.0
+E4M3_MAX = FP8.largest
 # The smallest amax whose scale is a normal number, so that x / scale is finite.
 SMALLEST_AMAX = E4M3_MAX * 2.0**-126
 LARGEST_ROW = 16384
-RANGES = {torch.int8: (-128.0, 127.0), torch.float8_e4m3fn: (-E4M3_MAX, E4M3_MAX)}
+RANGES = {getattr(torch, row.torch): (row.lowest, row.largest) for row in QUANTIZED}
 
 
 def quantize_reference(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

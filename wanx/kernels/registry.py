@@ -19,8 +19,10 @@ from onnxscript.values import Opset
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from wanx.kernels.number_formats import FORMATS
+
 DOMAIN = Opset("wanx", 1)
-ONNX_TYPES = {torch.int8: 3, torch.float8_e4m3fn: 17}
+ONNX_TYPES = {dtype: row.onnx for dtype, row in FORMATS.items() if row.onnx}
 ONNX_FUNCTIONS: dict[str, OnnxFunction[..., Any]] = {}
 NODES: dict[Callable[..., Any], Callable[..., Any]] = {}
 Outputs = Sequence[tuple[torch.dtype, Sequence[int | torch.SymInt]]]
@@ -36,7 +38,7 @@ def register(
     function: OnnxFunction[..., Any],
     outputs: Callable[..., Outputs] | None = None,
 ) -> None:
-    """Let the ONNX ``function`` stand for the torch op ``overload`` in graphs.
+    """Export the torch op ``overload`` as a node with the ONNX ``function`` as its body.
 
     The function's inputs are the op's tensors and its attributes the op's other arguments, by the
     same names; a dtype becomes the number that ONNX has for it. Each output of the op has the shape
@@ -67,7 +69,7 @@ def register(
 
 
 def register_node(overload: torch._ops.OpOverload, to_onnx_node: Callable[..., Any]) -> None:
-    """Let what ``to_onnx_node`` makes of the op's arguments stand for ``overload`` in graphs.
+    """Export the torch op ``overload`` as the node that ``to_onnx_node`` emits.
 
     For an op that is one node of standard ONNX, which runtimes look for by that name.
     """
@@ -75,7 +77,7 @@ def register_node(overload: torch._ops.OpOverload, to_onnx_node: Callable[..., A
 
 
 class OpsAsNodes(TorchFunctionMode):
-    """While it is active, every registered op is traced as its ONNX node.
+    """Mode in which every registered op is traced as its ONNX node.
 
     Decomposing the ops afterwards has the same result, and traces the whole program again.
     """

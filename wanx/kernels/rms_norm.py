@@ -24,7 +24,7 @@ from wanx.kernels.launch import (
 )
 from wanx.kernels.registry import DOMAIN, needs_gradient, register
 
-LARGEST_DIM = 16384
+MAX_DIM = 16384
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -40,8 +40,8 @@ def unsupported_reason(x: Tensor, weight: Tensor) -> str | None:
         return reason
     if x.dtype not in FLOATS or weight.dtype not in FLOATS:
         return f"x is {x.dtype} and its weight {weight.dtype}"
-    if x.shape[-1] > LARGEST_DIM:
-        return f"D is {x.shape[-1]}, above {LARGEST_DIM}"
+    if x.shape[-1] > MAX_DIM:
+        return f"D is {x.shape[-1]}, above {MAX_DIM}"
     if weight.shape != x.shape[-1:] or not weight.is_contiguous():
         return f"its weight {list(weight.shape)} does not belong to x {list(x.shape)}"
     return None if x.is_contiguous() else f"x {list(x.shape)} is not contiguous"
@@ -51,11 +51,11 @@ def unsupported_reason(x: Tensor, weight: Tensor) -> str | None:
 def _rms_norm_kernel(x, weight, out, eps, D: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     column = tl.arange(0, BLOCK)
     inside = column < D
-    place = tl.program_id(0).to(tl.int64) * D + column
-    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    offsets = tl.program_id(0).to(tl.int64) * D + column
+    value = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
     factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     y = value * tl.rsqrt(tl.sum(value * value) / D + eps) * factor
-    tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + offsets, y.to(out.dtype.element_ty), mask=inside)
 
 
 def launch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

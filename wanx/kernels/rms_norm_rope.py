@@ -89,8 +89,8 @@ def unsupported_reason(
         ("sin", sin, table, fp32),
     ):
         if tensor.shape != shape or tensor.dtype not in dtypes:
-            found = f"{name} {tensor.dtype} {list(tensor.shape)}"
-            return f"{found} does not belong to q {list(q.shape)} of {num_heads} heads"
+            description = f"{name} {tensor.dtype} {list(tensor.shape)}"
+            return f"{description} does not belong to q {list(q.shape)} of {num_heads} heads"
         if not tensor.is_contiguous():
             return f"{name} {list(tensor.shape)} is not contiguous"
     for scale in scales:
@@ -101,13 +101,13 @@ def unsupported_reason(
 
 @jit
 def _rotate_token(  # type: ignore[no-untyped-def]
-    x, weight, cosine, sine, scale, out, x_place, out_place, eps,
+    x, weight, cosine, sine, scale, out, x_offset, out_offset, eps,
     HEADS: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr, STATIC: tl.constexpr,
 ):  # fmt: skip
     head = tl.arange(0, BLOCK)[:, None]
     column = head * HEAD + tl.arange(0, HEAD)[None, :]
     inside = column < HEADS * HEAD
-    value = tl.load(x + x_place + column, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + x_offset + column, mask=inside, other=0.0).to(tl.float32)
     factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     mean_square = tl.sum(tl.sum(value * value, 1), 0) / (HEADS * HEAD)
     normed = value * tl.rsqrt(mean_square + eps) * factor
@@ -117,7 +117,7 @@ def _rotate_token(  # type: ignore[no-untyped-def]
     if STATIC:
         # A quotient, as 1 / scale is infinite for the smallest scales.
         y = round_to_8bit(y / tl.load(scale), out.dtype.element_ty)
-    tl.store(out + out_place + column, y.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + out_offset + column, y.to(out.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -131,17 +131,17 @@ def _rms_norm_rope_kernel(  # type: ignore[no-untyped-def]
     pair = token * (HEAD // 2) + tl.arange(0, HEAD // 2)[None, :]
     cosine = tl.load(cos + pair)
     sine = tl.load(sin + pair)
-    place = (batch * length + token) * HEADS * HEAD
-    q_place = batch * q_batch_stride + token.to(tl.int64) * q_stride
-    k_place = batch * k_batch_stride + token.to(tl.int64) * k_stride
+    out_offset = (batch * length + token) * HEADS * HEAD
+    q_offset = batch * q_batch_stride + token.to(tl.int64) * q_stride
+    k_offset = batch * k_batch_stride + token.to(tl.int64) * k_stride
     if tl.program_id(2) == 0:
         _rotate_token(
-            q, q_weight, cosine, sine, q_scale, q_out, q_place, place, eps,
+            q, q_weight, cosine, sine, q_scale, q_out, q_offset, out_offset, eps,
             HEADS, HEAD, BLOCK, STATIC,
         )  # fmt: skip
     else:
         _rotate_token(
-            k, k_weight, cosine, sine, k_scale, k_out, k_place, place, eps,
+            k, k_weight, cosine, sine, k_scale, k_out, k_offset, out_offset, eps,
             HEADS, HEAD, BLOCK, STATIC,
         )  # fmt: skip
 

@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wanx.kernels.attention.quant_attention import quant_attention
+from wanx.kernels.number_formats import FORMATS
 from wanx.kernels.quant_linear import quant_linear, quant_linear_rows
 from wanx.kernels.quantize import quantize, quantize_reference, quantize_rows
 from wanx.kernels.weight_only_linear import weight_only_linear
-
-# The largest magnitude that a weight is scaled to: int8's -128 is left out for symmetry.
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 def quantize_weight(
@@ -43,7 +41,7 @@ def quantize_weight(
     amax = w.abs().amax() if per_tensor else w.abs().amax(1)
     if not bool(amax.isfinite().all()):
         raise ValueError("the weight holds NaN or infinity; 8 bits can store only finite numbers")
-    scale = amax / LARGEST[dtype]
+    scale = amax / FORMATS[dtype].largest
     scale = scale.where(scale >= torch.finfo(torch.float32).tiny, 1.0)
     return quantize_reference(w, scale.reshape(-1, 1), dtype), scale
 
@@ -52,7 +50,7 @@ def _frozen(*shape: int, dtype: torch.dtype, fill: float = 0) -> nn.Parameter:
     return nn.Parameter(torch.full(shape, fill, dtype=dtype), requires_grad=False)
 
 
-class _Linear8(nn.Module):
+class _QuantLinearBase(nn.Module):
     """Base of the linear layers: ``weight``, ``weight_scale`` and ``bias``."""
 
     bias: nn.Parameter | None
@@ -75,7 +73,7 @@ class _Linear8(nn.Module):
         )
 
 
-class QuantLinear(_Linear8):
+class QuantLinear(_QuantLinearBase):
     """A linear layer whose input and weight are 8-bit, with a static scale for the input.
 
     Args:
@@ -98,14 +96,16 @@ class QuantLinear(_Linear8):
     ) -> None:
         super().__init__(in_features, out_features, dtype=dtype, per_tensor=per_tensor)
         # In a tuple, so that the other layer does not become a child of this one.
-        self._owner: tuple[QuantLinear] = (self,) if same_input is None else same_input._owner
+        self._scale_owner: tuple[QuantLinear] = (
+            (self,) if same_input is None else same_input._scale_owner
+        )
         if same_input is None:
             self.input_scale = _frozen(dtype=torch.float32, fill=1)
 
     @property
     def shared_scale(self) -> Tensor:
         """The static scale of the input ``[]`` in fp32, its own or that of ``same_input``."""
-        return self._owner[0].input_scale
+        return self._scale_owner[0].input_scale
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform ``x`` ``[..., K]`` to ``[..., N]``."""
@@ -116,7 +116,7 @@ class QuantLinear(_Linear8):
         return y.to(x.dtype)
 
 
-class DynamicQuantLinear(_Linear8):
+class DynamicQuantLinear(_QuantLinearBase):
     """A linear layer in e4m3 that finds the scale of each row of its input as it comes.
 
     Args:
@@ -138,7 +138,7 @@ class DynamicQuantLinear(_Linear8):
         return y.to(x.dtype)
 
 
-class WeightOnlyLinear(_Linear8):
+class WeightOnlyLinear(_QuantLinearBase):
     """A linear layer whose weight alone is 8-bit; takes what :class:`torch.nn.Linear` takes."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ class WeightOnlyLinear(_Linear8):
         return weight_only_linear(x, self.weight, self.weight_scale, self.bias)
 
 
-class QuantAttend(nn.Module):
+class QuantAttentionOp(nn.Module):
     """Attention whose queries, keys, values and probabilities are e4m3, with static scales."""
 
     def __init__(self, num_heads: int) -> None:
@@ -183,7 +183,7 @@ def replace_linears(
     make: Callable[[str, nn.Linear], nn.Module | None],
     prefix: str = "",
 ) -> None:
-    """Put other modules in the place of the linear layers inside ``module``.
+    """Replace the linear layers inside ``module``.
 
     Args:
         module: changed in place.

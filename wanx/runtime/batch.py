@@ -1,4 +1,4 @@
-"""Many runs of one bundle: several seeds of one prompt, or a file with a line for each."""
+"""Batches of runs of one bundle: several seeds of one prompt, or a file with a line for each."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from wanx.errors import CancelledError, UsageError, WanxError
 from wanx.files.input_file import open_input, parse_json_object
-from wanx.runtime.options import RunOptions
+from wanx.runtime.options import FILE_OPTIONS, RunOptions
 from wanx.runtime.pipeline import Generation, Pipeline
 from wanx.runtime.sizes import parse_size
 
 _MAX_BYTES = 64 << 20
-_FIELDS = {field.name for field in fields(RunOptions)}
-_FILES = ("image", "last_image", "video", "mask")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +22,9 @@ class Job:
     """One run of a batch.
 
     Attributes:
-        name: what a report calls it: ``line 3``, or ``2 of 4``.
+        name: for reports: ``line 3``, or ``2 of 4``.
         output: file to write.
-        options: what to generate, or why that cannot be told.
+        options: of the run, or the error in them.
     """
 
     name: str
@@ -36,7 +34,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a job: a ``result``, an ``error``, or neither when its output was there."""
+    """Outcome of a job: a ``result``, an ``error``, or neither when its output was there."""
 
     job: Job
     result: Generation | None = None
@@ -115,11 +113,11 @@ def run_jobs(
     """Run jobs one after the other; one that fails does not stop the others.
 
     Args:
-        pipeline: what to run them on.
+        pipeline: runs them.
         jobs: from :func:`seeds` or :func:`read_jobs`.
         resume: leave an output that exists as it is: outputs appear whole or not at all, so it is
             finished.
-        on_start: told the number, from 0, of each job that is about to run.
+        on_start: called with the number, from 0, of each job that is about to run.
         runtime: keywords of :meth:`Pipeline.run`.
 
     Raises:
@@ -151,29 +149,43 @@ def _options(values: dict[str, Any], defaults: RunOptions, folder: Path) -> RunO
     if "size" in values:
         width, height = parse_size(str(values.pop("size")))
         values |= {"width": width, "height": height}
-    unknown = [name for name in values if name not in _FIELDS]
+    unknown = [name for name in values if name not in _TYPES]
     if unknown:
-        known = ", ".join(["output", "size", *sorted(_FIELDS)])
+        known = ", ".join(["output", "size", *sorted(_TYPES)])
         raise UsageError(f"{unknown[0]!r} is not an option; choose from {known}")
     for name, value in values.items():
         if not isinstance(value, _TYPES[name]) or isinstance(value, bool):
             raise UsageError(f"{name} is {value!r}; give {_WORDS[_TYPES[name]]}")
-    for name in _FILES:
-        if name in values:
-            values[name] = folder / values[name]
-    if "references" in values:
-        if not all(isinstance(item, str) for item in values["references"]):
-            raise UsageError(f"references is {values['references']!r}; give names of files")
-        values["references"] = tuple(folder / item for item in values["references"])
+    for name in FILE_OPTIONS & values.keys():
+        value = values[name]
+        if isinstance(value, str):
+            values[name] = folder / value
+        elif all(isinstance(item, str) for item in value):
+            values[name] = tuple(folder / item for item in value)
+        else:
+            raise UsageError(f"{name} is {value!r}; give names of files")
     return replace(defaults, **values)
 
 
-_WORDS = {
+# In words, the types that a value may have in JSON.
+_WORDS: dict[tuple[type, ...], str] = {
     (str,): "a text", (int,): "a whole number", (int, float): "a number", (list,): "a list",
 }  # fmt: skip
-_TYPES: dict[str, tuple[type, ...]] = (
-    dict.fromkeys(("prompt", "negative_prompt", "solver", *_FILES), (str,))
-    | dict.fromkeys(("width", "height", "frames", "fps", "steps", "seed"), (int,))
-    | dict.fromkeys(("guide_scale", "shift", "vace_scale"), (int, float))
-    | {"references": (list,)}
-)
+
+
+def _json_types() -> dict[str, tuple[type, ...]]:
+    """Types that each option may have in JSON, from the fields of :class:`RunOptions`."""
+    types: dict[str, tuple[type, ...]] = {}
+    hints = get_type_hints(RunOptions)
+    for option in fields(RunOptions):
+        hint = hints[option.name]
+        if option.name in FILE_OPTIONS:
+            types[option.name] = (list,) if isinstance(option.default, tuple) else (str,)
+        elif float in (hint, *get_args(hint)):
+            types[option.name] = (int, float)
+        else:
+            types[option.name] = (int,) if int in (hint, *get_args(hint)) else (str,)
+    return types
+
+
+_TYPES = _json_types()

@@ -1,7 +1,7 @@
-"""One video on its way from noise to latent, step by step; who runs the network is left open.
+"""State of one denoising run between two steps; the caller runs the network.
 
-The pipeline runs one trajectory to its end. Others keep many of them in step over one network, or
-replay velocities that they stored.
+A run is taken to its end by :meth:`wanx.runtime.run_parts.RunParts.denoise`. Others keep many of
+them in step over one network, or replay velocities that they stored.
 """
 
 from __future__ import annotations
@@ -17,23 +17,27 @@ from wanx.runtime.inputs.conditioning import Conditioning, noise_shape
 from wanx.runtime.options import ResolvedRun
 from wanx.runtime.sampling.guidance import Branch, branches, guide
 from wanx.runtime.sampling.noise import randn
-from wanx.runtime.sampling.sampler import Sampler, make_sampler
+from wanx.runtime.sampling.sampler import make_sampler
 from wanx.runtime.sessions.base import Array
 from wanx.runtime.tokens import patchify, rope_tables, token_grid, unpatchify
 
 Float32 = NDArray[np.float32]
 
 
-class Trajectory:
-    """The latent of one run between two steps: says what the network is fed, takes its answer.
+class NonFiniteLatentError(WanxError):
+    """The latent after a step holds NaN or infinity."""
 
-    Each step is ``feeds``, the network, then ``advance``; or ``step_with`` alone, where the guided
+
+class DenoisingRun:
+    """The latent of one run between two steps: feeds of the network in, its velocities taken back.
+
+    Each step is ``feeds``, the network, then ``advance``; or ``step`` alone, where the guided
     velocity is known.
 
     Attributes:
         constants: inputs of the denoiser's graph that are the same at every step and branch.
-        steps: how many there are.
-        step: how many of them are done.
+        steps: number of steps of the run.
+        steps_done: number of those that are done.
         latent: float32 ``[C, T, h, w]``, at the noise level of the coming step; references are its
             first frames.
     """
@@ -42,56 +46,56 @@ class Trajectory:
         self,
         run: ResolvedRun,
         contexts: Mapping[Branch, Float32],
-        given: Conditioning,
+        conditioning: Conditioning,
         config: ModelConfig,
         *,
         latent: Float32 | None = None,
-        sampler: Sampler | None = None,
     ) -> None:
-        """Stand at the noise of a run.
+        """Start from seeded noise, or from ``latent``.
 
         Args:
             run: names seed, size, steps, shift, solver and guidance scale.
             contexts: text features ``[1, text_len, text_dim]`` of the branches that the scale
                 needs, at least.
-            given: what the network sees beside noise and text.
+            conditioning: inputs of the network beside noise and text.
             config: of the model.
             latent: float32 ``[C, T, h, w]`` to start from; None draws the noise of the seed.
-            sampler: a new one to step with; None makes that of the run.
 
         Raises:
             UsageError: there is no sampler for these options.
             ValueError: the initial latent has another shape than the noise.
         """
-        shape = noise_shape(run, given, config)
+        shape = noise_shape(run, conditioning, config)
         if latent is not None and latent.shape != shape:
             raise ValueError(f"the initial latent has shape {latent.shape}, the run has {shape}")
         self._patch = config.dit.patch_size
         self._grid = token_grid(shape, self._patch)
-        self._sampler = sampler or make_sampler(run.solver, run.steps, run.shift)
+        self._sampler = make_sampler(run.solver, run.steps, run.shift)
         self._contexts = {branch: contexts[branch] for branch in branches(run.guide_scale)}
         self._scale = run.guide_scale
-        self._given = given
+        self._conditioning = conditioning
         cos, sin = rope_tables(self._grid, config.dit.rope_dims)
-        self.constants: dict[str, Array] = {"rope_cos": cos, "rope_sin": sin} | given.constants
+        self.constants: dict[str, Array] = {
+            "rope_cos": cos, "rope_sin": sin
+        } | conditioning.constants  # fmt: skip
         self.steps = len(self._sampler.timesteps)
-        self.step = 0
+        self.steps_done = 0
         self.latent = randn(shape, run.seed) if latent is None else latent
 
     @property
     def timestep(self) -> float:
-        """What the network is fed at the coming step; IndexError once every step is done."""
-        return float(self._sampler.timesteps[self.step])
+        """The network's timestep at the coming step; IndexError once every step is done."""
+        return float(self._sampler.timesteps[self.steps_done])
 
     @property
     def done(self) -> bool:
-        """Whether every step is done."""
-        return self.step == self.steps
+        """True once every step is done."""
+        return self.steps_done == self.steps
 
     @property
     def result(self) -> Float32:
         """The latent without its references, float32 ``[C, T, h, w]``; clean once all is done."""
-        return self.latent[:, self._given.references :]
+        return self.latent[:, self._conditioning.references :]
 
     def feeds(self) -> dict[Branch, dict[str, Array]]:
         """Inputs of the denoiser's graph at the coming step, for each branch that is needed.
@@ -103,11 +107,11 @@ class Trajectory:
         Raises:
             IndexError: every step is done.
         """
-        whole = self.latent
-        if self._given.channels is not None:
-            whole = np.concatenate([whole, self._given.channels])
+        latent = self.latent
+        if self._conditioning.channels is not None:
+            latent = np.concatenate([latent, self._conditioning.channels])
         shared: dict[str, Array] = {
-            "tokens": patchify(whole, self._patch)[None],
+            "tokens": patchify(latent, self._patch)[None],
             "timestep": np.array([self.timestep], dtype=np.float32),
         }
         return {branch: shared | {"context": text} for branch, text in self._contexts.items()}
@@ -116,18 +120,18 @@ class Trajectory:
         """Take one step with the network's answers to ``feeds``.
 
         Args:
-            velocities: as for ``guided``.
+            velocities: as for ``apply_guidance``.
 
         Returns:
             The new ``latent``.
 
         Raises:
-            ValueError: as ``guided`` and ``step_with``.
-            WanxError: the new latent is not finite.
+            ValueError: as ``apply_guidance`` and ``step``.
+            NonFiniteLatentError: the new latent is not finite.
         """
-        return self.step_with(self.guided(velocities))
+        return self.step(self.apply_guidance(velocities))
 
-    def guided(self, velocities: Mapping[Branch, Float32]) -> Float32:
+    def apply_guidance(self, velocities: Mapping[Branch, Float32]) -> Float32:
         """Combine the branches into the velocity of the latent, without taking a step.
 
         Args:
@@ -150,8 +154,8 @@ class Trajectory:
             velocity = guide(rows["conditional"], rows["unconditional"], self._scale)
         return unpatchify(velocity, self._grid, self._patch)
 
-    def step_with(self, velocity: Float32) -> Float32:
-        """Take one step with a guided velocity, such as one that ``guided`` returned.
+    def step(self, velocity: Float32) -> Float32:
+        """Take one step with a guided velocity, such as one that ``apply_guidance`` returned.
 
         Args:
             velocity: float32 ``[C, T, h, w]``, of the shape of ``latent``.
@@ -161,13 +165,13 @@ class Trajectory:
 
         Raises:
             ValueError: the shapes differ, or every step is done.
-            WanxError: the new latent is not finite.
+            NonFiniteLatentError: the new latent is not finite.
         """
         latent = self._sampler.step(velocity, self.latent)
-        self.step += 1
+        self.steps_done += 1
         if not np.isfinite(latent).all():
-            raise WanxError(
-                f"the latent is not finite after step {self.step} of {self.steps}; check the "
+            raise NonFiniteLatentError(
+                f"the latent is not finite after step {self.steps_done} of {self.steps}; check the "
                 "bundle with `wanx verify` or export it at a higher precision"
             )
         self.latent = latent

@@ -1,28 +1,19 @@
-"""What the user asked of a run, and what that means for a given bundle."""
+"""Options of a run: as the user gave them, and with every one decided for a bundle."""
 
 from __future__ import annotations
 
-import math
 import os
-import secrets
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wanx.config.models import ModelConfig
-from wanx.errors import UsageError
-from wanx.runtime.inputs.control import control_shape
-from wanx.runtime.sampling.sampler import SOLVERS
-from wanx.runtime.sizes import check_size, latent_shape, size_for_image
-from wanx.runtime.text import check_prompt
+ImageInput = str | os.PathLike[str] | NDArray[np.uint8]
 
-if TYPE_CHECKING:
-    from wanx.runtime.inputs.reading import Inputs
 
-T = TypeVar("T")
-Picture = str | os.PathLike[str] | NDArray[np.uint8]
+# Metadata of options: those that name files, and flags that are not simply the option's name.
+_FILE = {"file": True}
+_SIZE = {"flag": "--size"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +43,8 @@ class RunOptions:
 
     prompt: str | None = None
     negative_prompt: str | None = None
-    width: int | None = None
-    height: int | None = None
+    width: int | None = field(default=None, metadata=_SIZE)
+    height: int | None = field(default=None, metadata=_SIZE)
     frames: int | None = None
     fps: int | None = None
     steps: int | None = None
@@ -61,12 +52,23 @@ class RunOptions:
     shift: float | None = None
     solver: str = "unipc"
     seed: int = -1
-    image: Picture | None = None
-    last_image: Picture | None = None
-    video: str | os.PathLike[str] | None = None
-    mask: str | os.PathLike[str] | None = None
-    references: tuple[Picture, ...] = ()
+    image: ImageInput | None = field(default=None, metadata=_FILE)
+    last_image: ImageInput | None = field(default=None, metadata=_FILE)
+    video: str | os.PathLike[str] | None = field(default=None, metadata=_FILE)
+    mask: str | os.PathLike[str] | None = field(default=None, metadata=_FILE)
+    references: tuple[ImageInput, ...] = field(default=(), metadata=_FILE | {"flag": "--reference"})
     vace_scale: float | None = None
+
+
+# The options that name files.
+FILE_OPTIONS = frozenset(
+    option.name for option in fields(RunOptions) if option.metadata.get("file")
+)
+# The name of each option on the command line.
+FLAGS = {
+    option.name: option.metadata.get("flag", "--" + option.name.replace("_", "-"))
+    for option in fields(RunOptions)
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,100 +96,3 @@ class ResolvedRun:
     mask: str | None = None
     references: tuple[str, ...] | None = None
     vace_scale: float | None = None
-
-
-def resolve(options: RunOptions, config: ModelConfig, inputs: Inputs) -> ResolvedRun:
-    """Fill in the defaults of a model and refuse what it cannot do.
-
-    Args:
-        options: as the user gave them.
-        config: of the model.
-        inputs: what the options name.
-
-    Raises:
-        UsageError: an option is out of range; the message offers what is not.
-    """
-    defaults = config.defaults
-    prompt = defaults.prompt if options.prompt is None else options.prompt
-    if prompt is None:
-        raise UsageError("no prompt; say what the video should show")
-    negative = options.negative_prompt
-    width, height, frames = _size(options, config, inputs)
-    scale = options.vace_scale
-    run = ResolvedRun(
-        prompt=prompt,
-        negative_prompt=defaults.negative_prompt if negative is None else negative,
-        width=width,
-        height=height,
-        frames=frames,
-        fps=_or(options.fps, defaults.fps),
-        steps=_or(options.steps, defaults.steps),
-        guide_scale=_or(options.guide_scale, defaults.guide_scale),
-        shift=_or(options.shift, defaults.shift),
-        solver=options.solver,
-        seed=secrets.randbelow(2**32) if options.seed == -1 else options.seed,
-        image=_name(options.image),
-        last_image=_name(options.last_image),
-        video=_name(options.video),
-        mask=_name(options.mask),
-        references=tuple(str(_name(item)) for item in options.references) or None,
-        vace_scale=_or(scale, 1.0) if config.task == "vace" else None,
-    )
-    check_prompt(run.prompt)
-    check_prompt(run.negative_prompt)
-    check_size(run.width, run.height, run.frames, config)
-    if run.solver not in SOLVERS:
-        raise UsageError(f"solver is {run.solver!r}; choose {' or '.join(SOLVERS)}")
-    if not 1 <= run.steps <= 1000:
-        raise UsageError(f"steps is {run.steps}; choose 1 to 1000, such as {defaults.steps}")
-    if not 1 <= run.fps <= 240:
-        raise UsageError(f"fps is {run.fps}; choose 1 to 240, such as {defaults.fps}")
-    if not (math.isfinite(run.shift) and run.shift > 0):
-        raise UsageError(
-            f"shift is {run.shift}; choose a positive number, such as {defaults.shift}"
-        )
-    if not math.isfinite(run.guide_scale):
-        raise UsageError(
-            f"guide scale is {run.guide_scale}; choose a finite number, such as "
-            f"{defaults.guide_scale}"
-        )
-    if run.vace_scale is not None and not math.isfinite(run.vace_scale):
-        raise UsageError(f"vace scale is {run.vace_scale}; choose a finite number, such as 1")
-    if not 0 <= run.seed < 2**63:
-        raise UsageError(f"seed is {run.seed}; choose 0 to {2**63 - 1}, or -1 for a random one")
-    return run
-
-
-def _size(options: RunOptions, config: ModelConfig, inputs: Inputs) -> tuple[int, int, int]:
-    """Width, height and frames: as asked, or in the shape of the image or of the control video."""
-    defaults = config.defaults
-    width, height = _or(options.width, defaults.width), _or(options.height, defaults.height)
-    frames = _or(options.frames, defaults.frames)
-    check_size(width, height, frames, config)
-    if inputs.last_image is not None and frames == 1:
-        least = config.vae.temporal_stride + 1
-        raise UsageError(f"a first and a last image need {least} frames or more, not 1")
-    if inputs.image is not None:
-        image_height, image_width, _ = inputs.image.shape
-        width, height = size_for_image(image_height, image_width, width * height, config)
-    elif inputs.video is not None:
-        # As many tokens as the model's own number of frames has at this area.
-        _, times, rows, columns = latent_shape(width, height, defaults.frames, config.vae)
-        patch_time, patch_height, patch_width = config.dit.patch_size
-        tokens = times * rows * columns // (patch_time * patch_height * patch_width)
-        given = len(inputs.video.times)
-        frames, height, width = control_shape(
-            min(given, _or(options.frames, given)), inputs.video.height, inputs.video.width,
-            area=width * height, max_tokens=tokens, config=config,
-        )  # fmt: skip
-    return width, height, frames
-
-
-def _name(item: Picture | None) -> str | None:
-    if item is None or isinstance(item, (str, os.PathLike)):
-        return None if item is None else os.path.basename(os.fspath(item))
-    return "pixels"
-
-
-def _or(value: T | None, default: T) -> T:
-    return default if value is None else value

@@ -1,4 +1,4 @@
-"""How much memory this process has used, stage by stage, where the system tells."""
+"""Peak resident memory of this process, stage by stage, where the system tells it."""
 
 from __future__ import annotations
 

@@ -17,21 +17,18 @@ from numpy.typing import NDArray
 
 from wanx.bundle.reader import Bundle
 from wanx.errors import CancelledError
-from wanx.progress import Progress, silent
-from wanx.runtime.denoise import Trajectory
-from wanx.runtime.inputs.conditioning import Conditioning, condition
+from wanx.progress import Progress, no_progress, step_counter
+from wanx.runtime.denoise import DenoisingRun
+from wanx.runtime.inputs.conditioning import Conditioning
 from wanx.runtime.inputs.reading import read_inputs
-from wanx.runtime.options import ResolvedRun, RunOptions, resolve
+from wanx.runtime.options import ResolvedRun, RunOptions
 from wanx.runtime.output.checks import check_output
 from wanx.runtime.output.frame_checks import FrameCheck
 from wanx.runtime.output.video import VideoWriter
-from wanx.runtime.sampling.guidance import Branch, branches
-from wanx.runtime.sampling.sampler import make_sampler
-from wanx.runtime.sessions import open_session
-from wanx.runtime.sessions.base import Session, State
-from wanx.runtime.sessions.device.vram_budget import require_streaming
-from wanx.runtime.stages import Clock, Stage
-from wanx.runtime.text import PromptTokenizer, encode_prompts
+from wanx.runtime.resolve import resolve
+from wanx.runtime.run_parts import EncodedRun, RunParts, prompts_by_branch
+from wanx.runtime.sessions.registry import require_streaming
+from wanx.runtime.stages import Stage, StageTimer
 
 Float32 = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
@@ -44,7 +41,7 @@ class Generation:
 
     Attributes:
         options: every option that was used, the drawn seed among them.
-        stages: what each part took.
+        stages: time and memory of each part.
         path: the file, when one was asked for.
         frames: the pixels ``[F, H, W, 3]``, when no file was asked for.
     """
@@ -91,18 +88,18 @@ class Pipeline:
         overwrite: bool = True,
         on_step: OnStep | None = None,
         cancelled: Callable[[], bool] = lambda: False,
-        progress: Progress = silent,
+        progress: Progress = no_progress,
     ) -> Generation:
         """Generate a video.
 
         Args:
-            options: what to generate.
-            output: file to write, its format given by the extension; None returns the frames.
+            options: of the video.
+            output: file to write, in the format of its extension; None returns the frames.
             overwrite: whether a file of that name may be replaced.
             on_step: called after each denoising step with its number (from 1), the number of
                 steps, and the latent ``[C, T, h, w]``.
             cancelled: asked between steps and decoded frames; True ends the run.
-            progress: told how far each stage is.
+            progress: called with how far each stage is.
 
         Raises:
             UsageError: an option or the output cannot be.
@@ -116,25 +113,30 @@ class Pipeline:
             path = check_output(
                 output, width=run.width, height=run.height, frames=run.frames, overwrite=overwrite
             )
-        clock = Clock()
-        with clock.stage("text"):
-            contexts = self._encode_text(run, clock, progress)
+        parts = RunParts.of(self.bundle, threads=self.threads, vram_budget=self.vram_budget)
+        timer = parts.timer
+        with timer.stage("text"):
+            on_prompt = step_counter(progress, "encode text", len(prompts_by_branch(run)))
+            (contexts,) = parts.encode_prompts([run], on_prompt)
         _stop_if(cancelled)
-        given = Conditioning()
+        conditioning = Conditioning()
         if self.config.task != "t2v":
-            with clock.stage("condition"):
-                given = condition(run, inputs, self.config, self._opener(clock))
+            with timer.stage("condition"):
+                conditioning = parts.condition(run, inputs)
             _stop_if(cancelled)
-        with clock.stage("denoise"):
-            latent = self._denoise(run, contexts, given, clock, on_step, cancelled, progress)
-        with clock.stage("decode"):
-            frames = self._decode(latent, clock, cancelled, progress)
+        with timer.stage("denoise"):
+            encoded = EncodedRun(
+                run=run, config=self.config, contexts=contexts, conditioning=conditioning
+            )
+            latent = _denoise(parts, encoded.start(), on_step, cancelled, progress)
+        with timer.stage("decode"):
+            frames = _decode(parts, latent, cancelled, progress)
             if path is None:
                 pixels = np.concatenate(list(frames))
             else:
                 pixels = None
-                self._write(frames, path, run, clock)
-        return Generation(options=run, stages=tuple(clock.stages), path=path, frames=pixels)
+                self._write(frames, path, run, timer)
+        return Generation(options=run, stages=tuple(timer.stages), path=path, frames=pixels)
 
     def provenance(self, run: ResolvedRun) -> dict[str, str]:
         """Say in the video's metadata how to make it again."""
@@ -150,95 +152,21 @@ class Pipeline:
         options = {name: value for name, value in asdict(run).items() if value is not None}
         return facts | {name: str(value) for name, value in options.items()}
 
-    def _write(self, frames: Iterator[Pixels], path: Path, run: ResolvedRun, clock: Clock) -> None:
+    def _write(
+        self, frames: Iterator[Pixels], path: Path, run: ResolvedRun, timer: StageTimer
+    ) -> None:
         with ExitStack() as stack:
-            with clock.writing():
+            with timer.writing():
                 writer = stack.enter_context(
                     VideoWriter(
                         path, run.width, run.height, fps=run.fps, metadata=self.provenance(run)
                     )
                 )
             for chunk in frames:
-                with clock.writing():
+                with timer.writing():
                     writer.write(chunk)
-            with clock.writing():
+            with timer.writing():
                 stack.close()
-
-    def _opener(self, clock: Clock) -> Callable[[str], Session]:
-        def open_component(name: str) -> Session:
-            with clock.loading():
-                return open_session(
-                    self.bundle, name, threads=self.threads, vram_budget=self.vram_budget
-                )
-
-        return open_component
-
-    def _encode_text(
-        self, run: ResolvedRun, clock: Clock, progress: Progress
-    ) -> dict[Branch, Float32]:
-        tokenizer = PromptTokenizer(self.bundle.tokenizer_path)
-        texts: dict[Branch, str] = {
-            "conditional": run.prompt,
-            "unconditional": run.negative_prompt,
-        }
-        prompts = {branch: texts[branch] for branch in branches(run.guide_scale)}
-
-        contexts: dict[Branch, Float32] = {}
-        progress("encode text", 0, len(prompts), "steps")
-        with self._opener(clock)("text_encoder") as session:
-            for done, (branch, prompt) in enumerate(prompts.items(), 1):
-                with clock.call():
-                    contexts |= encode_prompts(
-                        session, tokenizer, {branch: prompt}, self.config.dit.text_len
-                    )
-                progress("encode text", done, len(prompts), "steps")
-        return contexts
-
-    def _denoise(
-        self,
-        run: ResolvedRun,
-        contexts: dict[Branch, Float32],
-        given: Conditioning,
-        clock: Clock,
-        on_step: OnStep | None,
-        cancelled: Callable[[], bool],
-        progress: Progress,
-    ) -> Float32:
-        sampler = make_sampler(run.solver, run.steps, run.shift)
-        video = Trajectory(run, contexts, given, self.config, sampler=sampler)
-        progress("denoise", 0, video.steps, "steps")
-        with self._opener(clock)("dit") as session:
-            session.bind(video.constants)
-            while not video.done:
-                with clock.call():
-                    feeds = video.feeds()
-                    made = session.run_each(list(feeds.values()))
-                    video.advance({b: out["velocity"] for b, out in zip(feeds, made, strict=True)})
-                progress("denoise", video.step, video.steps, "steps")
-                if on_step is not None:
-                    on_step(video.step, video.steps, video.latent)
-                _stop_if(cancelled)
-        return video.result
-
-    def _decode(
-        self, latent: Float32, clock: Clock, cancelled: Callable[[], bool], progress: Progress
-    ) -> Iterator[Pixels]:
-        check = FrameCheck()
-        state: State = {}
-        count = latent.shape[1]
-        progress("decode", 0, count, "steps")
-        for name, chunks in (("first", range(1)), ("rest", range(1, count))):
-            if not chunks:
-                continue
-            with self._opener(clock)(f"vae_decoder_{name}") as session:
-                for index in chunks:
-                    with clock.call():
-                        part = np.ascontiguousarray(latent[None, :, index : index + 1])
-                        pixels = check.convert(session.run({"latent": part}, state)["video"][0])
-                    yield pixels
-                    progress("decode", index + 1, count, "steps")
-                    _stop_if(cancelled)
-        check.finish()
 
 
 _RUNTIME_KEYWORDS = {"output", "overwrite", "on_step", "cancelled", "progress"}
@@ -247,3 +175,36 @@ _RUNTIME_KEYWORDS = {"output", "overwrite", "on_step", "cancelled", "progress"}
 def _stop_if(cancelled: Callable[[], bool]) -> None:
     if cancelled():
         raise CancelledError("the run was cancelled; no file was written")
+
+
+def _denoise(
+    parts: RunParts,
+    denoising: DenoisingRun,
+    on_step: OnStep | None,
+    cancelled: Callable[[], bool],
+    progress: Progress,
+) -> Float32:
+    count_step = step_counter(progress, "denoise", denoising.steps)
+
+    def after_step(*_: object) -> None:
+        count_step()
+        if on_step is not None:
+            on_step(denoising.steps_done, denoising.steps, denoising.latent)
+        _stop_if(cancelled)
+
+    with parts.session("dit") as session:
+        return parts.denoise(session, denoising, after_step)
+
+
+def _decode(
+    parts: RunParts, latent: Float32, cancelled: Callable[[], bool], progress: Progress
+) -> Iterator[Pixels]:
+    check = FrameCheck()
+    count_frame = step_counter(progress, "decode", latent.shape[1])
+
+    def after_frame() -> None:
+        count_frame()
+        _stop_if(cancelled)
+
+    yield from parts.decode(latent, check.convert, after_frame)
+    check.finish()

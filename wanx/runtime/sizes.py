@@ -1,4 +1,4 @@
-"""Which video sizes a model can draw, and how large their latents are."""
+"""Sizes of videos: the valid ones, those that inputs set, and the shapes of latents."""
 
 from __future__ import annotations
 
@@ -75,6 +75,58 @@ def size_for_image(height: int, width: int, area: float, config: ModelConfig) ->
         whole_patches(math.sqrt(area / aspect), patch_width),
         whole_patches(math.sqrt(area * aspect), patch_height),
     )
+
+
+def control_shape(
+    frames: int, height: int, width: int, *, area: int, max_tokens: int, config: ModelConfig
+) -> tuple[int, int, int]:
+    """Size of the video that is made from a control video of any size.
+
+    With S = ``max_tokens`` and p = the pixels along the side of one token, in tokens:
+    a = min(S, area / p², ⌊h/p⌋⌊w/p⌋) per frame at most, T = min(⌊(n - 1) / t⌋ + 1, ⌊S/a⌋) latent
+    frames of t frames each, and a' = min(a, ⌊S/T⌋) per frame in the shape of the source:
+    rows = round(√(a'·h/w)), columns = ⌊a' / rows⌋.
+
+    Args:
+        frames: Number of frames of the control video, n.
+        height: Its pixels, h.
+        width: Its pixels, w.
+        area: Pixels of one frame at most: 1280·720, or 832·480.
+        max_tokens: Tokens of the whole video at most: 75,600 at 720P, 32,760 at 480P.
+        config: Strides of the VAE and size of a patch.
+
+    Returns:
+        (frames, height, width): t(T - 1) + 1 frames, p·rows and p·columns pixels.
+
+    Raises:
+        UsageError: The video has no frames, or a side is too short for one token.
+    """
+    patch_time, patch_height, patch_width = config.dit.patch_size
+    step = config.vae.temporal_stride * patch_time
+    token_height = config.vae.spatial_stride * patch_height
+    token_width = config.vae.spatial_stride * patch_width
+    if frames < 1:
+        raise UsageError(f"the control video has {frames} frames; give one that has any")
+    if height < token_height or width < token_width:
+        raise UsageError(
+            f"the control video is {width}x{height}; it must be {token_width}x{token_height} at "
+            f"least"
+        )
+    largest = min(
+        max_tokens,
+        area / (token_height * token_width),
+        (height // token_height) * (width // token_width),
+    )
+    times = min((frames - 1) // step + 1, int(max_tokens / largest))
+    tokens = min(largest, int(max_tokens / times))
+    rows = round(math.sqrt(tokens * (height / width)))
+    columns = int(tokens / rows) if rows else 0
+    if not columns:
+        raise UsageError(
+            f"the control video is {width}x{height}, too long and thin for {tokens:g} tokens a "
+            f"frame; crop it"
+        )
+    return step * (times - 1) + 1, token_height * rows, token_width * columns
 
 
 def _problem(name: str, value: int, step: int, offset: int = 0) -> str:

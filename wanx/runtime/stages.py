@@ -1,4 +1,4 @@
-"""What each part of a run took."""
+"""Times and memory of the parts of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from wanx.runtime.peak_rss import peak_bytes, reset_peak
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What one part of a run took.
+    """Time and memory of one part of a run.
 
     Attributes:
         name: ``text``, ``condition`` (where there are images or videos), ``denoise``, ``decode`` or
@@ -32,7 +32,7 @@ class Stage:
 
 
 @dataclass
-class Clock:
+class StageTimer:
     """Times of a run: stages, and in each of them its loads, its calls and the writing."""
 
     stages: list[Stage] = field(default_factory=list)

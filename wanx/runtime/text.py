@@ -1,17 +1,15 @@
-"""From a prompt to the token ids and the padded embedding that the transformer attends to."""
+"""Prompts: cleaning, token ids, and the padded features that the transformer attends to."""
 
 from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wanx.errors import CorruptInputError, UsageError
-from wanx.runtime.sampling.guidance import Branch
 from wanx.runtime.sessions.base import Session
 
 TEXT_LEN = 512
@@ -129,30 +127,24 @@ def zero_pad(
     return padded
 
 
-def encode_prompts(
-    session: Session,
-    tokenizer: PromptTokenizer,
-    prompts: Mapping[Branch, str],
-    text_len: int,
-) -> dict[Branch, NDArray[np.float32]]:
-    """Turn the prompts of one video into what the transformer attends to.
+def encode_prompt(
+    session: Session, tokenizer: PromptTokenizer, prompt: str, text_len: int
+) -> NDArray[np.float32]:
+    """Turn a prompt into the padded features that the transformer attends to.
 
     Args:
         session: The text encoder: ``ids`` int64 [1, n] to ``features`` [1, n, text_dim].
         tokenizer: Of the same bundle.
-        prompts: As the user wrote them; they are cleaned here.
-        text_len: Rows of each result.
+        prompt: As the user wrote it; it is cleaned here.
+        text_len: Rows of the result.
 
     Returns:
-        Padded features by branch, float32 [1, text_len, text_dim], in the order of ``prompts``.
+        float32 [1, text_len, text_dim].
 
     Raises:
         WanxError: The backend failed.
     """
-    contexts: dict[Branch, NDArray[np.float32]] = {}
-    for branch, prompt in prompts.items():
-        ids, mask = tokenizer.encode(clean_prompt(prompt), text_len)
-        # Padding is masked in T5, so leaving it out gives the same features for less.
-        features = session.run({"ids": ids[:, : int(mask.sum())]})["features"]
-        contexts[branch] = zero_pad(features[0], text_len)[None].astype(np.float32)
-    return contexts
+    ids, mask = tokenizer.encode(clean_prompt(prompt), text_len)
+    # Padding is masked in T5, so leaving it out gives the same features for less.
+    features = session.run({"ids": ids[:, : int(mask.sum())]})["features"]
+    return zero_pad(features[0], text_len)[None].astype(np.float32)

@@ -1,4 +1,4 @@
-"""Between latents [C, T, H, W] and the tokens that the transformer sees, and where they stand.
+"""Conversion between latents [C, T, H, W] and tokens, and the tokens' position embeddings.
 
 A token is one patch of the latent; tokens run over time, then height, then width. The two feature
 orders are those of the checkpoint: the patch embedding is a convolution whose weight is

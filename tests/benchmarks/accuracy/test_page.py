@@ -17,13 +17,14 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-import wanx.benchmarks.report.files as report_module
+import wanx.benchmarks.accuracy.files as report_module
 import wanx.benchmarks.report.html as html_module
 from wanx.accuracy.gates import Agreement, Gates
 from wanx.benchmarks.accuracy.clips import compare_clips
 from wanx.benchmarks.accuracy.comparison import Comparison, RunComparison, Subject
+from wanx.benchmarks.accuracy.files import write_accuracy
 from wanx.benchmarks.accuracy.page import render
-from wanx.benchmarks.report.files import prepare_folder, write_accuracy
+from wanx.benchmarks.report.files import prepare_folder
 from wanx.errors import EnvironmentMismatchError, UsageError
 from wanx.runtime.options import ResolvedRun
 
@@ -206,7 +207,7 @@ def test_frames_and_their_differences() -> None:
     assert high * factor <= 255 < high * factor * 2
     expected = []
     for still, error in zip(found.stills, errors, strict=True):
-        floor = np.abs(still.floor.astype(int) - still.reference)
+        floor = np.abs(still.ulp_baseline.astype(int) - still.reference)
         expected += [still.reference, still.candidate, error * factor, floor * factor]
     assert len(page.images) == len(expected)
     for image, array in zip(page.images, expected, strict=True):

@@ -6,14 +6,15 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import supervisor
-from benchmarks.gpu.doing import LOST
 from benchmarks.gpu.report import Goal, Report
+from benchmarks.gpu.status import EXIT_DEVICE_LOST
 from benchmarks.gpu.supervisor import new_report, supervise
 from tests.support.paths import ROOT
 
@@ -22,14 +23,14 @@ import json, os, sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from benchmarks.gpu.report import Report
-from benchmarks.gpu.doing import Doing
+from benchmarks.gpu.status import Status
 report, folder = Report.read(Path(sys.argv[1])), Path(sys.argv[2])
 count = folder / "starts"
 starts = int(count.read_text()) + 1 if count.exists() else 1
 count.write_text(str(starts))
 def at(name, subject, seconds=60.0):
     report.begin(name)
-    Doing(item=name, subject=subject, until=time.time() + seconds).write(folder)
+    Status(item=name, subject=subject, until=time.time() + seconds).write(folder)
 assert os.environ["WANX_STRICT"] == "1"
 {code}
 """
@@ -72,7 +73,7 @@ def test_what_hangs_is_ended(tmp_path: Path) -> None:
 
 
 def test_the_end_is_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "GRACE", 0.0)
+    monkeypatch.setattr(supervisor, "MARGIN", 0.0)
     report, starts, _ = supervised(tmp_path, "at('step', 'ours'); time.sleep(60)", minutes=0.02)
     assert starts == 1
     assert report.data["complete"] is False
@@ -81,13 +82,13 @@ def test_the_end_is_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_worker_that_cannot_start_is_not_tried_again(tmp_path: Path) -> None:
-    report, starts, lines = supervised(tmp_path, f"sys.exit({LOST})")
+    report, starts, lines = supervised(tmp_path, f"sys.exit({EXIT_DEVICE_LOST})")
     assert (starts, report.items, report.data["complete"]) == (1, [], False)
     assert lines == ["   the process was lost: the GPU does not answer"]
 
 
 def test_crashes_come_to_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "MOST_RESTARTS", 2)
+    monkeypatch.setattr(supervisor, "MAX_RESTARTS", 2)
     report, starts, _ = supervised(tmp_path, "at('step', str(starts)); sys.exit(3)")
     assert starts == 3
     assert report.data["crashes"].keys() == {"step/1", "step/2", "step/3"}
@@ -139,7 +140,8 @@ def test_bad_arguments(
 def test_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def measured(report: Report, folder: Path, tell: Callable[[str], None]) -> Report:
+    def measured(report: Report, folder: Path, tell: Callable[[str], None], jobs: Any) -> Report:
+        assert jobs[0].name == "tiny-aoti"
         report.begin("one")
         report.add(Goal.at_least("enough", 1.0, 0.5))
         report.end("measured", 1.0)
@@ -150,10 +152,13 @@ def test_the_command(
     monkeypatch.setattr(command, "supervise", measured)
     output = tmp_path / "gpu.json"
     assert run_command(monkeypatch, "-o", str(output), "--minutes", "2") == 0
-    line = f"1 measured, 1 skipped; 1 of 1 goals met; incomplete; {output}\n"
-    assert capsys.readouterr().out == line
+    line = f"1 measured, 1 skipped; 1 of 1 goals met; incomplete; {output}"
+    *table, last = capsys.readouterr().out.splitlines()
+    assert last == line
+    assert [row.split()[:2] for row in table[1:]] == [["one", "measured"], ["two", "skipped"]]
+    assert table[2].endswith("no time")
 
-    def stopped(*_: object) -> None:
+    def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "supervise", stopped)

@@ -12,22 +12,28 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import dit_step as step
-from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.dit_more import tuned, whole_depth
-from benchmarks.gpu.numerics import cosine, differences
-from benchmarks.gpu.programs import why_not
+from benchmarks.gpu.context import BenchContext
+from benchmarks.gpu.distances import cosine, differences
+from benchmarks.gpu.dit_depth import autotuned, whole_depth
+from benchmarks.gpu.dit_variants import (
+    CompiledDiT,
+    DiffusersDiT,
+    EagerDiT,
+    bound,
+    schedule_with_blocks,
+)
+from benchmarks.gpu.programs import compile_error
 from benchmarks.gpu.random_dit import (
-    quantised,
+    input_amax,
+    quantized,
     random_inputs,
     random_weights,
     recipe_of,
-    shallow,
-    watched,
+    with_blocks,
 )
-from benchmarks.gpu.subjects import Compiled, Diffusers, Uncompiled, bound, with_blocks
 from tests.support.gpu_bench import CONFIG, MODEL, SIZE, run_one, tiny_bench
 from wanx.exporter.components import dit_spec
-from wanx.exporter.partition.partition import cut
+from wanx.exporter.partition.partition import partition
 from wanx.exporter.quantization.quantized_spec import quantized_spec
 from wanx.exporter.targets import aoti
 from wanx.models.dit.model import WanDiT
@@ -43,7 +49,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
+def bench(tmp_path: Path) -> BenchContext:
     torch.manual_seed(7)
     return tiny_bench(tmp_path)
 
@@ -53,7 +59,7 @@ def rms(found: Tensor, right: Tensor) -> float:
 
 
 @torch.no_grad()
-def test_the_plain_module_computes_what_ours_does(bench: Bench) -> None:
+def test_the_plain_module_computes_what_ours_does(bench: BenchContext) -> None:
     weights = random_weights(bench, CONFIG, torch.float32)
     ours = WanDiT(CONFIG)
     ours.load_state_dict(weights)
@@ -64,22 +70,22 @@ def test_the_plain_module_computes_what_ours_does(bench: Bench) -> None:
 
 
 @torch.no_grad()
-def test_the_plain_module_computes_what_diffusers_does(bench: Bench) -> None:
+def test_the_plain_module_computes_what_diffusers_does(bench: BenchContext) -> None:
     weights = random_weights(bench, CONFIG, torch.float32)
     values, _ = random_inputs(bench, CONFIG, SIZE.grid)
     plain = step.plain_model(CONFIG, weights)
-    peer = Diffusers(CONFIG, SIZE.grid, weights)
+    peer = DiffusersDiT(CONFIG, SIZE.grid, weights)
     for count in (3, 0, 2):
         right, _ = plain(values, list(plain.blocks)[:count])
         assert rms(peer(values, count)[0], right) < 1e-5
 
 
 @torch.no_grad()
-def test_without_a_compiler_ours_is_the_same(bench: Bench) -> None:
+def test_without_a_compiler_ours_is_the_same(bench: BenchContext) -> None:
     weights = random_weights(bench, CONFIG, torch.float32)
     values, _ = random_inputs(bench, CONFIG, SIZE.grid)
     right, stream = step.plain_model(CONFIG, weights)(values)
-    ours = Uncompiled(dit_spec(CONFIG), torch.float32, weights)
+    ours = EagerDiT(dit_spec(CONFIG), torch.float32, weights)
     velocity, x = ours(values, CONFIG.num_layers)
     assert rms(velocity, right) < 1e-5
     assert rms(x, stream) < 1e-5
@@ -87,21 +93,21 @@ def test_without_a_compiler_ours_is_the_same(bench: Bench) -> None:
 
 @pytest.mark.parametrize("attention", [False, True])
 @torch.no_grad()
-def test_in_fp8_the_blocks_do_nearly_the_same(bench: Bench, attention: bool) -> None:
+def test_in_fp8_the_blocks_do_nearly_the_same(bench: BenchContext, attention: bool) -> None:
     weights = random_weights(bench, CONFIG, torch.float32)
     values, _ = random_inputs(bench, CONFIG, SIZE.grid)
     plain = step.plain_model(CONFIG, weights)
     right, _ = plain(values)
-    recipe = recipe_of(CONFIG, attention, watched(plain, values))
+    recipe = recipe_of(CONFIG, attention, input_amax(plain, values))
     assert all(scale not in (None, 1.0) for scale in recipe.layers.values())
     spec = quantized_spec(dit_spec(CONFIG), recipe)
-    found, _ = Uncompiled(spec, torch.float32, quantised(weights, recipe))(values, 3)
+    found, _ = EagerDiT(spec, torch.float32, quantized(weights, recipe))(values, 3)
     assert 0.99 < cosine(found, right) < 0.999999
 
 
 def fake_programs(monkeypatch: pytest.MonkeyPatch, spec: Any) -> None:
     """Let packages be the segments in PyTorch: compiling them takes minutes here."""
-    parts = cut(spec, torch.float32)
+    parts = partition(spec, torch.float32)
     monkeypatch.setattr(aoti, "_compile", lambda segment, axes, device, path, name: None)
 
     def load(path: str) -> Any:
@@ -124,25 +130,31 @@ def fake_programs(monkeypatch: pytest.MonkeyPatch, spec: Any) -> None:
 
 
 @torch.no_grad()
-def test_programs_run_any_number_of_blocks(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_run_any_number_of_blocks(
+    bench: BenchContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = random_weights(bench, CONFIG, torch.float32)
     values, _ = random_inputs(bench, CONFIG, SIZE.grid)
     plain = step.plain_model(CONFIG, weights)
-    recipe = recipe_of(CONFIG, True, watched(plain, values))
+    recipe = recipe_of(CONFIG, True, input_amax(plain, values))
     spec = quantized_spec(dit_spec(CONFIG), recipe)
     fake_programs(monkeypatch, spec)
     # Of one block, as the benchmark compiles it.
-    alone = quantized_spec(dit_spec(shallow(CONFIG, 1)), recipe_of(shallow(CONFIG, 1), True))
-    plan = aoti.build(alone, torch.float32, bench.folder / "fp8")
-    assert [s.program for s in with_blocks(plan, 5, 3).steps] == [
+    alone = quantized_spec(
+        dit_spec(with_blocks(CONFIG, 1)), recipe_of(with_blocks(CONFIG, 1), True)
+    )
+    schedule = aoti.AotiBuilder().build(
+        "dit", partition(alone, torch.float32), bench.folder / "fp8"
+    )
+    assert [s.program for s in schedule_with_blocks(schedule, 5, 3).steps] == [
         *("embed", *["block"] * 5, "head"),
     ]
-    assert [s.prefix for s in with_blocks(plan, 4, 3).steps][1:-1] == [
+    assert [s.prefix for s in schedule_with_blocks(schedule, 4, 3).steps][1:-1] == [
         *("blocks.0.", "blocks.1.", "blocks.2.", "blocks.0."),
     ]
-    eight = quantised(weights, recipe)
-    ours = Compiled(bench.folder / "fp8", eight, held=3)
-    same = Uncompiled(spec, torch.float32, eight)
+    eight = quantized(weights, recipe)
+    ours = CompiledDiT(bench.folder / "fp8", eight, held=3)
+    same = EagerDiT(spec, torch.float32, eight)
     for count in (3, 0, 7):
         for found, right in zip(ours(values, count), same(values, count), strict=True):
             assert rms(found, right) < 1e-6
@@ -150,7 +162,7 @@ def test_programs_run_any_number_of_blocks(bench: Bench, monkeypatch: pytest.Mon
     assert held == sum(tensor.numel() for tensor in eight.values())
 
 
-def test_a_step_is_scaled_to_the_whole_depth(bench: Bench) -> None:
+def test_a_step_is_scaled_to_the_whole_depth(bench: BenchContext) -> None:
     bench.ceilings["bf16 GEMM"] = 1e12
     record = run_one(bench, partial(step.dit_step, model=MODEL, size=SIZE, dtype=torch.float32))
     rows = {row["by"]: row for row in record["rows"]}
@@ -177,7 +189,7 @@ def test_a_step_is_scaled_to_the_whole_depth(bench: Bench) -> None:
     assert goals["cosines of fp8 with bf16 0.99"]["value"] > 0.98
 
 
-def test_in_16_bits_too(bench: Bench) -> None:
+def test_in_16_bits_too(bench: BenchContext) -> None:
     record = run_one(bench, partial(step.dit_step, model=MODEL, size=SIZE))
     rows = {row["by"]: row for row in record["rows"]}
     assert all("error" not in row for row in rows.values())
@@ -185,15 +197,17 @@ def test_in_16_bits_too(bench: Bench) -> None:
     assert rows["diffusers"]["numerics"]["velocity_cosine"] > 0.999
 
 
-def test_who_cannot_take_part_says_why(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_cannot_take_part_says_why(
+    bench: BenchContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("no such layout\nmore")
 
-    monkeypatch.setattr(step, "Diffusers", broken)
-    monkeypatch.setattr(step, "Uncompiled", broken)
+    monkeypatch.setattr(step, "DiffusersDiT", broken)
+    monkeypatch.setattr(step, "EagerDiT", broken)
     bench.crashed = {"one/torch": "the process was lost: SIGSEGV"}
     (bench.folder / "14B-fp8.error").write_text("exit code 1: out of memory")
-    assert why_not(bench.folder / "14B-fp8") == "exit code 1: out of memory"
+    assert compile_error(bench.folder / "14B-fp8") == "exit code 1: out of memory"
     record = run_one(bench, partial(step.dit_step, model=MODEL, size=SIZE))
     errors = {row["by"]: row["error"] for row in record["rows"]}
     assert errors["torch"] == "the process was lost: SIGSEGV"
@@ -201,21 +215,21 @@ def test_who_cannot_take_part_says_why(bench: Bench, monkeypatch: pytest.MonkeyP
     assert [goal["met"] for goal in record["goals"]] == [False] * len(record["goals"])
 
 
-def test_diffusers_may_be_missing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diffusers_may_be_missing(bench: BenchContext, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "diffusers_version", lambda: None)
     monkeypatch.setattr(step, "PRECISIONS", ())
     record = run_one(bench, partial(step.dit_step, model=MODEL, size=SIZE, dtype=torch.float32))
     assert record["rows"][-1]["error"] == "diffusers is not installed"
 
 
-def test_all_blocks_run(bench: Bench) -> None:
+def test_all_blocks_run(bench: BenchContext) -> None:
     record = run_one(bench, partial(whole_depth, model=MODEL, size=SIZE, dtype=torch.float32))
     (row,) = record["rows"]
     assert row["blocks_timed"] == CONFIG.num_layers
     assert 0.2 < row["numerics"]["scaled_over_measured"] < 5
 
 
-def test_compilers_are_compared(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compilers_are_compared(bench: BenchContext, monkeypatch: pytest.MonkeyPatch) -> None:
     modes: list[str | None] = []
 
     def compile(block: Any, *, dynamic: bool, mode: str | None = None) -> Any:
@@ -223,7 +237,7 @@ def test_compilers_are_compared(bench: Bench, monkeypatch: pytest.MonkeyPatch) -
         return block
 
     monkeypatch.setattr(torch, "compile", compile)
-    record = run_one(bench, partial(tuned, model=MODEL, size=SIZE))
+    record = run_one(bench, partial(autotuned, model=MODEL, size=SIZE))
     assert [row["by"] for row in record["rows"]] == [
         *("torch", "torch.compile", "torch.compile, max-autotune"),
     ]

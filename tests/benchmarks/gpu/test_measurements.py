@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.gpu import attention, generation, kernels, linears, programs
-from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.catalog import FAMILIES
 from benchmarks.gpu.ceilings import ceilings, recall
-from benchmarks.gpu.items import FAMILIES
+from benchmarks.gpu.context import BenchContext
+from benchmarks.gpu.distances import cosine, differences
 from benchmarks.gpu.kernel_cases import families
-from benchmarks.gpu.numerics import cosine, differences
 from benchmarks.gpu.sizes import MODELS, SIZES, step_flops
 from tests.support.gpu_bench import CONFIG, MODEL, SIZE, run_one, tiny_bench
 from wanx.benchmarks.speed.roofline.gpu_peaks import COPY, EXACT_FP8, FP8
 from wanx.builtin import builtin_bundle
 from wanx.errors import EnvironmentMismatchError
-from wanx.kernels.attention.backends import Provider
+from wanx.kernels.attention.backends import AttentionBackend
 from wanx.kernels.attention.op import attention_reference
 
 
@@ -37,7 +39,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
+def bench(tmp_path: Path) -> BenchContext:
     torch.manual_seed(3)
     return tiny_bench(tmp_path)
 
@@ -49,7 +51,7 @@ def test_work_is_what_the_literature_says() -> None:
     assert (short, long) == pytest.approx((3.36, 13.05), rel=0.01)
 
 
-def test_ceilings(bench: Bench) -> None:
+def test_ceilings(bench: BenchContext) -> None:
     record = run_one(bench, ceilings)
     rows = {row["what"]: row for row in record["rows"]}
     assert len(rows) == 5
@@ -62,7 +64,9 @@ def test_ceilings(bench: Bench) -> None:
     assert other.ceilings == bench.ceilings
 
 
-def test_a_product_that_fails_is_no_ceiling(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_product_that_fails_is_no_ceiling(
+    bench: BenchContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object, use_fast_accum: bool, **__: object) -> Tensor:
         raise RuntimeError("no fp8 here")
 
@@ -74,7 +78,7 @@ def test_a_product_that_fails_is_no_ceiling(bench: Bench, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_kernels(bench: Bench, family: str) -> None:
+def test_kernels(bench: BenchContext, family: str) -> None:
     bench.ceilings[COPY] = 1.0
     record = run_one(bench, partial(kernels.kernels, model=MODEL, family=family))
     cases = families(bench, CONFIG, SIZE.tokens)
@@ -94,7 +98,7 @@ def test_kernels(bench: Bench, family: str) -> None:
     assert goal["value"] == min(row["rate"] for row in record["rows"][::2])
 
 
-def test_bytes_are_counted_once_read_and_once_written(bench: Bench) -> None:
+def test_bytes_are_counted_once_read_and_once_written(bench: BenchContext) -> None:
     record = run_one(bench, partial(kernels.kernels, model=MODEL, family="gated_residual"))
     row = record["rows"][0]
     tokens, dim = SIZE.tokens, CONFIG.dim
@@ -104,7 +108,7 @@ def test_bytes_are_counted_once_read_and_once_written(bench: Bench) -> None:
 
 
 def test_a_kernel_that_fails_leaves_the_others(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: BenchContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench.crashed = {f"one/adaln_quantize, fp8, {SIZE.tokens}, wanx": "the process was lost"}
     record = run_one(bench, partial(kernels.kernels, model=MODEL, family="adaln"))
@@ -113,7 +117,7 @@ def test_a_kernel_that_fails_leaves_the_others(
     assert record["goals"][0]["met"] is False
 
 
-def test_a_reference_is_compiled_too(bench: Bench) -> None:
+def test_a_reference_is_compiled_too(bench: BenchContext) -> None:
     bench.compiles = True
     record = run_one(bench, partial(kernels.kernels, model=MODEL, family="gated_residual"))
     assert [row["by"] for row in record["rows"]] == ["wanx", "torch", "torch.compile"]
@@ -121,15 +125,17 @@ def test_a_reference_is_compiled_too(bench: Bench) -> None:
     assert record["rows"][0]["speedup"].keys() == {"torch", "torch.compile"}
 
 
-def provider(name: str, bits: int, reason: str | None = None, noise: float = 0.0) -> Provider:
+def provider(
+    name: str, bits: int, reason: str | None = None, noise: float = 0.0
+) -> AttentionBackend:
     def run(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Tensor:
         out = attention_reference(q, k, v, None, num_heads, scale)
         return out + noise * torch.randn_like(out)
 
-    return Provider(name=name, bits=bits, unsupported_reason=lambda *_: reason, run=run)
+    return AttentionBackend(name=name, bits=bits, unsupported_reason=lambda *_: reason, run=run)
 
 
-def test_attention(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention(bench: BenchContext, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.ceilings |= {"bf16 GEMM": 1.0, "fp8 GEMM": 2.0}
     known = (
         provider("cudnn", 16),
@@ -137,7 +143,7 @@ def test_attention(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
         provider("absent", 16, reason="it is not installed"),
         provider("triton-8bit", 8, noise=1e-3),
     )
-    monkeypatch.setattr(attention, "PROVIDERS", {p.name: p for p in known})
+    monkeypatch.setattr(attention, "BACKENDS", {p.name: p for p in known})
     record = run_one(bench, partial(attention.attention, model=MODEL, size=SIZE))
     rows = {row["by"]: row for row in record["rows"]}
     assert rows["absent"]["error"] == "it is not installed"
@@ -159,13 +165,13 @@ def test_attention(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
-def test_no_attention_runs_on_a_processor(bench: Bench) -> None:
+def test_no_attention_runs_on_a_processor(bench: BenchContext) -> None:
     record = run_one(bench, partial(attention.attention, model=MODEL, size=SIZE))
     assert all("not on cpu" in row["error"] or "Triton" in row["error"] for row in record["rows"])
     assert [goal["value"] for goal in record["goals"]] == [None] * 3
 
 
-def test_linears(bench: Bench) -> None:
+def test_linears(bench: BenchContext) -> None:
     record = run_one(bench, partial(linears.linears, model=MODEL))
     rows = {(row["what"], row["by"]): row for row in record["rows"]}
     assert {what for what, _ in rows} == {"qkv", "o", "ffn.0", "ffn.2"}
@@ -186,7 +192,7 @@ def test_linears(bench: Bench) -> None:
     assert record["goals"][0]["value"] == pytest.approx(slowest)
 
 
-def test_a_generation(bench: Bench) -> None:
+def test_a_generation(bench: BenchContext) -> None:
     run = partial(
         generation.generation, bundle=builtin_bundle(), frames=5, width=64, height=64, steps=1
     )
@@ -198,40 +204,48 @@ def test_a_generation(bench: Bench) -> None:
     assert record["goals"][0]["met"] is True
 
 
-def test_a_model_that_was_not_compiled(bench: Bench) -> None:
+def test_a_model_that_was_not_compiled(bench: BenchContext) -> None:
     (bench.folder / "tiny-aoti.error").write_text("exit code 1: no g++")
     with pytest.raises(EnvironmentMismatchError, match="not compiled: exit code 1: no g\\+\\+"):
         list(generation.generation(bench, bench.folder / "tiny-aoti"))
 
 
-def test_programs_are_compiled_in_processes_of_their_own(bench: Bench) -> None:
-    def command(code: str) -> tuple[str, ...]:
-        return (sys.executable, "-c", code)
+def job(name: str, code: str, **options: Any) -> programs.Job:
+    return programs.Job(name=name, command=(sys.executable, "-c", code), **options)
 
+
+def compiled(
+    bench: BenchContext, jobs: list[programs.Job], seconds: float, meanwhile: Any = lambda: None
+) -> dict[str, str | None]:
+    """Compile beside the worker as the supervisor does; the errors that the worker tells."""
+    with programs.Compilation(jobs, bench.folder, time.time() + seconds) as compilation:
+        while compilation._running:
+            compilation.poll()
+        names = [job.name for job in jobs]
+        record = run_one(bench, lambda b: programs.programs(b, [*names, "other"], meanwhile))
+    errors = {row["by"]: row.get("error") for row in record["rows"]}
+    assert errors.pop("other") == "it was not asked for"
+    return errors
+
+
+def test_programs_are_compiled_in_processes_of_their_own(bench: BenchContext) -> None:
     folder = bench.folder / "good"
     jobs = [
-        programs.Job(name="good", command=command(f"import os; os.mkdir({str(folder)!r})")),
-        programs.Job(name="bad", command=command("import sys; sys.exit('out of\\nmemory')")),
-        programs.Job(
-            name="lenient",
-            command=command("import os, sys; sys.exit('WANX_STRICT' in os.environ)"),
-            strict=False,
-        ),
+        job("good", f"import os; os.mkdir({str(folder)!r})"),
+        job("bad", "import sys; sys.exit('out of\\nmemory')"),
+        job("lenient", "import os, sys; sys.exit('WANX_STRICT' in os.environ)", strict=False),
     ]
     met: list[str] = []
-    record = run_one(bench, lambda b: programs.programs(b, jobs, lambda: met.append("here")))
-    errors = {row["by"]: row.get("error") for row in record["rows"]}
+    errors = compiled(bench, jobs, 60, lambda: met.append("here"))
     assert errors == {"good": None, "bad": "exit code 1: memory", "lenient": None}
     assert (bench.folder / "bad.error").read_text() == "exit code 1: memory"
     assert folder.is_dir()
     assert met == ["here"]
 
 
-def test_what_compiles_too_long_is_given_up(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(programs, "LONGEST", 0.2)
-    sleep = programs.Job(name="slow", command=(sys.executable, "-c", "import time; time.sleep(9)"))
-    record = run_one(bench, lambda b: programs.programs(b, [sleep]))
-    assert record["rows"][0]["error"] == "it was not done within 0 s"
+def test_what_compiles_too_long_is_given_up(bench: BenchContext) -> None:
+    errors = compiled(bench, [job("slow", "import time; time.sleep(99)")], 0.2)
+    assert errors == {"slow": "it was not done within 0 s"}
 
 
 def test_commands_of_programs(tmp_path: Path) -> None:

@@ -11,29 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks.gpu import worker
-from benchmarks.gpu.bench import Bench, DeviceLost, nothing, one_line
-from benchmarks.gpu.doing import Doing
-from benchmarks.gpu.items import CEILINGS, PROGRAMS, every, selected
-from benchmarks.gpu.machine import machine
-from benchmarks.gpu.report import HEAD, Found, Goal, Report, Row, Times
-from benchmarks.gpu.rounds import take_turns
+from benchmarks.gpu.catalog import CEILINGS, PROGRAMS, all_items, selected
+from benchmarks.gpu.context import BenchContext, DeviceLost, no_metrics, one_line
+from benchmarks.gpu.report import HEAD, Goal, Measurement, Report, ReportItem, Times
 from benchmarks.gpu.sizes import MODELS, SIZES
-from benchmarks.gpu.supervisor import new_report, note_loss
+from benchmarks.gpu.status import Status
+from benchmarks.gpu.supervisor import new_report, record_crash
+from benchmarks.gpu.timing import time_interleaved
 from benchmarks.gpu.worker import measure
 from tests.support.gpu_bench import item, run_items, tiny_bench
 from wanx.errors import UsageError
 
-ROW = Row(
-    what="adaln",
-    by="wanx",
+ROW = Measurement(
+    operation="adaln",
+    implementation="wanx",
     shape={"D": 1536, "L": 32760},
     times=Times(seconds=(0.002, 0.001, 0.003), calls=4),
     rate=4.2e12,
     unit="B/s",
-    of="copy",
+    peak="copy",
     ceiling=4.8e12,
     speedup={"torch": 5.25},
     numerics={"cosine": 0.999999, "max_error": math.inf},
@@ -42,36 +40,19 @@ ROW = Row(
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
+def bench(tmp_path: Path) -> BenchContext:
     return tiny_bench(tmp_path)
 
 
-def gives(*found: Found) -> Callable[[Bench], Iterable[Found]]:
+def gives(*found: ReportItem) -> Callable[[BenchContext], Iterable[ReportItem]]:
     return lambda bench: found
 
 
-def test_a_row_in_the_report() -> None:
-    assert ROW.record() == {
-        "what": "adaln",
-        "by": "wanx",
-        "shape": {"D": 1536, "L": 32760},
-        "ms": 2.0,
-        "rounds_ms": [2.0, 1.0, 3.0],
-        "calls_per_round": 4,
-        "rate": 4.2e12,
-        "unit": "B/s",
-        "ceiling": "copy",
-        "of_ceiling": 0.875,
-        "speedup": {"torch": 5.25},
-        "numerics": {"cosine": 0.999999, "max_error": "inf"},
-        "compiled": True,
-    }
-    assert Row(what="o", by="fp8", error="no").record() == {
-        "what": "o",
-        "by": "fp8",
-        "shape": {},
-        "error": "no",
-    }
+def test_what_is_not_finite_is_text() -> None:
+    """Strict JSON has neither NaN nor infinity, and which of them it was must not be lost."""
+    record = json.loads(json.dumps(ROW.record(), allow_nan=False))
+    assert record["numerics"]["max_error"] == "inf"
+    assert Goal.at_least("enough", math.nan, 0.5).record()["value"] == "nan"
 
 
 def test_a_row_in_the_table() -> None:
@@ -82,8 +63,16 @@ def test_a_row_in_the_table() -> None:
     ]
     assert line.index("wanx") == HEAD.index("by")
     assert line.index("5.25x") == HEAD.index("against")
-    assert Row(what="o", by="fp8", error="no such GPU").line().split(maxsplit=2)[2] == "no such GPU"
-    assert "3 TFLOP/s" in Row(what="o", by="x", times=ROW.times, rate=3e12).line()
+    assert (
+        Measurement(operation="o", implementation="fp8", error="no such GPU")
+        .line()
+        .split(maxsplit=2)[2]
+        == "no such GPU"
+    )
+    assert (
+        "3 TFLOP/s"
+        in Measurement(operation="o", implementation="x", times=ROW.times, rate=3e12).line()
+    )
 
 
 @pytest.mark.parametrize(("value", "met"), [(0.85, True), (0.84, False), (None, False)])
@@ -95,10 +84,10 @@ def test_goals(value: float | None, met: bool) -> None:
     assert Goal.at_most("little", 1.0, 1).met is True
 
 
-def test_items_fail_softly_and_each_is_kept(bench: Bench) -> None:
+def test_items_fail_softly_and_each_is_kept(bench: BenchContext) -> None:
     bench.deadline = time.time() + 50
 
-    def half(bench: Bench) -> Iterator[Found]:
+    def half(bench: BenchContext) -> Iterator[ReportItem]:
         yield ROW
         raise RuntimeError("out of memory\nand more")
 
@@ -121,10 +110,10 @@ def test_items_fail_softly_and_each_is_kept(bench: Bench) -> None:
     assert "   failed: RuntimeError: out of memory" in lines
 
 
-def test_the_file_is_whole_after_each_row(bench: Bench) -> None:
+def test_the_file_is_whole_after_each_row(bench: BenchContext) -> None:
     seen: list[Any] = []
 
-    def run(bench: Bench) -> Iterator[Found]:
+    def run(bench: BenchContext) -> Iterator[ReportItem]:
         for _ in range(3):
             seen.append(json.loads((bench.folder / "report.json").read_text()))
             yield ROW
@@ -135,15 +124,15 @@ def test_the_file_is_whole_after_each_row(bench: Bench) -> None:
     assert all(data["schema_version"] == 1 and data["complete"] is False for data in seen)
 
 
-def test_another_process_goes_on(bench: Bench) -> None:
+def test_another_process_goes_on(bench: BenchContext) -> None:
     ran: list[str] = []
 
-    def run(bench: Bench) -> Iterator[Found]:
+    def run(bench: BenchContext) -> Iterator[ReportItem]:
         ran.append(bench.item)
         yield ROW
 
     report = Report(bench.folder / "report.json", {})
-    ceiling = Row(what="copy", by="torch", times=ROW.times, rate=7.0)
+    ceiling = Measurement(operation="copy", implementation="torch", times=ROW.times, rate=7.0)
     measure(bench, [item(CEILINGS, gives(ceiling)), item("a", run)], report, lambda _: None)
     other = tiny_bench(bench.folder)
     again = Report.read(report.path)
@@ -153,84 +142,84 @@ def test_another_process_goes_on(bench: Bench) -> None:
     assert [record["name"] for record in Report.read(report.path).items] == [CEILINGS, "a", "b"]
 
 
-def test_what_ended_a_process_is_not_run_again(bench: Bench) -> None:
+def test_what_ended_a_process_is_not_run_again(bench: BenchContext) -> None:
     bench.item, bench.crashed = "step", {"step/ours": "the process was lost: SIGSEGV"}
-    assert bench.attempt("ours", pytest.fail, nothing).error == "the process was lost: SIGSEGV"
-    noted: list[str] = []
+    assert bench.first_run("ours", pytest.fail, no_metrics).error == "the process was lost: SIGSEGV"
+    noted: list[str | None] = []
     bench.note = noted.append
-    trial = bench.attempt("theirs", lambda: 3, lambda three: {"three": float(three)})
-    assert (trial.numerics, trial.error, noted) == ({"three": 3.0}, None, ["theirs"])
+    run = bench.first_run("theirs", lambda: 3, lambda three: {"three": float(three)})
+    assert (run.numerics, run.error, noted) == ({"three": 3.0}, None, ["theirs", None])
     assert one_line(ValueError()) == "ValueError"
 
 
-def test_a_lost_device_stops_the_process(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.gpu.bench.usable", lambda device: False)
+def test_a_lost_device_stops_the_process(
+    bench: BenchContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.gpu.context.usable", lambda device: False)
 
-    def run(bench: Bench) -> Iterator[Found]:
+    def run(bench: BenchContext) -> Iterator[ReportItem]:
         def call() -> None:
             raise RuntimeError("an illegal memory access")
 
-        bench.attempt("ours", call, nothing)
+        bench.first_run("ours", call, no_metrics)
         yield ROW
 
     report = Report(bench.folder / "report.json", {})
     with pytest.raises(DeviceLost):
         measure(bench, [item("step", run)], report, lambda _: None)
-    doing = Doing.read(bench.folder)
+    doing = Status.read(bench.folder)
     assert doing is not None
     assert (doing.item, doing.subject) == ("step", "ours")
     report = Report.read(report.path)
-    note_loss(report, doing, "exit code 75")
+    record_crash(report, doing, "exit code 75")
     reason = "the process was lost: RuntimeError: an illegal memory access"
     assert report.data["crashes"] == {"step/ours": reason}
     assert report.items == []
     # The second time the item itself is given up.
     report.begin("step")
-    note_loss(report, doing, "exit code 75")
+    record_crash(report, doing, "exit code 75")
     assert report.items[0]["reason"] == "RuntimeError: an illegal memory access"
 
 
-def test_rounds_take_turns(bench: Bench) -> None:
+def test_rounds_take_turns(bench: BenchContext) -> None:
     order: list[str] = []
-    bench.allowance = 0.05
+    bench.seconds_per_comparison = 0.05
     calls = {"a": lambda: order.append("a"), "b": lambda: (order.append("b"), time.sleep(0.004))}
-    times = take_turns(bench, calls)
+    times = time_interleaved(bench, calls)
     assert "".join(order) == "ab" * (1 + len(times["a"].seconds))
     assert 3 <= len(times["b"].seconds) <= 12
     assert times["b"].median > 0.004 > times["a"].median
-    assert take_turns(bench, {}) == {}
+    assert time_interleaved(bench, {}) == {}
 
 
 def test_every_item_has_a_name_of_its_own() -> None:
-    items = every(MODELS, SIZES)
+    items = all_items(MODELS, SIZES)
     names = [item.name for item in items]
     assert len(set(names)) == len(names)
-    assert names[0] == CEILINGS
+    assert names[:4] == ["numerics", PROGRAMS, "generation", CEILINGS]
     assert {"attention-14B-720P", "step-1.3B-480P", "linears-14B", "generation"} <= set(names)
-    quick = [item.name for item in every(MODELS, SIZES[:1], quick=True)]
+    quick = [item.name for item in all_items(MODELS, SIZES[:1], quick=True)]
     assert set(quick) < set(names)
     assert all(name.count("720P") == 0 for name in quick)
 
 
 def test_a_choice_brings_what_it_builds_on() -> None:
-    items = every(MODELS, SIZES)
+    items = all_items(MODELS, SIZES)
     chosen = [item.name for item in selected(items, ["step-1.3B", "kernels-14B-rms"])]
     assert chosen == [
-        *(CEILINGS, PROGRAMS, "step-1.3B-480P"),
+        *(PROGRAMS, CEILINGS, "step-1.3B-480P"),
         *("kernels-14B-rms_norm", "kernels-14B-rms_norm_rope", "step-1.3B-720P"),
     ]
     assert [item.name for item in selected(items, ["linears-14B"])] == [CEILINGS, "linears-14B"]
     assert [item.name for item in selected(items, [])] == [item.name for item in items]
     with pytest.raises(
-        UsageError, match="nothing called convolutions to measure; there are ceilings,"
+        UsageError, match="nothing called convolutions to measure; there are numerics,"
     ):
         selected(items, ["convolutions"])
 
 
 def test_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = new_report(tmp_path / "gpu.json", minutes=1, only=["generation"], quick=True)
-    monkeypatch.setattr(worker, "_device", lambda: torch.device("cpu"))
-    monkeypatch.setattr(worker, "Bench", lambda device, folder, **rest: tiny_bench(folder, **rest))
+    report = new_report(tmp_path / "gpu.json", minutes=1, only=["generation"], rehearsal=True)
     monkeypatch.setattr(worker, "machine", lambda device: {"gpu": "none"})
     monkeypatch.setattr(worker, "selected", lambda items, only: [item("a", gives(ROW))])
     monkeypatch.setattr(sys, "argv", ["worker", str(report.path), str(tmp_path)])
@@ -239,9 +228,3 @@ def test_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert data["complete"] is True
     assert data["machine"] == {"gpu": "none"}
     assert data["items"][0]["rows"][0]["what"] == "adaln"
-
-
-def test_the_machine() -> None:
-    found = machine(torch.device("cpu"))
-    assert {"cpu", "python", "torch", "wanx"} <= found.keys()
-    assert "gpu" not in found

@@ -20,8 +20,9 @@ from wanx.bundle.reader import Bundle, open_bundle
 from wanx.errors import EnvironmentMismatchError, UsageError
 from wanx.runtime.inputs.reading import Inputs
 from wanx.runtime.inputs.video_input import open_video
-from wanx.runtime.options import RunOptions, resolve
+from wanx.runtime.options import RunOptions
 from wanx.runtime.pipeline import Pipeline
+from wanx.runtime.resolve import resolve
 from wanx.runtime.sampling.noise import randn
 
 

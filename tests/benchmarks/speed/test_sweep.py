@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from wanx.benchmarks.speed.feeds import dit_feeds
-from wanx.benchmarks.speed.sweep import Point, default_sizes, fit, sweep, with_unseen
+from wanx.benchmarks.speed.sweep import Point, default_sizes, fit, leave_one_out, sweep
 from wanx.builtin import find_bundle
 from wanx.bundle.reader import Bundle, open_bundle
 from wanx.errors import UsageError
@@ -56,9 +56,9 @@ def test_what_one_number_of_tokens_says_is_nothing() -> None:
 def test_every_point_is_predicted_by_the_others() -> None:
     points = [Point(label="", tokens=n, seconds=(float(n),)) for n in (1, 2, 4)]
     wrong = [*points, Point(label="", tokens=8, seconds=(80.0,))]
-    assert [p.unseen for p in with_unseen(points)] == pytest.approx([1, 2, 4])
-    assert with_unseen(wrong)[-1].unseen == pytest.approx(8)
-    assert with_unseen(points[:2])[0].unseen is None
+    assert [p.unseen for p in leave_one_out(points)] == pytest.approx([1, 2, 4])
+    assert leave_one_out(wrong)[-1].unseen == pytest.approx(8)
+    assert leave_one_out(points[:2])[0].unseen is None
 
 
 def test_a_prediction_holds(tiny: Bundle) -> None:

@@ -21,7 +21,7 @@ from wanx.checkpoints.tensor_source import TensorSource
 from wanx.checkpoints.weights import open_weights
 from wanx.config.models import DiTConfig
 from wanx.errors import CorruptInputError, UsageError, WanxError
-from wanx.exporter.calibration.blockwise_dit import StreamedDiT, read_fp32
+from wanx.exporter.calibration.blockwise_dit import BlockwiseDiT, read_fp32
 from wanx.exporter.components import dit_spec
 from wanx.models.dit.model import WanDiT
 
@@ -77,7 +77,7 @@ def whole(config: DiTConfig, weights: dict[str, Tensor], feeds: Sequence[Feed]) 
 def test_it_equals_the_whole_network(config: DiTConfig, dtype: torch.dtype, tmp_path: Path) -> None:
     weights = random_weights(config, dtype)
     feeds = [random_feed(config, length, seed) for seed, length in enumerate(LENGTHS)]
-    out = StreamedDiT(config, write(tmp_path, weights), device=CPU).run(feeds)
+    out = BlockwiseDiT(config, write(tmp_path, weights), device=CPU).run(feeds)
     expected = whole(config, weights, feeds)
     assert len(out) == len(LENGTHS)
     for velocity, reference, length in zip(out, expected, LENGTHS, strict=True):
@@ -91,7 +91,7 @@ def test_it_equals_the_whole_network(config: DiTConfig, dtype: torch.dtype, tmp_
 def test_it_equals_the_whole_network_on_a_gpu(tmp_path: Path) -> None:
     weights = random_weights(VACE, torch.bfloat16)
     feeds = [random_feed(VACE, length, seed) for seed, length in enumerate(LENGTHS)]
-    out = StreamedDiT(VACE, write(tmp_path, weights)).run(feeds)
+    out = BlockwiseDiT(VACE, write(tmp_path, weights)).run(feeds)
     for velocity, reference in zip(out, whole(VACE, weights, feeds), strict=True):
         assert relative_error(velocity, reference) <= 1e-5
 
@@ -116,7 +116,7 @@ def test_each_block_is_watched_once_while_all_samples_pass(
         handle.remove()
 
     weights = random_weights(config, torch.bfloat16)
-    streamed = StreamedDiT(config, write(tmp_path, weights), device=CPU)
+    streamed = BlockwiseDiT(config, write(tmp_path, weights), device=CPU)
     feeds = [random_feed(config, length, 0) for length in LENGTHS]
     told: list[tuple[int, int]] = []
     streamed.run(feeds, watch=watch, on_block=lambda *progress: told.append(progress))
@@ -142,7 +142,7 @@ def test_one_block_is_in_memory_at_a_time(config: DiTConfig, tmp_path: Path) -> 
     def size(prefix: str) -> int:
         return sum(w.nbytes for name, w in weights.items() if name.startswith(prefix))
 
-    streamed = StreamedDiT(config, write(tmp_path, weights), device=CPU)
+    streamed = BlockwiseDiT(config, write(tmp_path, weights), device=CPU)
     feed = random_feed(config, 2, 0, text=1)
     activations = 10_000
     smallest = min(size("blocks.0."), size("text_embedding."), size("time_projection."))
@@ -175,7 +175,7 @@ def test_one_block_is_in_memory_at_a_time(config: DiTConfig, tmp_path: Path) -> 
 def test_a_weight_that_is_not_finite_is_named(name: str, value: float, tmp_path: Path) -> None:
     weights = random_weights(VACE, torch.bfloat16)
     weights[name].view(-1)[-1] = value
-    streamed = StreamedDiT(VACE, write(tmp_path, weights), device=CPU)
+    streamed = BlockwiseDiT(VACE, write(tmp_path, weights), device=CPU)
     with pytest.raises(CorruptInputError, match=f"'{name}' holds NaN or infinity"):
         streamed.run([random_feed(VACE, 4, 0)])
 
@@ -185,7 +185,7 @@ def test_a_block_that_overflows_is_named(block: str, tmp_path: Path) -> None:
     weights = random_weights(VACE, torch.float32)
     for layer in (0, 2):
         weights[f"{block}.ffn.{layer}.weight"] *= 1e20
-    streamed = StreamedDiT(VACE, write(tmp_path, weights), device=CPU)
+    streamed = BlockwiseDiT(VACE, write(tmp_path, weights), device=CPU)
     with pytest.raises(WanxError, match=rf"after {block} \(sample 1 of 1\)"):
         streamed.run([random_feed(VACE, 4, 0)])
 
@@ -211,7 +211,7 @@ def test_the_sample_that_fails_is_named_and_the_next_run_is_right(tmp_path: Path
                 restore()
 
     weights = random_weights(T2V, torch.bfloat16)
-    streamed = StreamedDiT(T2V, write(tmp_path, weights), device=CPU)
+    streamed = BlockwiseDiT(T2V, write(tmp_path, weights), device=CPU)
     feeds = [random_feed(T2V, length, length) for length in LENGTHS]
     with pytest.raises(WanxError, match=r"after blocks\.1 \(sample 2 of 3\)"):
         streamed.run(feeds, watch=watch)
@@ -226,12 +226,12 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     tensors = write(tmp_path, random_weights(VACE, torch.bfloat16))
     feed = random_feed(VACE, 4, 0)
     del feed["vace_scale"]
-    streamed = StreamedDiT(VACE, tensors, device=CPU)
+    streamed = BlockwiseDiT(VACE, tensors, device=CPU)
     with pytest.raises(UsageError, match="sample 2 of 2 lacks vace_scale"):
         streamed.run([random_feed(VACE, 4, 0), feed])
     lost = tensors.pop("vace_blocks.0.before_proj.bias")
     with pytest.raises(CorruptInputError, match=rf"missing {lost.name}"):
-        StreamedDiT(VACE, tensors, device=CPU)
+        BlockwiseDiT(VACE, tensors, device=CPU)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

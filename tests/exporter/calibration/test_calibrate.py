@@ -15,15 +15,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-import wanx
 import wanx.exporter.calibration.state as calibration_state
 from tests.support.peers import relative_error
-from tests.support.small_models import Task, loaded, record_inputs, small_model
+from tests.support.small_models import Task, load_dit, record_inputs, small_model
 from wanx.bundle.reader import Bundle
 from wanx.checkpoints.checkpoint import Checkpoint
 from wanx.config.models import PRESETS
 from wanx.errors import CorruptInputError, UsageError, WanxError
-from wanx.exporter.calibration.blockwise_dit import StreamedDiT
+from wanx.exporter.calibration.blockwise_dit import BlockwiseDiT
 from wanx.exporter.calibration.calibrate import calibrate, golden_numbers, record_golden
 from wanx.exporter.calibration.options import CalibrationOptions, planned_runs
 from wanx.exporter.calibration.state import Calibration, state_path
@@ -35,7 +34,7 @@ from wanx.runtime.sampling.noise import randn
 from wanx.runtime.sampling.sampler import make_sampler
 from wanx.runtime.sessions import open_session
 from wanx.runtime.sizes import check_size, latent_shape
-from wanx.runtime.text import PromptTokenizer, encode_prompts
+from wanx.runtime.text import PromptTokenizer, encode_prompt
 from wanx.runtime.tokens import patchify, rope_tables, token_grid, unpatchify
 
 OPTIONS = CalibrationOptions(prompts=2, steps=3, width=32, height=48, frames=5, golden_steps=2)
@@ -58,14 +57,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by the number of samples with every step that the denoiser runs."""
     counts: list[int] = []
-    run = StreamedDiT.run
+    run = BlockwiseDiT.run
 
-    def counted(self: StreamedDiT, feeds: Sequence[Any], **options: Any) -> Any:
+    def counted(self: BlockwiseDiT, feeds: Sequence[Any], **options: Any) -> Any:
         answer = run(self, feeds, **options)
         counts.append(len(feeds))
         return answer
 
-    monkeypatch.setattr(StreamedDiT, "run", counted)
+    monkeypatch.setattr(BlockwiseDiT, "run", counted)
     return counts
 
 
@@ -79,13 +78,16 @@ def by_hand(
     checkpoint: Checkpoint, bundle: Bundle, options: CalibrationOptions
 ) -> tuple[dict[str, list[Tensor]], list[list[dict[str, Any]]]]:
     """Everything that the linears of the whole network see, and each step of each run."""
-    config, dit = checkpoint.config, loaded(checkpoint)
+    config, dit = checkpoint.config, load_dit(checkpoint)
     seen, history = record_inputs(dit), []
     for run, inputs in planned_runs(options, config):
         with open_session(bundle, "text_encoder") as session:
             prompts = {"conditional": run.prompt, "unconditional": run.negative_prompt}
             tokenizer = PromptTokenizer(bundle.tokenizer_path)
-            contexts = encode_prompts(session, tokenizer, prompts, config.dit.text_len)
+            contexts = {
+                branch: encode_prompt(session, tokenizer, prompt, config.dit.text_len)
+                for branch, prompt in prompts.items()
+            }
         given = condition(run, inputs, config, lambda name: open_session(bundle, name))
         latent = randn(latent_shape(run.width, run.height, run.frames, config.vae), run.seed)
         grid = token_grid(latent.shape)
@@ -155,15 +157,15 @@ def test_layers_that_share_an_input_are_watched_once(model: Model) -> None:
 
 def interrupt_step(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """Stop before the denoiser runs a step, when ``after`` steps have run."""
-    run, calls = StreamedDiT.run, []
+    run, calls = BlockwiseDiT.run, []
 
-    def stopping(self: StreamedDiT, *arguments: Any, **options: Any) -> Any:
+    def stopping(self: BlockwiseDiT, *arguments: Any, **options: Any) -> Any:
         if len(calls) == after:
             raise KeyboardInterrupt
         calls.append(1)
         return run(self, *arguments, **options)
 
-    monkeypatch.setattr(StreamedDiT, "run", stopping)
+    monkeypatch.setattr(BlockwiseDiT, "run", stopping)
 
 
 def interrupting_progress(after: int) -> Callable[..., None]:
@@ -308,7 +310,7 @@ def test_a_kill_while_saving_leaves_the_step_before(
         os.rename(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(calibration_state.os, "replace", stop_second)
+        patch.setattr(os, "replace", stop_second)
         with pytest.raises(KeyboardInterrupt):
             calibrate(*model, OPTIONS, points_of(model[0]))
     assert len(forwards) == 2
@@ -369,7 +371,7 @@ def test_whatever_changes_what_is_seen_changes_the_key(
     assert key(checkpoint, bundle, base, "x") == first
 
     with monkeypatch.context() as patch:
-        patch.setattr(wanx, "__version__", "99")
+        patch.setattr(calibration_state, "__version__", "99")
         keys["version"] = key(checkpoint, bundle, base, "x")
     files = dict(bundle.manifest.files)
     files["weights/text_encoder.safetensors"] = files["weights/vae.safetensors"]
@@ -547,7 +549,7 @@ RECIPE = Recipe(
     scheme=SCHEMES["fp8"],
     options=QuantizeOptions(smooth=0.5, attention="fp8"),
     layers={"blocks.1.ffn.0": 0.1, "blocks.0.ffn.2": None},
-    kept={"blocks.0.ffn.0": "SQNR 3.0 dB, below 25"},
+    unquantized_layers={"blocks.0.ffn.0": "SQNR 3.0 dB, below 25"},
     sqnr_db={"blocks.1.ffn.0": 1 / 3, "blocks.0.ffn.0": 3.0},
     smooth={"blocks.1.ffn_smooth": torch.tensor([0.1, 7.0])},
     attention={"blocks.0.self_attn.attend": (0.1, 0.2, 1 / 7)},

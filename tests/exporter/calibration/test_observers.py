@@ -293,7 +293,7 @@ def test_inputs_without_a_scale(observer: Observer, percentile: float, words: st
     with pytest.raises(WanxError) as caught:
         input_scale(observer, 127, percentile)
     assert words in str(caught.value)
-    assert str(caught.value).endswith("; keep it high with --keep-high blocks.3.ffn.2")
+    assert str(caught.value).endswith("; leave it out with --skip-layers blocks.3.ffn.2")
 
 
 def test_the_smallest_scale_that_is_allowed() -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 from safetensors.numpy import save_file
 
-from wanx.exporter.graph.attach import attach
+from wanx.exporter.graph.attach import attach_weights
 from wanx.files.safetensors import read_header
 
 STORED = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": ml_dtypes.bfloat16}
@@ -66,7 +66,7 @@ def test_graph_reads_the_stored_numbers(dtype: str, tmp_path: Path) -> None:
     values = write_weights(tmp_path, dtype)
     model = build_model()
     header = read_header(tmp_path / "weights" / "w.safetensors")
-    assert attach(model, header.entries, tmp_path) == {dtype: 2}
+    assert attach_weights(model, header.entries, tmp_path) == {dtype: 2}
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.add_session_config_entry(
@@ -85,7 +85,7 @@ def test_graph_reads_the_stored_numbers(dtype: str, tmp_path: Path) -> None:
 def test_constants_of_the_graph_stay_inside(tmp_path: Path) -> None:
     write_weights(tmp_path, "BF16")
     model = build_model()
-    attach(model, read_header(tmp_path / "weights" / "w.safetensors").entries, tmp_path)
+    attach_weights(model, read_header(tmp_path / "weights" / "w.safetensors").entries, tmp_path)
     proto = ir.to_proto(model)
     external = {t.name for t in proto.graph.initializer if t.external_data}
     assert external == {"table", "weight"}
@@ -99,7 +99,7 @@ def test_a_table_is_not_cast_as_a_whole(tmp_path: Path) -> None:
     """umT5's table has 256,384 rows, of which a prompt needs a few."""
     write_weights(tmp_path, "BF16")
     model = build_model()
-    attach(model, read_header(tmp_path / "weights" / "w.safetensors").entries, tmp_path)
+    attach_weights(model, read_header(tmp_path / "weights" / "w.safetensors").entries, tmp_path)
     proto = ir.to_proto(model)
     cast = {node.input[0] for node in proto.graph.node if node.op_type == "Cast"}
     assert "table" not in cast
@@ -109,7 +109,7 @@ def test_a_table_is_not_cast_as_a_whole(tmp_path: Path) -> None:
 def test_wide_weights_need_no_cast(tmp_path: Path) -> None:
     write_weights(tmp_path, "F32")
     model = build_model()
-    attach(model, read_header(tmp_path / "weights" / "w.safetensors").entries, tmp_path)
+    attach_weights(model, read_header(tmp_path / "weights" / "w.safetensors").entries, tmp_path)
     proto = ir.to_proto(model)
     assert all(node.op_type != "Cast" for node in proto.graph.node)
     assert {t.data_type for t in proto.graph.initializer if t.external_data} == {TensorProto.FLOAT}

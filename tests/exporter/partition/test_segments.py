@@ -16,7 +16,7 @@ from tests.support.eightbit import (
     SMALL,
     build,
     make_recipe,
-    oracle,
+    quantized_reference,
     random_feeds,
     random_weights,
     run_torch,
@@ -32,9 +32,9 @@ from wanx.exporter.components import (
     vae_decoder_specs,
     vae_encoder_specs,
 )
-from wanx.exporter.partition.partition import cut
-from wanx.exporter.partition.segments import Cut
-from wanx.exporter.partition.stateless import Functional
+from wanx.exporter.partition.partition import partition
+from wanx.exporter.partition.segments import Partition
+from wanx.exporter.partition.stateless import StatelessSegment
 from wanx.exporter.quantization.quantized_spec import quantize_module, quantized_spec
 from wanx.exporter.quantization.recipe import text_recipe
 from wanx.exporter.quantization.scheme import QuantizeOptions
@@ -56,7 +56,7 @@ QUANTISED: dict[str, tuple[DiTConfig, str, QuantizeOptions]] = {
 
 
 def run(
-    parts: Cut, weights: Mapping[str, Tensor], feeds: Mapping[str, object]
+    parts: Partition, weights: Mapping[str, Tensor], feeds: Mapping[str, object]
 ) -> dict[str, Tensor]:
     """Run a cut as a session does, every program as plain PyTorch."""
     values = {name: torch.as_tensor(value) for name, value in feeds.items()}
@@ -69,7 +69,7 @@ def run(
             assert whole.numel() == math.prod(parameter.shape)
             given.append(whole.to(parameter.dtype).reshape(parameter.shape))
         with torch.inference_mode():
-            made = Functional(segment, torch.device("cpu"))(
+            made = StatelessSegment(segment, torch.device("cpu"))(
                 *(values[n] for n in step.inputs), *given
             )
         values |= dict(zip(step.outputs, made, strict=True))
@@ -87,7 +87,7 @@ def test_a_denoiser(task: str, batch: int) -> None:
         feeds[name] = feeds[name] + noise
     model = WanDiT(config)
     model.load_state_dict(weights)
-    found = run(cut(dit_spec(config), torch.float32), weights, feeds)["velocity"]
+    found = run(partition(dit_spec(config), torch.float32), weights, feeds)["velocity"]
     assert found.shape[0] == batch
     assert relative_error(found, run_torch(model, feeds)) <= 2e-6
 
@@ -98,11 +98,11 @@ def test_a_quantised_denoiser(case: str, tmp_path: Path) -> None:
     weights, feeds = random_weights(config), random_feeds(config)
     recipe = make_recipe(config, weights, feeds, scheme, options)
     built = build(tmp_path, config, weights, recipe, graphs=False)
-    expected = oracle(config, weights, built, feeds)
+    expected = quantized_reference(config, weights, built, feeds)
     plain = WanDiT(config)
     plain.load_state_dict(weights)
     allowed = 0.03 * relative_error(run_torch(plain, feeds), expected)
-    parts = cut(quantized_spec(dit_spec(config), recipe), torch.float32)
+    parts = partition(quantized_spec(dit_spec(config), recipe), torch.float32)
     found = run(parts, built.tensors(), feeds)["velocity"]
     assert relative_error(found, expected) <= allowed
 
@@ -115,8 +115,8 @@ def test_blocks_that_differ(kept: tuple[str, ...], tmp_path: Path) -> None:
     weights, feeds = random_weights(SMALL), random_feeds(SMALL)
     recipe = make_recipe(SMALL, weights, feeds, "int8", kept=kept)
     built = build(tmp_path, SMALL, weights, recipe, graphs=False)
-    expected = oracle(SMALL, weights, built, feeds)
-    parts = cut(quantized_spec(dit_spec(SMALL), recipe), torch.float32)
+    expected = quantized_reference(SMALL, weights, built, feeds)
+    parts = partition(quantized_spec(dit_spec(SMALL), recipe), torch.float32)
     assert list(parts.segments) == ["embed", "block", "block_2", "block_3", "head"]
     plain = WanDiT(SMALL)
     plain.load_state_dict(weights)
@@ -126,7 +126,7 @@ def test_blocks_that_differ(kept: tuple[str, ...], tmp_path: Path) -> None:
 
 def test_equal_blocks_share_a_program() -> None:
     with torch.device("meta"):
-        parts = cut(dit_spec(PRESETS["t2v-14B"].dit), torch.bfloat16)
+        parts = partition(dit_spec(PRESETS["t2v-14B"].dit), torch.bfloat16)
     assert list(parts.segments) == ["embed", "block", "head"]
     assert [step.program for step in parts.steps] == ["embed", *["block"] * 40, "head"]
     assert parts.steps[17].prefix == "blocks.16."
@@ -137,7 +137,7 @@ def test_sixteen_bits_stay_close() -> None:
     """In bf16 the stream stays fp32, and what leaves is the fp32 answer to three digits or so."""
     weights, feeds = random_weights(OUR_DIT), random_feeds(OUR_DIT)
     wide, narrow = (
-        run(cut(dit_spec(OUR_DIT), dtype), weights, feeds)["velocity"]
+        run(partition(dit_spec(OUR_DIT), dtype), weights, feeds)["velocity"]
         for dtype in (torch.float32, torch.bfloat16)
     )
     assert narrow.dtype == torch.float32
@@ -147,7 +147,9 @@ def test_sixteen_bits_stay_close() -> None:
 def test_a_text_encoder() -> None:
     model = randomise(UMT5Encoder(OUR_T5), seed=3)
     ids = torch.tensor([[3, 1, 4, 1, 5, 9]])
-    found = run(cut(text_encoder_spec(OUR_T5), torch.float32), model.state_dict(), {"ids": ids})
+    found = run(
+        partition(text_encoder_spec(OUR_T5), torch.float32), model.state_dict(), {"ids": ids}
+    )
     with torch.inference_mode():
         assert relative_error(found["features"], model(ids)) <= 1e-6
 
@@ -165,7 +167,7 @@ def test_a_quantised_text_encoder() -> None:
             parameter.data.uniform_(0.01, 0.02, generator=generator)
     ids = torch.tensor([[3, 1, 4, 1, 5]])
     spec = quantized_spec(text_encoder_spec(OUR_T5), recipe)
-    found = run(cut(spec, torch.float32), model.state_dict(), {"ids": ids})
+    found = run(partition(spec, torch.float32), model.state_dict(), {"ids": ids})
     with torch.inference_mode():
         assert relative_error(found["features"], model(ids)) <= 1e-6
 
@@ -173,7 +175,7 @@ def test_a_quantised_text_encoder() -> None:
 def test_an_image_encoder() -> None:
     model = randomise(ImageEncoder(OUR_CLIP), seed=3)
     pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
-    parts = cut(image_encoder_spec(OUR_CLIP), torch.float32)
+    parts = partition(image_encoder_spec(OUR_CLIP), torch.float32)
     found = run(parts, model.state_dict(), {"pixels": pixels})
     with torch.inference_mode():
         assert relative_error(found["features"], model(pixels)) <= 1e-6
@@ -182,7 +184,7 @@ def test_an_image_encoder() -> None:
 def test_a_vae_reads_half_of_its_weights() -> None:
     specs = [*vae_encoder_specs(OUR_VAE), *vae_decoder_specs(OUR_VAE)]
     for spec in specs:
-        parts = cut(spec, torch.float32)
+        parts = partition(spec, torch.float32)
         model = randomise(spec.module(), seed=1).eval()
         values = {
             item.name: torch.randn(item.example(spec.axes).shape)
@@ -207,7 +209,7 @@ def test_every_weight_of_a_preset_is_read(name: str) -> None:
     config = PRESETS[name]
     read: dict[str, set[str]] = {}
     for spec in component_specs(config):
-        parts = cut(spec, torch.float32)
+        parts = partition(spec, torch.float32)
         for step in parts.steps:
             segment = parts.segments[step.program]
             for parameter, _ in segment.parameters:

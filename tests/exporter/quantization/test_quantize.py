@@ -337,7 +337,7 @@ def test_the_diffusers_layout_on_disk(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", ["int8", "fp8"])
 def test_names_of_scales(scheme: str, order: int, tmp_path: Path) -> None:
     """Layers with one input have one scale, named by the first of them, in whatever order."""
-    options = QuantizeOptions(smooth=0.5, attention="fp8" if scheme == "fp8" else "high")
+    options = QuantizeOptions(smooth=0.5, attention="fp8" if scheme == "fp8" else "none")
     recipe = recipe_of(scheme, options).without({"blocks.1.self_attn.q": "test"})
     recipe = replace(recipe, layers=dict(list(recipe.layers.items())[::order]))
     sources: dict[str, TensorSource] = {}

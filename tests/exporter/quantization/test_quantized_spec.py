@@ -16,7 +16,7 @@ from tests.support.eightbit import (
     SMALL,
     build,
     make_recipe,
-    oracle,
+    quantized_reference,
     random_feeds,
     random_weights,
     run_torch,
@@ -27,13 +27,13 @@ from wanx.config.models import DiTConfig
 from wanx.exporter.component_writer import save_graph
 from wanx.exporter.components import dit_spec, text_encoder_spec
 from wanx.exporter.graph import trace as trace_module
-from wanx.exporter.graph.attach import attach
+from wanx.exporter.graph.attach import attach_weights
 from wanx.exporter.graph.trace import trace
 from wanx.exporter.quantization.quantize import scale_tensors
 from wanx.exporter.quantization.quantized_spec import quantize_module, quantized_spec
 from wanx.exporter.quantization.recipe import Recipe, shared_input, text_recipe
 from wanx.exporter.quantization.scheme import QuantizeOptions
-from wanx.exporter.targets.onnxruntime import specialise
+from wanx.exporter.targets.onnxruntime import optimize_for_ort
 from wanx.files.safetensors import SafetensorsWriter
 from wanx.models.dit.model import WanDiT
 from wanx.models.quantized import QuantEmbedding, QuantLinear, WeightOnlyLinear, quantize_weight
@@ -86,7 +86,7 @@ def require_equal(
     feeds = random_feeds(config)
     recipe = make_recipe(config, weights, feeds, scheme, options, kept)
     built = build(folder, config, weights, recipe)
-    expected = oracle(config, weights, built, feeds)
+    expected = quantized_reference(config, weights, built, feeds)
     allowed = 0.03 * noise(config, weights, feeds, expected)
     assert relative_error(built.run(feeds, engine=False), expected) <= allowed
     assert relative_error(built.run(feeds), expected) <= allowed
@@ -201,9 +201,9 @@ def test_a_text_encoder(tmp_path: Path) -> None:
         for _, tensor in rows:
             writer.write(tensor.contiguous().numpy().tobytes())
     model = trace_once(spec)
-    attach(model, writer.header.entries, tmp_path)
+    attach_weights(model, writer.header.entries, tmp_path)
     save_graph(model, tmp_path / "portable.onnx")
-    assert specialise(model)
+    assert optimize_for_ort(model)
     save_graph(model, tmp_path / "engine.onnx")
     for graph in ("portable.onnx", "engine.onnx"):
         options = session_options(tmp_path, threads=1)

@@ -20,7 +20,7 @@ LAYERS = [
     "ffn.0", "ffn.2",
 ]  # fmt: skip
 ALL = [name for layer in LAYERS for name in every(layer)]
-KEEP_O: dict[str, Any] = {"keep_high": ("*.cross_attn.o",)}
+KEEP_O: dict[str, Any] = {"skip_layers": ("*.cross_attn.o",)}
 
 
 @pytest.fixture
@@ -219,9 +219,9 @@ def test_what_is_read_back(case: str, export: Export) -> None:
     )
     for graph in (dit.graph, *dit.engines.values()):
         assert eight_bit_layers(bundle.root / graph, bundle.root) == found | heads
-    assert dit.quantization.found == {kind: 60} | ({"fp8 attention": 6} if heads else {})
+    assert dit.quantization.verified_counts == {kind: 60} | ({"fp8 attention": 6} if heads else {})
     assert dit.quantization.layers.keys() == set(ALL)
-    assert text.quantization.found == {"int8-weight": 15}
+    assert text.quantization.verified_counts == {"int8-weight": 15}
     if kind == "int8":
         assert dit.quantization.kernels["MatMulIntegerToFloat"] == 60
     for graph in (text.graph, *text.engines.values()):
@@ -253,7 +253,7 @@ def test_golden_steps_see_what_reading_back_cannot(
 ) -> None:
     UNSEEN[fault](monkeypatch)
     bundle = export()
-    assert bundle.manifest.components["dit"].quantization.found == {"int8": 60}
+    assert bundle.manifest.components["dit"].quantization.verified_counts == {"int8": 60}
     with pytest.raises(GateError, match="4 of 4 golden steps are below the gate: cosine") as caught:
         require_golden(check_golden(bundle, threads=1), Gates())
     assert "\n" not in str(caught.value)

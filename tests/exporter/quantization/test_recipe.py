@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from wanx.errors import UsageError
 from wanx.exporter.quantization.recipe import (
     Recipe,
     dit_candidates,
+    recipe_from_manifest,
     require_matches,
     shared_input,
     smoothing_of,
@@ -130,22 +132,22 @@ def test_every_candidate_is_a_linear_with_a_bias() -> None:
     ],
 )
 def test_patterns(patterns: tuple[str, ...], kept: set[str]) -> None:
-    wanted, found = dit_candidates(SMALL, QuantizeOptions(keep_high=patterns))
-    assert found == dict.fromkeys(kept, "--keep-high")
+    wanted, found = dit_candidates(SMALL, QuantizeOptions(skip_layers=patterns))
+    assert found == dict.fromkeys(kept, "--skip-layers")
     assert set(wanted) == expected(SMALL) - kept
     require_matches(patterns, (*wanted, *found))
 
 
 def test_a_pattern_for_blocks_leaves_the_control_branch() -> None:
     config = replace(SMALL, vace_layers=(0, 2))
-    _, kept = dit_candidates(config, QuantizeOptions(keep_high=("blocks.*",)))
+    _, kept = dit_candidates(config, QuantizeOptions(skip_layers=("blocks.*",)))
     assert set(kept) == names("blocks", 3, (*SELF, *CROSS, *FFN))
 
 
 @pytest.mark.parametrize("patterns", [("*",), ("blocks.*",), ("*attn*", "*.ffn.*")])
 def test_patterns_that_match_everything(patterns: tuple[str, ...]) -> None:
-    with pytest.raises(UsageError, match=r"all 30 layers are kept high.*; narrow --keep-high"):
-        dit_candidates(SMALL, QuantizeOptions(keep_high=patterns))
+    with pytest.raises(UsageError, match=r"all 30 layers are kept high.*; narrow --skip-layers"):
+        dit_candidates(SMALL, QuantizeOptions(skip_layers=patterns))
 
 
 @pytest.mark.parametrize("pattern", ["blocks.3.*", "Blocks.0.*", "ffn.0", "", "blocks.0.ffn.0 "])
@@ -153,7 +155,7 @@ def test_a_pattern_that_matches_nothing(pattern: str) -> None:
     layers, _ = dit_candidates(SMALL, ALL)
     with pytest.raises(UsageError) as caught:
         require_matches(["*.ffn.0", pattern], layers)
-    assert f"--keep-high {pattern!r} matches no layer" in str(caught.value)
+    assert f"--skip-layers {pattern!r} matches no layer" in str(caught.value)
     assert layers[0] in str(caught.value)
 
 
@@ -238,10 +240,12 @@ def test_alike_blocks_have_the_same_smoothing_and_attention(missing: int | None)
 
 
 def test_keeping_more_layers() -> None:
-    recipe = recipe_of(["blocks.0.ffn.0", "blocks.0.ffn.2"], kept={"blocks.0.self_attn.q": "a"})
+    recipe = recipe_of(
+        ["blocks.0.ffn.0", "blocks.0.ffn.2"], unquantized_layers={"blocks.0.self_attn.q": "a"}
+    )
     less = recipe.without({"blocks.0.ffn.2": "b"})
     assert less.layers == {"blocks.0.ffn.0": 0.5}
-    assert less.kept == {"blocks.0.self_attn.q": "a", "blocks.0.ffn.2": "b"}
+    assert less.unquantized_layers == {"blocks.0.self_attn.q": "a", "blocks.0.ffn.2": "b"}
     assert less.weights == {"blocks.0.ffn.0.weight"}
     assert len(recipe.layers) == 2
 
@@ -252,14 +256,14 @@ def test_the_manifest_tells_the_recipe() -> None:
         scheme=SCHEMES["fp8"],
         options=options,
         layers={"blocks.0.ffn.0": 0.25, "blocks.0.ffn.2": None},
-        kept={"blocks.0.self_attn.q": "SQNR 12.0 dB, below 25"},
+        unquantized_layers={"blocks.0.self_attn.q": "SQNR 12.0 dB, below 25"},
         sqnr_db={"blocks.0.ffn.0": 31.5, "blocks.0.self_attn.q": 12.0},
         smooth={"blocks.0.ffn_smooth": torch.ones(4)},
         attention={"blocks.0.self_attn.attend": (1.0, 2.0, 3.0)},
     )
     record = recipe.record({"fp8": 2}, {"MatMul": 9})
-    assert Quantization.model_validate_json(record.model_dump_json()) == record
-    assert record.model_dump() == {
+    assert Quantization.model_validate_json(record.model_dump_json(by_alias=True)) == record
+    assert record.model_dump(by_alias=True) == {
         "scheme": "fp8",
         "weight_scale": "tensor",
         "activation_scale": "static",
@@ -282,6 +286,18 @@ def test_the_manifest_tells_what_was_done_not_what_was_asked() -> None:
         {}, {}
     )
     assert (record.smooth, record.attention, record.activation_scale) == (0.0, "high", "dynamic")
+
+
+@pytest.mark.parametrize("word", ["high", "none", "fp8"])
+def test_either_word_of_a_manifest_for_no_8_bit_attention(word: str) -> None:
+    """Bundles say "high", whose option is called none; one that says "none" is read as well."""
+    data = {"scheme": "fp8", "weight_scale": "channel", "activation_scale": "static"}
+    data |= {"attention": word, "layers": {}, "kept": {"blocks.0.ffn.0": "512 features"}}
+    record = Quantization.model_validate_json(json.dumps(data | {"found": {"fp8": 3}}))
+    assert record.unquantized_layers == data["kept"]
+    assert record.verified_counts == {"fp8": 3}
+    recipe = recipe_from_manifest(record, {})
+    assert recipe.options.attention == ("fp8" if word == "fp8" else "none")
 
 
 def test_the_manifest_of_a_text_encoder() -> None:

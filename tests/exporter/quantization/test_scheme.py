@@ -45,7 +45,7 @@ def test_formats(name: str, tmp_path: Path) -> None:
         ({"layer_gate_db": -INF}, "--layer-gate is -inf"),
         ({"weight_scale": "row"}, "--weight-scale row is not available; choose channel or tensor"),
         ({"activation_scale": "token"}, "--activation-scale token is not available; choose static"),
-        ({"attention": "int8"}, "--attention int8 is not available; choose high or fp8"),
+        ({"attention": "int8"}, "--attention int8 is not available; choose none or fp8"),
     ],
 )
 def test_values_that_no_scheme_has(options: dict[str, Any], words: str) -> None:
@@ -94,7 +94,7 @@ def test_options_of_fp8_alone(flag: str, options: dict[str, Any]) -> None:
         {"smooth": 0.5},
         {"percentile": 99.9},
         {"layer_gate_db": 20.0},
-        {"keep_high": ("blocks.0.*",)},
+        {"skip_layers": ("blocks.0.*",)},
         {"components": ("dit",)},
     ],
 )

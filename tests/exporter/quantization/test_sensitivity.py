@@ -13,19 +13,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.support.small_models import loaded, record_inputs, small_model
+from tests.support.small_models import load_dit, record_inputs, small_model
 from wanx.bundle.golden_steps import Golden, GoldenStep
 from wanx.checkpoints.checkpoint import Checkpoint
 from wanx.errors import WanxError
-from wanx.exporter.calibration.blockwise_dit import StreamedDiT
+from wanx.exporter.calibration.blockwise_dit import BlockwiseDiT
 from wanx.exporter.calibration.observers import Observers
 from wanx.exporter.calibration.options import CalibrationOptions
 from wanx.exporter.quantization.choose_recipe import choose_recipe
 from wanx.exporter.quantization.recipe import Recipe, dit_candidates, shared_input, smoothing_of
 from wanx.exporter.quantization.scheme import SCHEMES, QuantizeOptions
-from wanx.exporter.quantization.sensitivity import decide
+from wanx.exporter.quantization.sensitivity import select_layers
 from wanx.models.dit.model import WanDiT
-from wanx.progress import silent
+from wanx.progress import no_progress
 
 LENGTHS = (37, 300)  # the second is longer than what is compared of it
 ANY = -1000.0  # a gate that every layer passes
@@ -53,10 +53,10 @@ class Case:
         candidates = dit_candidates(self.checkpoint.config.dit, options)
         if only is not None:
             candidates = only, {}
-        streamed = StreamedDiT(
+        streamed = BlockwiseDiT(
             self.checkpoint.config.dit, self.checkpoint.components["dit"].tensors
         )
-        return decide(
+        return select_layers(
             streamed, self.golden, self.observers, SCHEMES[scheme], options, candidates, attentions
         )
 
@@ -83,7 +83,7 @@ def make_case(folder: Path, change: Change | None = None) -> Case:
         contexts={"conditional": context, "unconditional": context[:, ::-1].copy() / 3},
         steps=steps,
     )
-    dit = loaded(checkpoint)
+    dit = load_dit(checkpoint)
     seen = record_inputs(dit)
     for _, _, feeds in golden.samples():
         dit(**{name: torch.from_numpy(value) for name, value in feeds.items()})
@@ -246,9 +246,9 @@ QKV = {f"blocks.0.self_attn.{letter}" for letter in "qkv"}
 def test_a_layer_with_an_outlier_channel_stays_high(outlier: Case) -> None:
     recipe = outlier.decide("int8", QuantizeOptions())
     assert outlier.observers["blocks.0.self_attn.q"].outliers().worst == 7
-    assert recipe.kept.keys() == QKV
+    assert recipe.unquantized_layers.keys() == QKV
     for name in QKV:
-        assert recipe.kept[name] == f"SQNR {recipe.sqnr_db[name]:.1f} dB, below 24"
+        assert recipe.unquantized_layers[name] == f"SQNR {recipe.sqnr_db[name]:.1f} dB, below 24"
         assert recipe.sqnr_db[name] < 20
     assert recipe.layers.keys() | QKV == set(
         dit_candidates(outlier.checkpoint.config.dit, QuantizeOptions())[0]
@@ -259,7 +259,7 @@ def test_a_layer_with_an_outlier_channel_stays_high(outlier: Case) -> None:
 def test_smoothing_rescues_it(outlier: Case) -> None:
     plain = outlier.decide("int8", QuantizeOptions())
     recipe = outlier.decide("int8", QuantizeOptions(smooth=0.5))
-    assert recipe.kept == {}
+    assert recipe.unquantized_layers == {}
     assert recipe.is_repeated("blocks", 2)
     for name in QKV:
         assert recipe.sqnr_db[name] > max(24, plain.sqnr_db[name] + 10)
@@ -267,12 +267,12 @@ def test_smoothing_rescues_it(outlier: Case) -> None:
 
 def test_the_gate_is_the_users(outlier: Case) -> None:
     everything = outlier.decide("int8", QuantizeOptions(layer_gate_db=ANY))
-    assert everything.kept == {}
+    assert everything.unquantized_layers == {}
     gate = sorted(everything.sqnr_db.values())[15] - 0.01
     recipe = outlier.decide("int8", QuantizeOptions(layer_gate_db=gate))
     low = {name for name, value in everything.sqnr_db.items() if value < gate}
     assert len(low) == 15
-    assert recipe.kept == {
+    assert recipe.unquantized_layers == {
         name: f"SQNR {everything.sqnr_db[name]:.1f} dB, below {gate:g}" for name in low
     }
     assert recipe.layers == {n: s for n, s in everything.layers.items() if n not in low}
@@ -280,9 +280,15 @@ def test_the_gate_is_the_users(outlier: Case) -> None:
 
 
 def test_what_was_kept_before_stays_kept(outlier: Case) -> None:
-    recipe = outlier.decide("int8", QuantizeOptions(keep_high=("*.ffn.2", "blocks.0.self_attn.v")))
-    assert recipe.kept["blocks.1.ffn.2"] == recipe.kept["blocks.0.self_attn.v"] == "--keep-high"
-    assert recipe.kept["blocks.0.self_attn.q"].startswith("SQNR")
+    recipe = outlier.decide(
+        "int8", QuantizeOptions(skip_layers=("*.ffn.2", "blocks.0.self_attn.v"))
+    )
+    assert (
+        recipe.unquantized_layers["blocks.1.ffn.2"]
+        == recipe.unquantized_layers["blocks.0.self_attn.v"]
+        == "--skip-layers"
+    )
+    assert recipe.unquantized_layers["blocks.0.self_attn.q"].startswith("SQNR")
     assert "blocks.0.self_attn.v" not in recipe.sqnr_db
 
 
@@ -293,11 +299,11 @@ def test_a_smoothed_group_falls_back_together(case: Case) -> None:
     worst, second, best = sorted(group, key=lambda name: sqnr[name])
     gate = (sqnr[worst] + sqnr[second]) / 2
     recipe = case.decide("int8", replace(options, layer_gate_db=gate))
-    assert recipe.kept[worst] == f"SQNR {sqnr[worst]:.1f} dB, below {gate:g}"
+    assert recipe.unquantized_layers[worst] == f"SQNR {sqnr[worst]:.1f} dB, below {gate:g}"
     for partner in (second, best):
         assert sqnr[partner] > gate
-        assert recipe.kept[partner] == "shares a smoothed input with one that failed"
-    failed = {smoothing_of(name) for name in recipe.kept}
+        assert recipe.unquantized_layers[partner] == "shares a smoothed input with one that failed"
+    failed = {smoothing_of(name) for name in recipe.unquantized_layers}
     assert "blocks.0.attn_smooth" in failed
     left = {vector for name in recipe.layers if (vector := smoothing_of(name))}
     assert recipe.smooth.keys() == left
@@ -305,7 +311,7 @@ def test_a_smoothed_group_falls_back_together(case: Case) -> None:
 
 
 def test_a_group_with_a_layer_kept_high_is_not_smoothed(case: Case) -> None:
-    options = QuantizeOptions(smooth=0.5, layer_gate_db=ANY, keep_high=("blocks.0.self_attn.v",))
+    options = QuantizeOptions(smooth=0.5, layer_gate_db=ANY, skip_layers=("blocks.0.self_attn.v",))
     recipe = case.decide("int8", options)
     assert "blocks.0.attn_smooth" not in recipe.smooth
     assert "blocks.1.attn_smooth" in recipe.smooth
@@ -346,7 +352,7 @@ def test_an_attention_falls_back_alone(case: Case) -> None:
     gate = (sqnr[worst] + sqnr[best]) / 2
     recipe = case.decide("fp8", replace(options, layer_gate_db=gate), ATTENTIONS)
     assert recipe.attention.keys() == {best}
-    assert recipe.kept[worst] == f"SQNR {sqnr[worst]:.1f} dB, below {gate:g}"
+    assert recipe.unquantized_layers[worst] == f"SQNR {sqnr[worst]:.1f} dB, below {gate:g}"
     assert recipe.layers
 
 
@@ -378,11 +384,11 @@ def test_an_input_that_is_always_zero(
     kept: list[str] = []
     while len(kept) < len(layers) + 1:
         try:
-            chosen = QuantizeOptions(keep_high=tuple(kept), layer_gate_db=ANY, **options)
+            chosen = QuantizeOptions(skip_layers=tuple(kept), layer_gate_db=ANY, **options)
             recipe = case.decide("int8", chosen)
             break
         except WanxError as error:
-            message, _, layer = str(error).partition("--keep-high ")
+            message, _, layer = str(error).partition("--skip-layers ")
             assert "was always 0 while calibrating" in message
             assert layer not in kept
             assert f"the input of {layer}" in message
@@ -405,8 +411,8 @@ def test_an_input_that_was_never_seen(case: Case) -> None:
 
 def test_progress_counts_blocks(case: Case) -> None:
     told: list[tuple[int, int]] = []
-    streamed = StreamedDiT(case.checkpoint.config.dit, case.checkpoint.components["dit"].tensors)
-    decide(
+    streamed = BlockwiseDiT(case.checkpoint.config.dit, case.checkpoint.components["dit"].tensors)
+    select_layers(
         streamed, case.golden, case.observers, SCHEMES["int8"], QuantizeOptions(layer_gate_db=ANY),
         (["blocks.0.ffn.0"], {}), on_block=lambda *numbers: told.append(numbers),
     )  # fmt: skip
@@ -423,9 +429,9 @@ def test_choosing_again_measures_nothing_that_is_known(
         prompts=1, steps=2, width=32, height=32, frames=5, golden_steps=0
     )
     runs: list[int] = []
-    run = StreamedDiT.run
+    run = BlockwiseDiT.run
     monkeypatch.setattr(
-        StreamedDiT, "run", lambda self, *a, **k: runs.append(1) or run(self, *a, **k)
+        BlockwiseDiT, "run", lambda self, *a, **k: runs.append(1) or run(self, *a, **k)
     )
 
     def choose(scheme: str, **options: Any) -> tuple[Recipe, Golden, int]:
@@ -433,7 +439,7 @@ def test_choosing_again_measures_nothing_that_is_known(
         before = len(runs)
         recipe, golden = choose_recipe(
             checkpoint, bundle, SCHEMES[scheme], QuantizeOptions(layer_gate_db=ANY, **options),
-            replace(calibration, fresh=fresh), silent,
+            replace(calibration, fresh=fresh), no_progress,
         )  # fmt: skip
         return recipe, golden, len(runs) - before
 
@@ -447,7 +453,7 @@ def test_choosing_again_measures_nothing_that_is_known(
         ("fp8", {}),
         ("fp8", {"attention": "fp8", "smooth": 0.5}),
         ("int8", {"smooth": 0.5}),
-        ("int8", {"keep_high": ("blocks.0.*",)}),
+        ("int8", {"skip_layers": ("blocks.0.*",)}),
         ("int8", {"percentile": 99.0}),
     ):
         recipe, _, count = choose(scheme, **options)

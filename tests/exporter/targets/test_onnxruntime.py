@@ -20,7 +20,7 @@ from tests.support.peers import relative_error
 from wanx.config.models import DiTConfig
 from wanx.exporter.components import ComponentSpec, GraphInput
 from wanx.exporter.graph.trace import trace
-from wanx.exporter.targets.onnxruntime import profile_products, specialise
+from wanx.exporter.targets.onnxruntime import optimize_for_ort, profile_products
 from wanx.kernels.attention.op import Attention, BiasedAttention, attention_reference
 from wanx.kernels.quant_linear import QuantLinear
 from wanx.models.quantized import WeightOnlyLinear, quantize_weight
@@ -57,7 +57,7 @@ def build_model(heads: int, scale: float, *, biased: bool = False) -> ir.Model:
 def test_specialised_attention(size: tuple[int, int, int, int]) -> None:
     queries, keys, heads, width = size
     model = build_model(heads, 0.3)
-    assert specialise(model)
+    assert optimize_for_ort(model)
     (body,) = model.functions.values()
     assert [(node.domain, node.op_type) for node in body] == [
         ("com.microsoft", "MultiHeadAttention")
@@ -79,7 +79,7 @@ def test_specialised_attention(size: tuple[int, int, int, int]) -> None:
 def test_a_model_without_attention_stays_as_it_is() -> None:
     model = build_model(2, 1.0, biased=True)
     before = ir.to_proto(model).SerializeToString(deterministic=True)
-    assert not specialise(model)
+    assert not optimize_for_ort(model)
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
 
 
@@ -135,7 +135,7 @@ def test_specialised_int8_linear(
     scales = generator.uniform(0.001, 0.1, n).astype(np.float32)
     bias = generator.standard_normal(n, dtype=np.float32)
     model = build_linear(weight, 0.5, scales, bias)
-    assert specialise(model)
+    assert optimize_for_ort(model)
     path = tmp_path / "linear.onnx"
     path.write_bytes(ir.to_proto(model).SerializeToString())
     session = create_session(path, tmp_path, threads=1)
@@ -213,7 +213,7 @@ def test_a_layer_with_an_8_bit_weight_alone(size: tuple[int, int, int], tmp_path
     for name, value in (("weight", weight), ("weight_scale", scale)):
         initializer = model.graph.initializers[name]
         initializer.const_value = ir.tensor(value.numpy(), name=name)
-    assert specialise(model)
+    assert optimize_for_ort(model)
     path = tmp_path / "engine.onnx"
     path.write_bytes(ir.to_proto(model).SerializeToString())
     graph = optimised(path, tmp_path)
@@ -242,7 +242,7 @@ def test_weights_wait_for_their_input(tmp_path: Path) -> None:
     for name, initializer in model.graph.initializers.items():
         value = np.ones(8, np.float32) if "scale" in name else np.ones((8, 8), np.int8)
         initializer.const_value = ir.tensor(value, name=name)
-    assert specialise(model)
+    assert optimize_for_ort(model)
     options = session_options(tmp_path, threads=1)
     options.enable_profiling = True
     options.profile_file_prefix = str(tmp_path / "profile")

@@ -13,11 +13,11 @@ from tests.support.interpreter import DEVICE, GPU
 from wanx.kernels import launch as launching
 from wanx.kernels.aot_compile import record
 from wanx.kernels.attention import eight_bit
-from wanx.kernels.attention.backends import Provider, choose
+from wanx.kernels.attention.backends import AttentionBackend, choose_backend
 from wanx.kernels.attention.eight_bit import attention_8bit_reference, launch_attention_8bit
 from wanx.kernels.attention.flash import launch_attention, unsupported_shapes
 from wanx.kernels.launch import unsupported_tma
-from wanx.kernels.launch_config import overridden
+from wanx.kernels.launch_config import with_config
 
 # batch, heads, head, queries, keys: fewer than a block, one more than it, exactly one, tails of Wan
 SIZES = [
@@ -27,7 +27,7 @@ SIZES = [
     (1, 1, 128, 80, 376),
     (1, 1, 32, 120, 1),
 ]
-NARROW = [(1, 2, 32, 5, 7), *SIZES[1:]]  # 8 bits need heads of 32
+NARROW_FEATURES = [(1, 2, 32, 5, 7), *SIZES[1:]]  # 8 bits need heads of 32
 HALVES = [torch.bfloat16, torch.float16]
 # What tuning tables may hold for Hopper.
 TMA = {"BLOCK_Q": 128, "BLOCK_K": 128, "TMA": 1, "WARP_SPECIALIZE": 0, "num_warps": 8}
@@ -86,18 +86,18 @@ def test_sixteen_bits(size: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("size", NARROW)
+@pytest.mark.parametrize("size", NARROW_FEATURES)
 def test_eight_bits(size: tuple[int, ...], dtype: torch.dtype) -> None:
     check_eight_bits(size, dtype)
 
 
 @no_tma
 @pytest.mark.parametrize("choice", [TMA, SPECIALIZED], ids=["tma", "specialized"])
-@pytest.mark.parametrize(("size", "narrow"), list(zip(SIZES, NARROW, strict=True)))
+@pytest.mark.parametrize(("size", "narrow"), list(zip(SIZES, NARROW_FEATURES, strict=True)))
 def test_blocks_that_tma_moves(
     size: tuple[int, ...], narrow: tuple[int, ...], choice: dict[str, int]
 ) -> None:
-    with overridden("attention", choice), overridden("attention_8bit", choice):
+    with with_config("attention", choice), with_config("attention_8bit", choice):
         check_sixteen_bits(size, torch.bfloat16)
         check_eight_bits(narrow, torch.float16)
 
@@ -112,7 +112,7 @@ def test_slices_of_one_projection(launch: Callable[..., Tensor]) -> None:
     tensors = packed[:, :70].chunk(3, -1)
     assert unsupported_tma(*tensors) is None
     plain = launch(*tensors, 2, 0.2)
-    with overridden("attention", TMA), overridden("attention_8bit", TMA):
+    with with_config("attention", TMA), with_config("attention_8bit", TMA):
         out = launch(*tensors, 2, 0.2)
     cosine = torch.cosine_similarity(out.double().flatten(), plain.double().flatten(), 0)
     assert cosine >= 0.9997
@@ -124,7 +124,7 @@ def test_rows_that_tma_cannot_move() -> None:
     for rows in (apart[..., :32], torch.zeros(1, 9, 40, dtype=torch.bfloat16)[..., 4:36]):
         assert "multiples of 16 bytes" in (unsupported_tma(rows) or "")
     aligned, bad = torch.zeros(1, 9, 32, dtype=torch.bfloat16, device="meta"), apart[..., :32]
-    with overridden("attention", SPECIALIZED):
+    with with_config("attention", SPECIALIZED):
         (kept,) = record(90, launch_attention, aligned, aligned, aligned, 2, 0.2)
         (turned_off,) = record(90, launch_attention, aligned, bad, bad, 2, 0.2)
         (old,) = record(89, launch_attention, aligned, aligned, aligned, 2, 0.2)
@@ -179,6 +179,6 @@ def test_heads_that_do_not_run_in_eight_bits(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a provider")
 def test_the_processor_has_none() -> None:
-    found = choose(*operands(SIZES[0], torch.bfloat16), 2, bits=8)
-    assert not isinstance(found, Provider)
+    found = choose_backend(*operands(SIZES[0], torch.bfloat16), 2, bits=8)
+    assert not isinstance(found, AttentionBackend)
     assert "not on cpu" in found

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import wanx.kernels.attention.cudnn_fp8 as cudnn_fp8_module
 import wanx.kernels.attention.fa3 as fa3_module
 from tests.support.interpreter import DEVICE
-from wanx.kernels.launch import recorded
+from wanx.kernels.launch import capture_launches
 
 E4M3 = torch.float8_e4m3fn
 HEADS, HEAD, SCALE = 3, 64, 0.125
@@ -230,7 +230,7 @@ def cudnn(monkeypatch: pytest.MonkeyPatch, _forget: None) -> type[Graph]:
 @pytest.mark.parametrize(("sm", "narrow"), [(90, True), (100, False)])
 def test_cudnn_fp8(sm: int, narrow: bool, cudnn: type[Graph]) -> None:
     q, k, v = operands(200, 600)
-    with recorded(lambda *_: pytest.fail("a kernel was launched"), sm):
+    with capture_launches(lambda *_: pytest.fail("a kernel was launched"), sm):
         for _ in range(2):
             out = cudnn_fp8_module.attention_cudnn_fp8(q, k, v, HEADS, SCALE)
     assert (out.shape, out.dtype, out.is_contiguous()) == (q.shape, q.dtype, True)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from fractions import Fraction
-from math import floor
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,10 +11,7 @@ import torch
 from diffusers import WanVACEPipeline
 from numpy.typing import NDArray
 
-from wanx.config.models import PRESETS
-from wanx.errors import UsageError
 from wanx.runtime.inputs.control import (
-    control_shape,
     mask_latent,
     mask_values,
     sample_frames,
@@ -25,9 +19,6 @@ from wanx.runtime.inputs.control import (
     with_references,
 )
 
-CONFIG = PRESETS["vace-14B"]
-AT_480P = {"area": 480 * 832, "max_tokens": 32_760, "config": CONFIG}
-AT_720P = {"area": 720 * 1280, "max_tokens": 75_600, "config": CONFIG}
 RNG = np.random.default_rng(0)
 
 
@@ -37,86 +28,6 @@ def floats(*shape: int) -> NDArray[np.float32]:
 
 def unit(*shape: int) -> NDArray[np.float32]:
     return RNG.random(shape, dtype=np.float32)
-
-
-# Worked out by hand from the rule.
-@pytest.mark.parametrize(
-    ("given", "limits", "expected"),
-    [
-        ((81, 480, 832), AT_480P, (81, 480, 832)),
-        ((200, 480, 832), AT_480P, (81, 480, 832)),
-        ((200, 832, 480), AT_480P, (81, 832, 480)),
-        ((200, 1080, 1920), AT_480P, (81, 480, 832)),
-        ((200, 1080, 1920), AT_720P, (81, 720, 1280)),
-        ((200, 64, 64), AT_480P, (197, 64, 64)),
-        ((9999, 64, 64), AT_480P, (4 * 2046 + 1, 64, 64)),
-        ((1, 480, 832), AT_480P, (1, 480, 832)),
-        ((4, 480, 832), AT_480P, (1, 480, 832)),
-        ((5, 480, 832), AT_480P, (5, 480, 832)),
-        ((5, 495, 847), AT_480P, (5, 480, 832)),
-        ((81, 480, 832), {**AT_480P, "max_tokens": 1000}, (1, 384, 656)),
-        # 3.90625 tokens a frame: 2 rows of 1, where 3 tokens would be 1 row of 3.
-        ((81, 480, 832), {**AT_480P, "area": 1000}, (81, 32, 16)),
-        # 256 latent frames of 3.90625 tokens would fit, but each gets a whole number, 3.
-        ((9999, 480, 832), {**AT_480P, "area": 1000, "max_tokens": 1000}, (1021, 16, 48)),
-    ],
-)
-def test_control_shape(
-    given: tuple[int, int, int], limits: dict[str, Any], expected: tuple[int, int, int]
-) -> None:
-    shape = control_shape(*given, **limits)
-    assert shape == expected
-    assert all(type(side) is int for side in shape)
-
-
-def test_control_shape_follows_the_rule_in_exact_arithmetic() -> None:
-    for _ in range(2000):
-        frames, height, width = (int(RNG.integers(*ends)) for ends in ((1, 400), *[(16, 3000)] * 2))
-        limits = AT_720P if RNG.integers(2) else {**AT_480P, "area": int(RNG.integers(9e3, 4e5))}
-        limit, area = limits["max_tokens"], Fraction(limits["area"])
-        most = min(limit, area / 256, (height // 16) * (width // 16))
-        times = min((frames - 1) // 4 + 1, floor(limit / most))
-        tokens = min(most, limit // times)
-        try:
-            made, rows, columns = control_shape(frames, height, width, **limits)
-        except UsageError:  # floor(tokens / rows) is 0
-            assert max(height, width) > 16 * min(height, width)
-            continue
-        assert made == 4 * (times - 1) + 1
-        # rows / 16 is the whole number nearest to the root of tokens · h/w.
-        quadrupled = 4 * tokens * Fraction(height, width)
-        assert (2 * rows // 16 - 1) ** 2 <= quadrupled <= (2 * rows // 16 + 1) ** 2
-        assert columns == 16 * floor(tokens / (rows // 16))
-        assert (rows % 16, times * rows * columns <= 256 * limit) == (0, True)
-
-
-def test_control_shape_takes_the_strides_of_the_model() -> None:
-    config = replace(
-        CONFIG,
-        dit=replace(CONFIG.dit, patch_size=(2, 1, 4)),
-        vae=replace(CONFIG.vae, temporal_downsample=(True, False, False)),
-    )
-    # One token is 4 frames of 8x32 pixels: 40 of them, in 8 rows of 5 or so.
-    shape = control_shape(11, 64, 160, area=10**6, max_tokens=10**6, config=config)
-    assert shape == (9, 32, 320)
-    config = replace(CONFIG, vae=replace(CONFIG.vae, temporal_downsample=(False,) * 3))
-    assert control_shape(9, 64, 160, **{**AT_480P, "config": config}) == (9, 64, 160)
-
-
-@pytest.mark.parametrize(
-    ("given", "found"),
-    [
-        ((0, 64, 64), "0 frames"),
-        ((5, 15, 64), "64x15"),
-        ((5, 64, 15), "15x64"),
-        ((5, 16, 160_000), "160000x16"),
-        ((5, 160_000, 16), "16x160000"),
-    ],
-)
-def test_control_shape_refuses_what_is_too_small(given: tuple[int, int, int], found: str) -> None:
-    with pytest.raises(UsageError, match=rf"the control video (has|is) {found}") as caught:
-        control_shape(*given, **AT_480P)
-    assert "\n" not in str(caught.value)
 
 
 def ids_by_definition(times: NDArray[Any], count: int) -> list[int]:

@@ -12,8 +12,9 @@ from PIL import Image
 from wanx.config.models import PRESETS, Task
 from wanx.errors import CorruptInputError, UsageError
 from wanx.runtime.inputs.reading import read_inputs
-from wanx.runtime.options import ResolvedRun, RunOptions, resolve
+from wanx.runtime.options import ResolvedRun, RunOptions
 from wanx.runtime.output.video import VideoWriter
+from wanx.runtime.resolve import resolve
 
 PICTURE = np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)
 

@@ -1,4 +1,4 @@
-"""Clips of both bundles: their frames, their health, and what they differ by."""
+"""Distances of candidate and ulp baseline from the reference video."""
 
 from __future__ import annotations
 
@@ -23,33 +23,35 @@ class Still:
     index: int
     reference: Pixels
     candidate: Pixels
-    floor: Pixels
+    ulp_baseline: Pixels
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ClipComparison:
     """A clip of the candidate against the reference's, and what a single ulp does to the latter.
 
-    The two run freely from the same seed, so their trajectories part. The floor is the reference
+    The two run freely from the same seed, so their trajectories part. The baseline is the reference
     again with every value of its initial noise moved by one ulp: how far apart two runs of the very
     same model are.
     """
 
     candidate: ClipFigures
-    floor: ClipFigures
+    ulp_baseline: ClipFigures
     stills: tuple[Still, ...] = ()
 
     @property
     def ratios(self) -> dict[str, float | None]:
-        """Distances as multiples of the floor's; None where the floor is 0.
+        """Distances as multiples of those of the ulp baseline; None where that is 0.
 
         ``dissimilarity`` is 1 less the SSIM of the worst frame.
         """
-        ours, floor = self.candidate, self.floor
+        ours, ulp_baseline = self.candidate, self.ulp_baseline
         return {
-            "rmse": relative(ours.rmse, floor.rmse),
-            "dissimilarity": relative(1 - ours.ssim_min, 1 - floor.ssim_min),
-            "temporal_difference": relative(ours.temporal_difference, floor.temporal_difference),
+            "rmse": relative(ours.rmse, ulp_baseline.rmse),
+            "dissimilarity": relative(1 - ours.ssim_min, 1 - ulp_baseline.ssim_min),
+            "temporal_difference": relative(
+                ours.temporal_difference, ulp_baseline.temporal_difference
+            ),
         }
 
 
@@ -74,7 +76,7 @@ def to_pixels(decoded: Iterable[NDArray[np.float32]]) -> tuple[Pixels | None, st
     return np.concatenate(frames), None
 
 
-def compare_clips(candidate: Pixels, reference: Pixels, floor: Pixels) -> ClipComparison:
+def compare_clips(candidate: Pixels, reference: Pixels, ulp_baseline: Pixels) -> ClipComparison:
     """Compare three clips ``[F, H, W, 3]`` of one run, and keep the frames worth looking at."""
     last = len(reference) - 1
     chosen = {"first": 0, "middle": last // 2, "worst": int(psnr_db(candidate, reference).argmin())}
@@ -83,14 +85,14 @@ def compare_clips(candidate: Pixels, reference: Pixels, floor: Pixels) -> ClipCo
         labels.setdefault(index, []).append(label)
     return ClipComparison(
         candidate=clip_figures(candidate, reference),
-        floor=clip_figures(floor, reference),
+        ulp_baseline=clip_figures(ulp_baseline, reference),
         stills=tuple(
             Still(
                 label=", ".join(names),
                 index=index,
                 reference=reference[index].copy(),
                 candidate=candidate[index].copy(),
-                floor=floor[index].copy(),
+                ulp_baseline=ulp_baseline[index].copy(),
             )
             for index, names in labels.items()
         ),
@@ -98,5 +100,5 @@ def compare_clips(candidate: Pixels, reference: Pixels, floor: Pixels) -> ClipCo
 
 
 def _finding(error: WanxError) -> str:
-    """What was found, without the advice for somebody who wanted a video."""
+    """The finding, without the advice for somebody who wanted a video."""
     return str(error).partition(";")[0]

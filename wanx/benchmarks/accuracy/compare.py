@@ -1,4 +1,4 @@
-"""The judge of accuracy: a candidate bundle against a reference bundle of the same model.
+"""Comparison of a candidate bundle with a reference bundle of the same model.
 
 Gated is what each network answers to the reference's inputs. What the bundles draw on their own is
 shown as a multiple of what one ulp of noise does to the reference, and never gated.
@@ -13,26 +13,35 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from wanx.accuracy.gates import Agreement, Gates
 from wanx.accuracy.gates import agreement as agree
 from wanx.benchmarks.accuracy.clips import compare_clips, to_pixels
 from wanx.benchmarks.accuracy.comparison import Comparison, RunComparison, Subject
-from wanx.benchmarks.accuracy.subject import Case, Side, Start
-from wanx.benchmarks.accuracy.teacher_forcing import Answer, Lesson, answer, record
+from wanx.benchmarks.accuracy.teacher_forcing import (
+    CandidateRun,
+    ReferenceRun,
+    run_candidate,
+    run_reference,
+)
 from wanx.benchmarks.report.environment import environment
 from wanx.bundle.reader import Bundle, Manifest
 from wanx.config.models import ModelConfig
 from wanx.errors import UsageError, WanxError
-from wanx.progress import Progress, silent
+from wanx.progress import Progress, no_progress, step_counter
 from wanx.runtime.batch import read_jobs
-from wanx.runtime.inputs.reading import read_inputs
-from wanx.runtime.options import RunOptions, resolve
+from wanx.runtime.inputs.reading import Inputs, read_inputs
+from wanx.runtime.options import ResolvedRun, RunOptions
+from wanx.runtime.resolve import resolve
+from wanx.runtime.run_parts import EncodedRun, RunParts
+
+Float32 = NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions:
-    """What to put two bundles through.
+    """Runs of two bundles, and the gates that their agreement must pass.
 
     Attributes:
         run: options of every run; what is left out is the reference's default.
@@ -51,7 +60,7 @@ class CompareOptions:
 
 
 def compare(
-    candidate: Bundle, reference: Bundle, options: CompareOptions, progress: Progress = silent
+    candidate: Bundle, reference: Bundle, options: CompareOptions, progress: Progress = no_progress
 ) -> Comparison:
     """Measure how close a bundle is to another one of the same model.
 
@@ -70,32 +79,32 @@ def compare(
     """
     _require_same_model(candidate, reference)
     cases = list(_cases(options, reference.manifest.config))
-    theirs = Side(role="reference", bundle=reference, threads=options.threads)
-    ours = Side(role="candidate", bundle=candidate, threads=options.threads)
-    steps = sum(case.run.steps for case in cases) * (2 if options.clips else 1)
+    theirs = RunParts.of(reference, threads=options.threads)
+    ours = RunParts.of(candidate, threads=options.threads)
+    steps = sum(run.steps for run, _ in cases) * (2 if options.clips else 1)
 
     def counter(name: str, total: int) -> Callable[[], None]:
-        return _counter(progress, name, total)
+        return step_counter(progress, name, total)
 
-    their_starts = theirs.prepare(cases, counter("reference text", len(cases)))
-    our_starts = ours.prepare(cases, counter("candidate text", len(cases)))
+    their_runs = theirs.encode(cases, counter("reference text", len(cases)))
+    our_runs = ours.encode(cases, counter("candidate text", len(cases)))
     with tempfile.TemporaryDirectory(prefix="wanx-compare-") as folder:
-        lessons = record(
-            theirs, their_starts, Path(folder),
+        references = run_reference(
+            theirs, their_runs, Path(folder),
             clips=options.clips, on_step=counter("reference steps", steps),
         )  # fmt: skip
-        answers = answer(
-            ours, our_starts, their_starts, lessons,
+        candidates = run_candidate(
+            ours, our_runs, their_runs, references,
             clips=options.clips, on_step=counter("candidate steps", steps),
         )  # fmt: skip
-    decoded = counter("decode", len(cases))
+    count_decoded = counter("decode", len(cases))
     runs = []
-    for ours_at, theirs_at, lesson, answered in zip(
-        our_starts, their_starts, lessons, answers, strict=True
+    for our_run, their_run, their_result, our_result in zip(
+        our_runs, their_runs, references, candidates, strict=True
     ):
-        encoders = _encoders(ours_at, theirs_at)
-        runs.append(_judge(ours, theirs, lesson, answered, encoders, theirs_at))
-        decoded()
+        encoders = _encoders(our_run, their_run)
+        runs.append(_compared(ours, theirs, their_result, our_result, encoders, their_run.run))
+        count_decoded()
     return Comparison(
         candidate=Subject.of(candidate),
         reference=Subject.of(reference),
@@ -106,19 +115,19 @@ def compare(
     )
 
 
-def _judge(
-    ours: Side,
-    theirs: Side,
-    lesson: Lesson,
-    answered: Answer,
+def _compared(
+    ours: RunParts,
+    theirs: RunParts,
+    their_result: ReferenceRun,
+    our_result: CandidateRun,
     encoders: tuple[Agreement, ...],
-    start: Start,
+    run: ResolvedRun,
 ) -> RunComparison:
-    """Decode the latents of a run and put together what is known of it."""
-    health = [] if answered.problem is None else [f"candidate: {answered.problem}"]
-    frames = list(theirs.decode(lesson.latent))
+    """Decode the latents of a run, and compare the videos."""
+    health = [] if our_result.problem is None else [f"candidate: {our_result.problem}"]
+    frames = list(_frames(theirs, their_result.latent))
     decoder = agree(
-        np.concatenate(list(ours.decode(lesson.latent)), axis=1),
+        np.concatenate(list(_frames(ours, their_result.latent)), axis=1),
         np.concatenate(frames, axis=1),
         component="vae_decoder",
     )
@@ -131,58 +140,63 @@ def _judge(
     if problem is not None:
         health.append(f"reference: {problem}")
     clip = None
-    if answered.latent is not None and lesson.floor is not None:
-        candidate, problem = to_pixels(ours.decode(answered.latent))
+    if our_result.latent is not None and their_result.ulp_baseline is not None:
+        candidate, problem = to_pixels(_frames(ours, our_result.latent))
         if problem is not None:
             health.append(f"candidate: {problem}")
-        floor, _ = to_pixels(theirs.decode(lesson.floor))
+        floor, _ = to_pixels(_frames(theirs, their_result.ulp_baseline))
         if candidate is not None and floor is not None:
             clip = compare_clips(candidate, reference, floor)
     return RunComparison(
-        options=start.run,
+        options=run,
         parts=(*encoders, decoder),
-        steps=answered.steps,
+        steps=our_result.steps,
         clip=clip,
         health=tuple(health),
     )
 
 
-def _encoders(ours: Start, theirs: Start) -> tuple[Agreement, ...]:
-    """Compare what the encoders made of a run's prompts, images and videos."""
-    found = [
+def _frames(parts: RunParts, latent: Float32) -> Iterator[Float32]:
+    """Frames ``[3, n, H, W]`` of a latent ``[C, T, h, w]``, as the decoder answers them."""
+    return parts.decode(latent, lambda frames: frames)
+
+
+def _encoders(ours: EncodedRun, theirs: EncodedRun) -> tuple[Agreement, ...]:
+    """Compare the encoded prompts, images and videos of a run."""
+    agreements = [
         agree(ours.contexts[branch], context, component="text_encoder", branch=branch)
         for branch, context in theirs.contexts.items()
     ]
-    images = [start.given.constants.get("image_context") for start in (ours, theirs)]
+    images = [run.conditioning.constants.get("image_context") for run in (ours, theirs)]
     if images[0] is not None and images[1] is not None:
-        found.append(agree(images[0], images[1], component="image_encoder"))
-    latents = [_encoded(start) for start in (ours, theirs)]
+        agreements.append(agree(images[0], images[1], component="image_encoder"))
+    latents = [_encoded(run) for run in (ours, theirs)]
     if latents[0] is not None and latents[1] is not None:
-        found.append(agree(latents[0], latents[1], component="vae_encoder"))
-    return tuple(found)
+        agreements.append(agree(latents[0], latents[1], component="vae_encoder"))
+    return tuple(agreements)
 
 
-def _encoded(start: Start) -> np.ndarray[Any, Any] | None:
-    """The latents that the DiT is given, without the masks beside them, which nobody encoded."""
-    config, given = start.config, start.given
-    if given.channels is not None:
-        return given.channels[config.vae.temporal_stride :]
-    tokens = given.constants.get("vace_tokens")
+def _encoded(run: EncodedRun) -> np.ndarray[Any, Any] | None:
+    """The encoded latents of the DiT's inputs, without the masks, which nobody encoded."""
+    config, conditioning = run.config, run.conditioning
+    if conditioning.channels is not None:
+        return conditioning.channels[config.vae.temporal_stride :]
+    tokens = conditioning.constants.get("vace_tokens")
     # Of a control video, the part that stays and the part that is drawn anew.
     features = 2 * config.vae.z_dim * config.dit.patch_volume
     return None if tokens is None else tokens[..., :features]
 
 
-def _cases(options: CompareOptions, config: ModelConfig) -> Iterator[Case]:
+def _cases(options: CompareOptions, config: ModelConfig) -> Iterator[tuple[ResolvedRun, Inputs]]:
     if config.task in ("i2v", "flf2v") and options.prompts is None and options.run.image is None:
         raise UsageError(
             f"a bundle for {config.task} starts from images; name them with --prompts, in lines "
             'such as {"prompt": "…", "image": "first.png"}'
         )
-    for name, run in _runs(options):
+    for name, run_options in _runs(options):
         try:
-            inputs = read_inputs(run, config.task)
-            yield Case(run=resolve(run, config, inputs), inputs=inputs)
+            inputs = read_inputs(run_options, config.task)
+            yield resolve(run_options, config, inputs), inputs
         except UsageError as error:
             raise UsageError(f"{name}{error}") from None
 
@@ -227,16 +241,3 @@ def _layers(manifest: Manifest) -> dict[str, float]:
     recipe = manifest.components["dit"].quantization
     layers = {} if recipe is None else recipe.layers
     return {name: it.sqnr_db for name, it in layers.items() if it.sqnr_db is not None}
-
-
-def _counter(progress: Progress, stage: str, total: int) -> Callable[[], None]:
-    """Turn a progress function into one that is told of each unit."""
-    done = 0
-
-    def count() -> None:
-        nonlocal done
-        done += 1
-        progress(stage, done, total, "steps")
-
-    progress(stage, 0, total, "steps")
-    return count

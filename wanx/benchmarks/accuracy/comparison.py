@@ -1,8 +1,7 @@
-"""What a comparison of two bundles found, and whether that is accurate enough."""
+"""Result of comparing two bundles, held against its gates."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,19 +9,19 @@ from typing import Any
 
 from wanx.accuracy.gates import Agreement, Gates, worst
 from wanx.benchmarks.accuracy.clips import ClipComparison
+from wanx.benchmarks.report.files import json_safe
 from wanx.bundle.reader import Bundle
+from wanx.config.number_formats import QUANTIZED
 from wanx.runtime.options import ResolvedRun
 from wanx.runtime.sampling.guidance import Branch
 from wanx.version import __version__
 
 SCHEMA_VERSION = 1
-# The least SQNR of a layer's output, in dB, by the precision of the bundle.
-LAYER_GATES_DB: Mapping[str, float] = {"int8": 24.0, "fp8": 25.0}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunComparison:
-    """What one run of both bundles showed.
+    """Agreement of both bundles in one run.
 
     Attributes:
         options: of the run.
@@ -52,7 +51,7 @@ class RunComparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """Which bundle was compared; ``hash`` covers every byte of it, ``folder`` is its last name."""
+    """A compared bundle; ``hash`` covers every byte of it, ``folder`` is its last name."""
 
     name: str
     task: str
@@ -100,27 +99,28 @@ class Comparison:
     @property
     def layer_gate_db(self) -> float | None:
         """The least SQNR of a layer; None for a precision that has no 8-bit layers."""
-        return LAYER_GATES_DB.get(self.candidate.precision)
+        gates = {row.name: row.layer_gate_db for row in QUANTIZED}
+        return gates.get(self.candidate.precision)
 
     @property
     def problems(self) -> list[str]:
         """Everything that fails, a line each."""
-        found = []
+        problems = []
         for number, run in enumerate(self.runs, 1):
-            found += [f"run {number}: {problem}" for problem in run.health]
-            found += [f"run {number}: {problem}" for problem in self._short(run)]
+            problems += [f"run {number}: {problem}" for problem in run.health]
+            problems += [f"run {number}: {problem}" for problem in self._failures(run)]
         gate = self.layer_gate_db
         if gate is not None:
-            found += [
+            problems += [
                 f"layer {name}: SQNR {value:.1f} dB is below {gate:g} dB"
                 for name, value in self.layers.items()
                 if not value >= gate
             ]
-        return found
+        return problems
 
     @property
     def passed(self) -> bool:
-        """Whether there is no problem."""
+        """True where there is no problem."""
         return not self.problems
 
     def to_json(self) -> dict[str, Any]:
@@ -140,11 +140,11 @@ class Comparison:
             "layers": dict(self.layers),
             "environment": dict(self.environment),
         }
-        facts: dict[str, Any] = strict(document)
+        facts: dict[str, Any] = json_safe(document)
         return facts
 
-    def _short(self, run: RunComparison) -> Iterator[str]:
-        """What fails its gate in a run, one line for each component and branch."""
+    def _failures(self, run: RunComparison) -> Iterator[str]:
+        """Failed gates of a run, one line for each component and branch."""
         groups = [[part] for part in run.parts] + [list(steps) for steps in run.branches.values()]
         for group in groups:
             gate = self.gates.of(group[0].component)
@@ -161,21 +161,16 @@ class Comparison:
             yield f"{least.output}: {what}{at}{count}"
 
 
-def dumps(document: Any) -> str:
-    """Write a document as JSON that any parser takes."""
-    return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
 def _run_facts(run: RunComparison) -> dict[str, Any]:
     clip = run.clip
     return {
         "options": asdict(run.options),
-        "parts": [_but(asdict(part), "step", "timestep") for part in run.parts],
-        "steps": [_but(asdict(step), "component") for step in run.steps],
+        "parts": [_without(asdict(part), "step", "timestep") for part in run.parts],
+        "steps": [_without(asdict(step), "component") for step in run.steps],
         "clip": clip
         and {
             "candidate": asdict(clip.candidate),
-            "floor": asdict(clip.floor),
+            "floor": asdict(clip.ulp_baseline),
             "ratios": clip.ratios,
             "worst_frame": next((s.index for s in clip.stills if "worst" in s.label), None),
         },
@@ -183,14 +178,5 @@ def _run_facts(run: RunComparison) -> dict[str, Any]:
     }
 
 
-def _but(facts: dict[str, Any], *names: str) -> dict[str, Any]:
+def _without(facts: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if name not in names}
-
-
-def strict(value: Any) -> Any:
-    """The document with values that strict JSON has: null for what is not finite."""
-    if isinstance(value, Mapping):
-        return {name: strict(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [strict(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -66,8 +66,8 @@ def _stills(run: RunComparison) -> dict[str, Any] | None:
                 "candidate": image_uri(still.candidate),
                 "psnr": _psnr(still.candidate, still.reference),
                 "difference": image_uri(_difference(still.candidate, still.reference, factor)),
-                "floor": image_uri(_difference(still.floor, still.reference, factor)),
-                "floor_psnr": _psnr(still.floor, still.reference),
+                "floor": image_uri(_difference(still.ulp_baseline, still.reference, factor)),
+                "floor_psnr": _psnr(still.ulp_baseline, still.reference),
             }
             for still in stills
         ],

@@ -52,9 +52,9 @@ def layer_plot(layers: Mapping[str, float], gate_db: float | None) -> str:
     def draw(axes: Axes) -> None:
         names, values = zip(*chosen, strict=True)
         low = [gate_db is not None and not value >= gate_db for value in values]
-        places = range(len(names))
-        axes.barh(places, values, color=[BAD if bad else COLORS[0] for bad in low], height=0.7)
-        axes.set_yticks(places, [plain(name) for name in names])
+        positions = range(len(names))
+        axes.barh(positions, values, color=[BAD if bad else COLORS[0] for bad in low], height=0.7)
+        axes.set_yticks(positions, [plain(name) for name in names])
         axes.invert_yaxis()
         axes.margins(y=0.01)
         axes.grid(visible=False, axis="y")
@@ -72,10 +72,10 @@ def _lines(axes: Axes, branches: Mapping[Any, Sequence[Agreement]], value: Any) 
 
     styles = zip(COLORS, _MARKERS, strict=False)
     for (name, steps), (color, (marker, line)) in zip(branches.items(), styles, strict=False):
-        places = [at.step for at in steps]
+        positions = [at.step for at in steps]
         values = [value(at) if math.isfinite(at.cosine) else math.nan for at in steps]
         axes.plot(
-            places, values, line, color=color, marker=marker, markersize=3.5, linewidth=1.2,
+            positions, values, line, color=color, marker=marker, markersize=3.5, linewidth=1.2,
             label=name,
         )  # fmt: skip
     every = [at for steps in branches.values() for at in steps]

@@ -17,15 +17,15 @@ Feeds = Mapping[Branch, Mapping[str, Array]]
 Velocities = Mapping[Branch, Float32]
 
 
-class Tape:
-    """What a denoiser was fed and answered at each step; iterating gives it back in order.
+class StepRecording:
+    """Feeds and velocities of a denoiser at each step; iterating gives them back in order.
 
     A step of a 14B model at 720p has 60 MB, so the fifty of a run, let alone several runs, do not
     belong into the memory that the next model needs.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Make ``folder`` and start an empty tape in it."""
+        """Make ``folder`` and start an empty recording in it."""
         folder.mkdir()
         self._folder = folder
         self._steps = 0
@@ -36,7 +36,7 @@ class Tape:
 
         Args:
             feeds: of each branch: ``tokens`` and ``timestep``, which the branches share.
-            velocities: what each was answered, ``[1, L, D]``.
+            velocities: of each branch, ``[1, L, D]``.
 
         Raises:
             WanxError: the disk is full.

@@ -1,4 +1,4 @@
-"""The denoisers of both bundles, one after the other: the reference records, the candidate answers.
+"""Denoisers of both bundles, one after the other: the reference is recorded, then answered.
 
 Free-running videos of two models part even if the models agree to the last bit but one. Fed the
 same latents and the same text (teacher forcing), what differs at a step is the error of that step
@@ -15,38 +15,39 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wanx.accuracy.gates import Agreement, agreement
-from wanx.benchmarks.accuracy.step_recording import Feeds, Tape, Velocities
-from wanx.benchmarks.accuracy.subject import Side, Start, denoise
+from wanx.benchmarks.accuracy.step_recording import Feeds, StepRecording, Velocities
 from wanx.errors import WanxError
+from wanx.runtime.denoise import DenoisingRun, NonFiniteLatentError
+from wanx.runtime.run_parts import EncodedRun, OnStep, RunParts
 from wanx.runtime.sessions.base import Session
 
 Float32 = NDArray[np.float32]
-Tick = Callable[[], None]
+StepDone = Callable[[], None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Lesson:
-    """What the reference did in one run.
+class ReferenceRun:
+    """One run of the reference.
 
     Attributes:
-        tape: what it was fed and answered at each step.
-        latent: where it arrived, ``[C, T, h, w]``.
-        floor: where it arrived from noise that is one ulp away; None if nobody asked.
+        recording: feeds and velocities of each step.
+        latent: clean, ``[C, T, h, w]``.
+        ulp_baseline: likewise, from noise that is one ulp away; None unless clips are compared.
     """
 
-    tape: Tape
+    recording: StepRecording
     latent: Float32
-    floor: Float32 | None
+    ulp_baseline: Float32 | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Answer:
-    """What the candidate made of it.
+class CandidateRun:
+    """The same run on the candidate.
 
     Attributes:
         steps: agreement at each step and branch, teacher-forced.
-        latent: where it arrived on its own; None if nobody asked, or if it is not finite.
-        problem: which of its own steps was not finite.
+        latent: clean, from running freely; None unless clips are compared, or if not finite.
+        problem: names the first of its own steps that is not finite.
     """
 
     steps: tuple[Agreement, ...]
@@ -54,87 +55,102 @@ class Answer:
     problem: str | None = None
 
 
-def record(
-    reference: Side, starts: Sequence[Start], folder: Path, *, clips: bool, on_step: Tick
-) -> list[Lesson]:
+def run_reference(
+    reference: RunParts, runs: Sequence[EncodedRun], folder: Path, *, clips: bool, on_step: StepDone
+) -> list[ReferenceRun]:
     """Run the reference, keeping its steps under ``folder``.
 
     Raises:
         WanxError: it is not finite itself, or the disk is full.
     """
-    lessons = []
-    with reference.open("dit") as session:
-        for number, start in enumerate(starts):
-            tape = Tape(folder / str(number))
-            latent = _arrive(session, start, False, on_step, tape)
-            floor = _arrive(session, start, True, on_step) if clips else None
-            lessons.append(Lesson(tape=tape, latent=latent, floor=floor))
-    return lessons
+    results = []
+    with reference.session("dit") as session:
+        for number, run in enumerate(runs):
+            recording = StepRecording(folder / str(number))
+
+            def record(
+                feeds: Feeds, velocities: Velocities, recording: StepRecording = recording
+            ) -> None:
+                recording.append(feeds, velocities)
+                on_step()
+
+            latent = _sample(reference, session, run.start(), record)
+            baseline = None
+            if clips:
+                shifted = run.start(plus_one_ulp(run.start().latent))
+                baseline = _sample(reference, session, shifted, lambda *_: on_step())
+            results.append(ReferenceRun(recording=recording, latent=latent, ulp_baseline=baseline))
+    return results
 
 
-def answer(
-    candidate: Side,
-    starts: Sequence[Start],
-    teachers: Sequence[Start],
-    lessons: Sequence[Lesson],
+def run_candidate(
+    candidate: RunParts,
+    runs: Sequence[EncodedRun],
+    reference_runs: Sequence[EncodedRun],
+    references: Sequence[ReferenceRun],
     *,
     clips: bool,
-    on_step: Tick,
-) -> list[Answer]:
+    on_step: StepDone,
+) -> list[CandidateRun]:
     """Put the reference's steps to the candidate, then let it run freely.
 
     Args:
         candidate: the bundle in question.
-        starts: the runs as its own encoders see them.
-        teachers: the runs as the reference's encoders see them.
-        lessons: from :func:`record`.
+        runs: the runs as its own encoders see them.
+        reference_runs: the runs as the reference's encoders see them.
+        references: from :func:`run_reference`.
         clips: whether it is to run freely too.
         on_step: called after each step of either kind.
     """
-    answers = []
-    with candidate.open("dit") as session:
-        for start, teacher, lesson in zip(starts, teachers, lessons, strict=True):
-            steps = _replay(session, teacher, lesson.tape, on_step)
+    results = []
+    with candidate.session("dit") as session:
+        for run, teacher, reference in zip(runs, reference_runs, references, strict=True):
+            steps = _teacher_forced(session, teacher, reference.recording, on_step)
             if not clips:
-                answers.append(Answer(steps=steps))
+                results.append(CandidateRun(steps=steps))
                 continue
-            video = start.trajectory()
-            latent = denoise(session, video, lambda *_: on_step())
-            problem = None
-            if latent is None:
-                problem = f"the latent is not finite after step {video.step} of {video.steps}"
-            answers.append(Answer(steps=steps, latent=latent, problem=problem))
-    return answers
+            denoising = run.start()
+            latent = problem = None
+            try:
+                latent = candidate.denoise(session, denoising, lambda *_: on_step())
+            except NonFiniteLatentError:
+                problem = (
+                    f"the latent is not finite after step {denoising.steps_done} of "
+                    f"{denoising.steps}"
+                )
+            results.append(CandidateRun(steps=steps, latent=latent, problem=problem))
+    return results
 
 
-def _arrive(
-    session: Session, start: Start, nudged: bool, on_step: Tick, tape: Tape | None = None
+def plus_one_ulp(values: Float32) -> Float32:
+    """The next float32 above each value."""
+    return np.nextafter(values, np.float32(np.inf))
+
+
+def _sample(
+    reference: RunParts, session: Session, denoising: DenoisingRun, on_step: OnStep
 ) -> Float32:
-    def see(feeds: Feeds, velocities: Velocities) -> None:
-        if tape is not None:
-            tape.append(feeds, velocities)
-        on_step()
-
-    video = start.trajectory(nudged=nudged)
-    latent = denoise(session, video, see)
-    if latent is None:
+    try:
+        return reference.denoise(session, denoising, on_step)
+    except NonFiniteLatentError:
         raise WanxError(
-            f"the latent of the reference is not finite after step {video.step} of {video.steps}, "
-            "so nothing can be compared with it; check the bundle with `wanx verify` or export it "
-            "at a higher precision"
-        )
-    return latent
+            f"the latent of the reference is not finite after step {denoising.steps_done} of "
+            f"{denoising.steps}, so nothing can be compared with it; check the bundle with "
+            "`wanx verify` or export it at a higher precision"
+        ) from None
 
 
-def _replay(session: Session, teacher: Start, tape: Tape, on_step: Tick) -> tuple[Agreement, ...]:
-    session.bind(teacher.trajectory().constants)
-    found = []
-    for number, (feeds, velocities) in enumerate(tape, 1):
+def _teacher_forced(
+    session: Session, teacher: EncodedRun, recording: StepRecording, on_step: StepDone
+) -> tuple[Agreement, ...]:
+    session.bind(teacher.start().constants)
+    agreements = []
+    for number, (feeds, velocities) in enumerate(recording, 1):
         for branch, velocity in velocities.items():
-            answered = session.run(feeds | {"context": teacher.contexts[branch]})["velocity"]
-            found.append(
+            answer = session.run(feeds | {"context": teacher.contexts[branch]})["velocity"]
+            agreements.append(
                 agreement(
-                    answered,
+                    answer,
                     velocity,
                     component="dit",
                     branch=branch,
@@ -143,4 +159,4 @@ def _replay(session: Session, teacher: Start, tape: Tape, on_step: Tick) -> tupl
                 )
             )
         on_step()
-    return tuple(found)
+    return tuple(agreements)

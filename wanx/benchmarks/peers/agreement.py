@@ -1,4 +1,4 @@
-"""How close a peer comes to the bundle whose weights it uses."""
+"""Agreement of a peer with the bundle whose weights it uses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Float32 = NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class PeerAgreement:
-    """What two implementations made of one noise, one text and the same weights.
+    """Agreement of two implementations from one noise, one text and the same weights.
 
     Attributes:
         subject: index of the peer.

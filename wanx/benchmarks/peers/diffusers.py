@@ -23,14 +23,14 @@ from wanx.runtime.output.video import VideoWriter
 from wanx.runtime.sampling.noise import randn
 from wanx.runtime.sampling.sampler import make_sampler
 from wanx.runtime.sizes import latent_shape
-from wanx.runtime.stages import Clock, Stage
+from wanx.runtime.stages import Stage, StageTimer
 
 _SCHEDULERS = {"unipc": "UniPCMultistepScheduler", "dpm++": "DPMSolverMultistepScheduler"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PeerRun:
-    """What a peer made.
+    """Stages and latents of a peer's run.
 
     Attributes:
         stages: as those of wanx; ``decode`` is one call for the whole video, and the load of
@@ -76,19 +76,19 @@ def generate(
     gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
     wait: Callable[[], None] = torch.cuda.synchronize if gpu else _nothing
-    config, clock = bundle.manifest.config, Clock()
+    config, timer = bundle.manifest.config, StageTimer()
     latents: list[Tensor] = []
 
     def pipeline(**parts: Any) -> Any:
         missing = {"tokenizer", "text_encoder", "transformer", "vae"} - parts.keys()
-        made = diffusers.WanPipeline(
+        pipeline = diffusers.WanPipeline(
             **dict.fromkeys(missing), **{"scheduler": _scheduler(diffusers, run), **parts}
         )
-        made.set_progress_bar_config(disable=True)
-        return made
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
-    with clock.stage("text"):
-        with clock.loading():
+    with timer.stage("text"):
+        with timer.loading():
             texts = pipeline(
                 tokenizer=_tokenizer(bundle), text_encoder=_text_encoder(bundle, dtype, device)
             )
@@ -97,7 +97,7 @@ def generate(
         prompts = [run.prompt, *([run.negative_prompt] if guided else [])]
         contexts = []
         for prompt in prompts:
-            with clock.call():
+            with timer.call():
                 embeds, _ = texts.encode_prompt(
                     prompt, do_classifier_free_guidance=False, max_sequence_length=length,
                     device=device, dtype=dtype,
@@ -107,8 +107,8 @@ def generate(
         del texts
     shape = latent_shape(run.width, run.height, run.frames, config.vae)
     noise = torch.from_numpy(randn(shape, run.seed))[None].to(device)
-    with clock.stage("denoise"):
-        with clock.loading():
+    with timer.stage("denoise"):
+        with timer.loading():
             transformer = _transformer(diffusers, bundle, dtype, device)
             if compiled:
                 # A module that is compiled in place is still what the pipeline expects.
@@ -129,28 +129,28 @@ def generate(
 
         def note(_: Any, step: int, timestep: Any, values: dict[str, Tensor]) -> dict[str, Any]:
             wait()
-            clock.lap()
+            timer.lap()
             if step in (0, run.steps - 1):
                 latents.append(values["latents"].clone())
             return {}
 
-        made = denoise(callback_on_step_end=note).frames
+        latent = denoise(callback_on_step_end=note).frames
         del denoise, video, transformer
-    with clock.stage("decode"):
-        with clock.loading():
+    with timer.stage("decode"):
+        with timer.loading():
             vae = _vae(diffusers, bundle, device)
-        with clock.call():
+        with timer.call():
             mean, std = (
                 torch.tensor(values, device=device).view(1, -1, 1, 1, 1)
                 for values in (config.vae.latent_mean, config.vae.latent_std)
             )
-            pixels = vae.decode(made.float() * std + mean, return_dict=False)[0]
+            pixels = vae.decode(latent.float() * std + mean, return_dict=False)[0]
             levels = (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().byte()
             frames = levels[0].permute(1, 2, 3, 0).cpu().numpy()
-        with clock.writing(), VideoWriter(output, run.width, run.height, fps=run.fps) as writer:
+        with timer.writing(), VideoWriter(output, run.width, run.height, fps=run.fps) as writer:
             writer.write(frames)
     first, last = (latent[0].float().cpu().numpy() for latent in (latents[0], latents[-1]))
-    return PeerRun(stages=tuple(clock.stages), first_latent=first, latent=last)
+    return PeerRun(stages=tuple(timer.stages), first_latent=first, latent=last)
 
 
 def _nothing() -> None:
@@ -164,7 +164,7 @@ def _interrupt(video: Any, *_: Any) -> dict[str, Any]:
 
 
 class _Strides:
-    """What the pipeline asks of a VAE that it does not run."""
+    """Stand-in for a VAE that the pipeline asks for its strides and does not run."""
 
     def __init__(self, config: Any) -> None:
         self.config = self
@@ -249,13 +249,13 @@ def _with_weights(
     """Give a model without weights those of a component; networks that do not run go without."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     wide = tuple(model._keep_in_fp32_modules or ())
-    found = {}
+    state = {}
     for original, tensor in plain_weights(bundle, component):
         theirs = names.to_diffusers(original)
         if theirs is not None and theirs in shapes:
             kept = torch.float32 if any(part in theirs for part in wide) else dtype
-            found[theirs] = tensor.reshape(shapes[theirs]).to(device, kept)
-    model.load_state_dict(found, strict=False, assign=True)
+            state[theirs] = tensor.reshape(shapes[theirs]).to(device, kept)
+    model.load_state_dict(state, strict=False, assign=True)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))

@@ -1,4 +1,4 @@
-"""What a peer needs; nothing heavy is imported to find out."""
+"""Requirements of a peer, checked without importing anything heavy."""
 
 from __future__ import annotations
 

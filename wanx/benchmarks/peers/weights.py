@@ -10,9 +10,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from wanx.bundle.reader import Bundle
+from wanx.config.number_formats import QUANTIZED
 from wanx.exporter.quantization.recipe import smoothing_of
 
-_EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
+_EIGHT_BIT = tuple(getattr(torch, row.torch) for row in QUANTIZED)
 
 
 def plain_weights(bundle: Bundle, component: str) -> Iterator[tuple[str, Tensor]]:
@@ -31,8 +32,8 @@ def plain_weights(bundle: Bundle, component: str) -> Iterator[tuple[str, Tensor]
     files = [bundle.root / name for name in bundle.manifest.components[component].weights]
     with ExitStack() as stack:
         opened = [stack.enter_context(safe_open(file, "pt")) for file in files]
-        place = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - no mapping
-        for name, file in place.items():
+        holder = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - no mapping
+        for name, file in holder.items():
             layer, _, leaf = name.rpartition(".")
             if leaf in ("weight_scale", "input_scale", "q_scale", "k_scale", "v_scale"):
                 continue
@@ -40,9 +41,9 @@ def plain_weights(bundle: Bundle, component: str) -> Iterator[tuple[str, Tensor]
                 continue
             tensor = file.get_tensor(name)
             if tensor.dtype in _EIGHT_BIT:
-                scale = place[f"{layer}.weight_scale"].get_tensor(f"{layer}.weight_scale")
+                scale = holder[f"{layer}.weight_scale"].get_tensor(f"{layer}.weight_scale")
                 tensor = tensor.float() * scale.float().reshape(-1, 1)
                 vector = smoothing_of(layer)
-                if vector is not None and vector in place:
-                    tensor = tensor / place[vector].get_tensor(vector).float()
+                if vector is not None and vector in holder:
+                    tensor = tensor / holder[vector].get_tensor(vector).float()
             yield name, tensor.float()

@@ -1,4 +1,4 @@
-"""What figures were measured with: machine and versions."""
+"""Machine and versions that figures were measured with."""
 
 from __future__ import annotations
 
@@ -8,23 +8,27 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-_TOOLS = ("onnxruntime", "numpy", "tokenizers", "pillow", "torch", "diffusers")
+_PACKAGES = ("onnxruntime", "numpy", "tokenizers", "pillow", "torch", "diffusers")
 
 
-def environment() -> dict[str, str]:
-    """Processor, memory, system, and the versions of Python and of the packages that compute."""
-    found = {
+def environment(*packages: str) -> dict[str, str]:
+    """Processor, memory, system, and the versions of Python and of the packages that compute.
+
+    Args:
+        packages: whose versions are wanted besides, where they are installed.
+    """
+    facts = {
         "cpu": f"{_processor()}, {os.cpu_count()} logical cores",
         "system": platform.platform(),
         "python": platform.python_version(),
     }
     with suppress(AttributeError, OSError, ValueError):  # only POSIX tells
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        found["memory"] = f"{memory / 2**30:.0f} GiB"
-    for tool in _TOOLS:
+        facts["memory"] = f"{memory / 2**30:.0f} GiB"
+    for package in (*_PACKAGES, *packages):
         with suppress(PackageNotFoundError):
-            found[tool] = version(tool)
-    return found
+            facts[package] = version(package)
+    return facts
 
 
 def _processor() -> str:

@@ -1,16 +1,18 @@
-"""The files of a report, each of which appears whole or not at all."""
+"""Report files: JSON that any parser takes, each file written whole or not at all."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-from wanx.benchmarks.accuracy.comparison import Comparison, dumps
-from wanx.benchmarks.accuracy.page import render
 from wanx.benchmarks.report.html import require_packages
 from wanx.errors import UsageError, WanxError
+from wanx.files.atomic import replacing
 
 
 def prepare_folder(folder: Path) -> None:
@@ -32,18 +34,23 @@ def prepare_folder(folder: Path) -> None:
         raise UsageError(f"{folder} cannot be written to; choose another folder for the report")
 
 
-def write_accuracy(comparison: Comparison, folder: Path) -> tuple[Path, Path]:
-    """Write ``accuracy.json`` and ``accuracy.html``, replacing those of an earlier comparison.
+def json_safe(value: Any, not_finite: Callable[[float], Any] = lambda number: None) -> Any:
+    """The value as strict JSON has it, which has neither NaN nor infinity.
 
-    Raises:
-        EnvironmentMismatchError: the packages of ``wanx[report]`` are missing.
-        UsageError: the folder cannot be had.
-        WanxError: the disk is full.
+    Args:
+        value: mappings, sequences, numbers, text.
+        not_finite: what stands for NaN and infinities; null unless given.
     """
-    prepare_folder(folder)
-    data, page = folder / "accuracy.json", folder / "accuracy.html"
-    write_files({data: dumps(comparison.to_json()), page: render(comparison)})
-    return data, page
+    if isinstance(value, Mapping):
+        return {name: json_safe(item, not_finite) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_safe(item, not_finite) for item in value]
+    return not_finite(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def dumps(document: Any) -> str:
+    """Write a document as JSON that any parser takes."""
+    return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_files(texts: Mapping[Path, str]) -> None:
@@ -52,18 +59,12 @@ def write_files(texts: Mapping[Path, str]) -> None:
     Raises:
         WanxError: the disk is full or failing.
     """
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in texts}
     try:
-        for path, text in texts.items():
-            temporary[path].write_text(text, encoding="utf-8")
-        for path, partial in temporary.items():
-            os.replace(partial, path)
+        with ExitStack() as stack:
+            for path, text in texts.items():
+                stack.enter_context(replacing(path)).write_text(text, encoding="utf-8")
     except OSError as error:
         raise WanxError(
             f"the report cannot be written: {error.strerror} ({error.filename}); free some space "
             "or choose another folder"
         ) from None
-    finally:
-        for partial in temporary.values():
-            with suppress(OSError):
-                partial.unlink()

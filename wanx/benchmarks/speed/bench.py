@@ -1,4 +1,4 @@
-"""A whole benchmark: trials, what they add up to, and the files of the report."""
+"""A whole benchmark: trials, analyses, and the files of the report."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from wanx.benchmarks.accuracy.comparison import dumps, strict
-from wanx.benchmarks.report.files import prepare_folder, write_files
+from wanx.benchmarks.report.files import dumps, json_safe, prepare_folder, write_files
+from wanx.benchmarks.speed.analysis import require_packages, with_rooflines
 from wanx.benchmarks.speed.pages.markdown import to_markdown
 from wanx.benchmarks.speed.pages.page import Stills, render
 from wanx.benchmarks.speed.pages.stills import read_stills
 from wanx.benchmarks.speed.peers import with_agreements
-from wanx.benchmarks.speed.results import Results, counted, with_problem
-from wanx.benchmarks.speed.roofline.analysis import require_packages, with_rooflines
+from wanx.benchmarks.speed.results import Results, pluralize, with_problem
 from wanx.benchmarks.speed.suite import Suite, measure
 from wanx.benchmarks.speed.sweep import default_sizes, sweep
 from wanx.errors import CancelledError, WanxError
-from wanx.progress import Progress, silent
+from wanx.progress import Progress, no_progress
 
 DATA, PAGE, TABLE = "report.json", "report.html", "report.md"
 # Of the published models; what they take is predicted where a sweep fits it.
@@ -27,7 +26,7 @@ _SIZES = ((832, 480, 81), (1280, 720, 81))
 
 @dataclass(frozen=True, kw_only=True)
 class Extras:
-    """What is measured beside the trials.
+    """Measurements beside the trials.
 
     Attributes:
         roofline: how close each part comes to what the machine can do.
@@ -42,7 +41,9 @@ class Extras:
     sweep_sizes: Sequence[tuple[int, int, int]] = ()
 
 
-def bench(suite: Suite, folder: Path, extras: Extras, *, progress: Progress = silent) -> Results:
+def bench(
+    suite: Suite, folder: Path, extras: Extras, *, progress: Progress = no_progress
+) -> Results:
     """Measure, and write ``report.json``, ``report.html`` and ``report.md`` into ``folder``.
 
     The JSON is written after each trial, so that what was measured survives whatever happens.
@@ -62,7 +63,7 @@ def bench(suite: Suite, folder: Path, extras: Extras, *, progress: Progress = si
     def keep(results: Results) -> None:
         nonlocal latest
         latest = results
-        write_files({folder / DATA: dumps(strict(with_problem(results, unfinished).to_json()))})
+        write_files({folder / DATA: dumps(json_safe(with_problem(results, unfinished).to_json()))})
 
     with tempfile.TemporaryDirectory(prefix="wanx-bench-") as name:
         work = Path(name)
@@ -78,7 +79,7 @@ def bench(suite: Suite, folder: Path, extras: Extras, *, progress: Progress = si
         except KeyboardInterrupt:
             interrupted = True
             latest = with_problem(
-                latest, f"interrupted after {counted(len(latest.trials), 'trial')}"
+                latest, f"interrupted after {pluralize(len(latest.trials), 'trial')}"
             )
         write_report(latest, folder, read_stills(latest, work))
     if interrupted:
@@ -92,7 +93,7 @@ def write_report(results: Results, folder: Path, stills: Stills | None = None) -
     """Write the three files of a report, replacing those of an earlier one."""
     write_files(
         {
-            folder / DATA: dumps(strict(results.to_json())),
+            folder / DATA: dumps(json_safe(results.to_json())),
             folder / PAGE: render(results, stills),
             folder / TABLE: to_markdown(results),
         }
@@ -106,7 +107,7 @@ def _with_sweeps(results: Results, suite: Suite, extras: Extras, progress: Progr
             continue
         sizes = extras.sweep_sizes or default_sizes(bundle, case.width, case.height, case.frames)
         try:
-            found = sweep(
+            swept = sweep(
                 bundle,
                 sizes,
                 subject=index,
@@ -119,5 +120,5 @@ def _with_sweeps(results: Results, suite: Suite, extras: Extras, progress: Progr
         except WanxError as error:
             results = with_problem(results, f"{subject.label}, sweep: {error}")
         else:
-            results = replace(results, sweep=(*results.sweep, found))
+            results = replace(results, sweep=(*results.sweep, swept))
     return results

@@ -1,4 +1,4 @@
-"""What changed between two reports, and whether that is more than noise.
+"""Changes between two reports, and the noise that they are held against.
 
 A figure is the median over the rounds of a report. Noise is estimated from the rounds themselves:
 with s the standard deviation of their logarithms within the two reports, of n and m rounds, the
@@ -15,7 +15,7 @@ from statistics import fmean, median
 from typing import Any
 
 from wanx.benchmarks.speed.metrics import METRICS, by_round
-from wanx.benchmarks.speed.results import Results, counted
+from wanx.benchmarks.speed.results import Results, pluralize
 from wanx.errors import UsageError
 
 # Student's distribution, two-sided 95 %, for 1, 2, … degrees of freedom; the last for all beyond.
@@ -45,18 +45,18 @@ class Change:
 
     @property
     def growth(self) -> float:
-        """How much slower the new one is: 0.1 is 10 %."""
+        """Slowdown of the new one: 0.1 is 10 %."""
         return self.new / self.old - 1
 
     @property
     def beyond_noise(self) -> bool | None:
-        """Whether there is a change at all; None if noise is unknown."""
+        """True where there is a change at all; None if noise is unknown."""
         if self.noise is None:
             return None
         return abs(math.log(self.new / self.old)) > math.log1p(self.noise)
 
     def slower_than(self, share: float) -> bool:
-        """Whether it is slower by more than ``share``, and noise does not explain it."""
+        """Check for a slowdown of more than ``share`` that noise does not explain."""
         return self.growth > share and self.beyond_noise is not False
 
     def to_json(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def changes(old: Results, new: Results) -> list[Change]:
     Raises:
         UsageError: the reports have nothing in common.
     """
-    found = []
+    figures = []
     for before, after in _pairs([s.label for s in old.subjects], [s.label for s in new.subjects]):
         for new_case, case in enumerate(new.cases):
             if case not in old.cases:
@@ -82,7 +82,7 @@ def changes(old: Results, new: Results) -> list[Change]:
                 olds = list(by_round(old, metric, before, old_case).values())
                 news = list(by_round(new, metric, after, new_case).values())
                 if olds and news and min(*olds, *news) > 0:
-                    found.append(
+                    figures.append(
                         Change(
                             subject=new.subjects[after].label,
                             case=case.label,
@@ -92,16 +92,16 @@ def changes(old: Results, new: Results) -> list[Change]:
                             noise=_noise(olds, news),
                         )
                     )
-    if not found:
+    if not figures:
         raise UsageError(
             f"the reports have no figure in common: one measured {_what(old)}, the other "
             f"{_what(new)}; measure the same bundle, size, frames and steps"
         )
-    return found
+    return figures
 
 
 def differences(old: Results, new: Results) -> list[str]:
-    """What makes the reports hard to compare: machine, versions, settings."""
+    """Differences of machine, versions and settings, which make reports hard to compare."""
     names = sorted({*old.environment, *new.environment})
     pairs = [(n, old.environment.get(n, "–"), new.environment.get(n, "–")) for n in names]
     pairs += [
@@ -114,7 +114,7 @@ def differences(old: Results, new: Results) -> list[str]:
 def _pairs(old: Sequence[str], new: Sequence[str]) -> list[tuple[int, int]]:
     if len(old) == len(new) == 1:
         return [(0, 0)]
-    return [(old.index(label), place) for place, label in enumerate(new) if label in old]
+    return [(old.index(label), position) for position, label in enumerate(new) if label in old]
 
 
 def _noise(olds: Sequence[float], news: Sequence[float]) -> float | None:
@@ -132,5 +132,5 @@ def _noise(olds: Sequence[float], news: Sequence[float]) -> float | None:
 
 def _what(results: Results) -> str:
     subjects = ", ".join(subject.label for subject in results.subjects)
-    cases = ", ".join(f"{case.label}, {counted(case.steps, 'step')}" for case in results.cases)
+    cases = ", ".join(f"{case.label}, {pluralize(case.steps, 'step')}" for case in results.cases)
     return f"{subjects} at {cases}"

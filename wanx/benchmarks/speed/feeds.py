@@ -1,4 +1,4 @@
-"""Made-up inputs of the networks, where their time matters and not their answer."""
+"""Random inputs of the networks, for timing."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What is read off the trials: every figure with the words that say exactly what was timed."""
+"""Metrics of trials: every figure with the words that say exactly what was timed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -161,11 +161,30 @@ def spread(results: Results, metric: Metric, subject: int, case: int) -> Spread 
 
 
 def speedup(results: Results, metric: Metric, subject: int, case: int) -> Spread | None:
-    """How many times faster than the baseline, pair by pair: one ratio for each round."""
+    """Speedup over the baseline, pair by pair: one ratio for each round."""
     theirs = by_round(results, metric, results.settings.baseline, case)
     ours = by_round(results, metric, subject, case)
     ratios = [theirs[n] / ours[n] for n in ours if n in theirs and ours[n] > 0 and theirs[n] > 0]
     return Spread.of(ratios) if ratios else None
+
+
+def metric_rows(
+    results: Results, case: int
+) -> Iterator[tuple[Metric, list[tuple[Spread | None, Spread | None]]]]:
+    """The metrics that any subject has, each with its spread and speedup by subject."""
+    subjects = range(len(results.subjects))
+    for metric in METRICS:
+        spreads = [spread(results, metric, index, case) for index in subjects]
+        if any(spreads):
+            ratios = [speedup(results, metric, index, case) for index in subjects]
+            yield metric, list(zip(spreads, ratios, strict=True))
+
+
+def peak_rows(results: Results, case: int) -> Iterator[tuple[str, list[int | None]]]:
+    """The stages whose peak memory is known of any subject, each with the bytes by subject."""
+    peaks = [peak_bytes(results, index, case) for index in range(len(results.subjects))]
+    for name in dict.fromkeys(name for stages in peaks for name in stages):
+        yield name, [stages.get(name) for stages in peaks]
 
 
 def peak_bytes(results: Results, subject: int, case: int) -> dict[str, int]:

@@ -32,14 +32,14 @@ def parse_peers(names: list[str]) -> tuple[Peer, ...]:
 
 def with_agreements(results: Results, folder: Path) -> Results:
     """Compare each peer's first video of each case with that of the first bundle."""
-    found = [
+    agreements = [
         _agreement(results, folder, subject, case)
         for subject, described in enumerate(results.subjects)
         if described.peer is not None
         for case in range(len(results.cases))
         if results.of(subject, case) and results.of(0, case)
     ]
-    return replace(results, agreements=tuple(found))
+    return replace(results, agreements=tuple(agreements))
 
 
 def _agreement(results: Results, folder: Path, subject: int, case: int) -> PeerAgreement:
@@ -47,14 +47,14 @@ def _agreement(results: Results, folder: Path, subject: int, case: int) -> PeerA
     paths = [
         folder / trial_name(index, case, results.of(index, case)[0].round) for index in (0, subject)
     ]
-    (ours, our_video), (theirs, their_video) = (_made(path, frames) for path in paths)
+    (ours, our_video), (theirs, their_video) = (_read_run(path, frames) for path in paths)
     return agreement_of_runs(
         randn(ours[0].shape, results.cases[case].seed), ours, theirs, (our_video, their_video),
         subject=subject, case=case,
     )  # fmt: skip
 
 
-def _made(path: Path, frames: int) -> tuple[tuple[Float32, Float32], NDArray[np.uint8]]:
+def _read_run(path: Path, frames: int) -> tuple[tuple[Float32, Float32], NDArray[np.uint8]]:
     with np.load(path.with_suffix(".npz")) as stored:
         latents = stored["first"], stored["last"]
     return latents, read_frames(path, range(frames), frames)

@@ -1,4 +1,4 @@
-"""What ``wanx bench`` measured, as it is stored: ``report.json`` is a :class:`Results`."""
+"""Results of ``wanx bench`` as they are stored: ``report.json`` is a :class:`Results`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ KIND = "wanx bench"
 Peer = Literal["diffusers", "diffusers-compiled"]
 
 
-def counted(number: int, thing: str) -> str:
+def pluralize(number: int, thing: str) -> str:
     """A number of things, such as ``1 frame`` or ``1,280 tokens``."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What was measured.
+    """A bundle, or a peer on its weights.
 
     Attributes:
         label: what the report calls it.
@@ -104,7 +104,7 @@ class Case:
     @property
     def label(self) -> str:
         """Such as ``832x480, 81 frames``."""
-        return f"{self.width}x{self.height}, {counted(self.frames, 'frame')}"
+        return f"{self.width}x{self.height}, {pluralize(self.frames, 'frame')}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,7 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How it was measured.
+    """Settings of a benchmark.
 
     Attributes:
         repeat: rounds that were asked for.
@@ -203,7 +203,7 @@ class Results:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is missing."""
+        """True where nothing is missing."""
         return not self.problems
 
     def of(self, subject: int, case: int) -> list[Trial]:
@@ -232,10 +232,10 @@ def read_results(path: Path) -> Results:
         raise CorruptInputError(f"{path} is not JSON; give a report.json of wanx bench") from None
     if not isinstance(document, dict) or document.get("kind") != KIND:
         raise CorruptInputError(f"{path} is not a report of wanx bench; give its report.json")
-    if (found := document.get("schema_version")) != SCHEMA_VERSION:
+    if (written := document.get("schema_version")) != SCHEMA_VERSION:
         raise UsageError(
-            f"{path} has schema version {found}, this wanx reads {SCHEMA_VERSION}; measure again, "
-            f"or use wanx {document.get('wanx_version', 'that wrote it')!s:.20}"
+            f"{path} has schema version {written}, this wanx reads {SCHEMA_VERSION}; measure "
+            f"again, or use wanx {document.get('wanx_version', 'that wrote it')!s:.20}"
         )
     document.pop("complete", None)
     try:

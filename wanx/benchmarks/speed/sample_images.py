@@ -15,9 +15,9 @@ from wanx.runtime.options import RunOptions
 Pixels = NDArray[np.uint8]
 
 
-def with_pictures(options: RunOptions, task: Task, width: int, height: int) -> RunOptions:
+def with_sample_images(options: RunOptions, task: Task, width: int, height: int) -> RunOptions:
     """Options with the images that a task needs and that are not given."""
-    first, last = picture(width, height), picture(width, height)[:, ::-1]
+    first, last = sample_image(width, height), sample_image(width, height)[:, ::-1]
     if task in ("i2v", "flf2v") and options.image is None:
         options = replace(options, image=first)
     if task == "flf2v" and options.last_image is None:
@@ -27,7 +27,7 @@ def with_pictures(options: RunOptions, task: Task, width: int, height: int) -> R
     return options
 
 
-def picture(width: int, height: int) -> Pixels:
+def sample_image(width: int, height: int) -> Pixels:
     """A disk on a gradient, ``[H, W, 3]``: smooth areas, an edge and every grey."""
     y, x = np.mgrid[:height, :width].astype(np.float32)
     red, green = 255 * x / max(1, width - 1), 255 * y / max(1, height - 1)

@@ -11,25 +11,25 @@ from typing import Any
 
 from wanx.benchmarks.peers.requirements import require_peer
 from wanx.benchmarks.speed.results import Case, Peer, Results, Settings, Subject, Trial
-from wanx.benchmarks.speed.sample_images import as_json, with_pictures
+from wanx.benchmarks.speed.sample_images import as_json, with_sample_images
 from wanx.benchmarks.speed.trial import run_trial
 from wanx.bundle.reader import Bundle
 from wanx.config.models import ModelConfig
 from wanx.errors import UsageError, WanxError
-from wanx.progress import Progress, Unit, silent
+from wanx.progress import Progress, Unit, no_progress
 from wanx.runtime.inputs.reading import read_inputs
-from wanx.runtime.options import RunOptions, resolve
+from wanx.runtime.options import RunOptions
+from wanx.runtime.resolve import resolve
+from wanx.runtime.sessions.registry import BACKENDS
 from wanx.runtime.sizes import latent_shape
 from wanx.runtime.tokens import token_grid
 
-# A shape runs twice before it is recorded on a GPU, and is recorded the third time.
-WARM_UP = {"cpu": 1, "aoti": 3, "rtx": 3, "tensorrt": 3}
 _PROMPT = "a cat surfing on a wave at sunset, film grain"
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
-    """What to measure.
+    """Videos, rounds and peers to measure.
 
     Attributes:
         run: options of every video; sizes and frames left out.
@@ -88,14 +88,18 @@ def prepare(bundles: Sequence[Bundle], options: BenchOptions, command: str) -> S
         raise UsageError(f"--repeat {options.repeat} measures nothing; give 1 or more")
     tasks = {bundle.manifest.task for bundle in bundles}
     if len(tasks) > 1:
-        found = ", ".join(f"{bundle.root.name} is {bundle.manifest.task}" for bundle in bundles)
-        raise UsageError(f"the bundles are for different tasks ({found}); give bundles of one task")
+        tasks_by_bundle = ", ".join(
+            f"{bundle.root.name} is {bundle.manifest.task}" for bundle in bundles
+        )
+        raise UsageError(
+            f"the bundles are for different tasks ({tasks_by_bundle}); give bundles of one task"
+        )
     labels = _labels(bundles)
     subjects = [Subject.of(b, label) for b, label in zip(bundles, labels, strict=True)]
     subjects += [Subject.of(bundles[0], peer, peer) for peer in options.peers]
     runs = _runs(bundles[0].manifest.config, options)
     cases = tuple(_case(run, bundles[0].manifest.config) for run in runs)
-    needed = max(WARM_UP[subject.target] for subject in subjects)
+    needed = max(BACKENDS[subject.target].warm_up_runs for subject in subjects)
     warm_up = needed if options.warm_up is None else options.warm_up
     least = min(case.steps for case in cases)
     if options.warm_up is None:
@@ -126,7 +130,7 @@ def measure(
     folder: Path,
     *,
     on_trial: Callable[[Results], None] = lambda results: None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Results:
     """Run the trials.
 
@@ -206,13 +210,13 @@ def _labels(bundles: Sequence[Bundle]) -> list[str]:
     ]
 
 
-def _baseline(asked: str | None, labels: Sequence[str]) -> int:
-    if asked is None:
+def _baseline(name: str | None, labels: Sequence[str]) -> int:
+    if name is None:
         return 0
-    wanted = Path(asked).name
-    if wanted not in labels:
-        raise UsageError(f"--baseline {asked} is not measured here; choose {', '.join(labels)}")
-    return labels.index(wanted)
+    label = Path(name).name
+    if label not in labels:
+        raise UsageError(f"--baseline {name} is not measured here; choose {', '.join(labels)}")
+    return labels.index(label)
 
 
 def _runs(config: ModelConfig, options: BenchOptions) -> list[RunOptions]:
@@ -226,7 +230,7 @@ def _runs(config: ModelConfig, options: BenchOptions) -> list[RunOptions]:
             frames=options.frames or defaults.frames,
             prompt=options.run.prompt or defaults.prompt or _PROMPT,
         )
-        runs.append(with_pictures(run, config.task, width, height))
+        runs.append(with_sample_images(run, config.task, width, height))
     return runs
 
 

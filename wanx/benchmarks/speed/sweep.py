@@ -1,4 +1,4 @@
-"""How the time of a denoising step grows with the number of tokens, and what that predicts.
+"""Growth of a denoising step with the number of tokens, and predictions from it.
 
 Linears, norms and everything else that sees tokens one by one take time in proportion to L, and
 attention to L squared, so a step of L tokens takes ``a·L + b·L²`` seconds. Both factors are fitted
@@ -17,7 +17,7 @@ import numpy as np
 from wanx.benchmarks.speed.feeds import dit_feeds
 from wanx.bundle.reader import Bundle
 from wanx.errors import UsageError
-from wanx.progress import Progress, silent
+from wanx.progress import Progress, no_progress
 from wanx.runtime.sessions import open_session
 from wanx.runtime.sizes import latent_shape
 from wanx.runtime.tokens import token_grid
@@ -72,7 +72,7 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """How a subject's steps grow.
+    """Growth of a subject's steps.
 
     Attributes:
         subject: index of the subject.
@@ -109,19 +109,19 @@ def fit(tokens: Sequence[int], seconds: Sequence[float]) -> Fit:
     return Fit(linear=float(factors[0]), quadratic=float(factors[1]))
 
 
-def with_unseen(points: Sequence[Point]) -> tuple[Point, ...]:
-    """The points, each with what the others predict for it."""
-    found = []
+def leave_one_out(points: Sequence[Point]) -> tuple[Point, ...]:
+    """The points, each with the time that a fit to the others predicts."""
+    predicted_points = []
     for index, point in enumerate(points):
         others = [p for i, p in enumerate(points) if i != index]
         unseen = None
         if len(others) >= LEAST_POINTS - 1 and len({p.tokens for p in others}) >= 2:
             model = fit([p.tokens for p in others], [median(p.seconds) for p in others])
             unseen = model.seconds(point.tokens)
-        found.append(
+        predicted_points.append(
             Point(label=point.label, tokens=point.tokens, seconds=point.seconds, unseen=unseen)
         )
-    return tuple(found)
+    return tuple(predicted_points)
 
 
 def sweep(
@@ -134,7 +134,7 @@ def sweep(
     warm_up: int = 1,
     threads: int | None = None,
     predict: Sequence[tuple[int, int, int]] = (),
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Sweep:
     """Measure steps of several sizes, in turn so that drift hits all alike, and fit them.
 
@@ -181,15 +181,15 @@ def sweep(
         for length, seconds in taken.items()
     ]
     model = fit(list(taken), [median(seconds) for seconds in taken.values()])
-    asked = {int(np.prod(grid_of(bundle, *size))): label(*size) for size in predict}
+    labels = {int(np.prod(grid_of(bundle, *size))): label(*size) for size in predict}
     return Sweep(
         subject=subject,
         branches=branches,
-        points=with_unseen(points),
+        points=leave_one_out(points),
         fit=model,
         predictions=tuple(
             Prediction(label=name, tokens=length, seconds=model.seconds(length))
-            for length, name in sorted(asked.items())
+            for length, name in sorted(labels.items())
             if length not in taken
         ),
     )

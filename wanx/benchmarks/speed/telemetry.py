@@ -35,7 +35,7 @@ class MemoryWatch:
             thread.join()
 
     def memory(self) -> Memory:
-        """What was seen, the largest value of each interval."""
+        """The samples, the largest value of each interval."""
         count = max(len(self._host), len(self._device))
         width = max(1, -(-count // MOST_VALUES))
         return Memory(

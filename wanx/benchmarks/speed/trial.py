@@ -1,9 +1,8 @@
-"""One trial: a process of its own, watched from outside."""
+"""Trial of a benchmark: one video, made by a process that is watched from outside."""
 
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -11,15 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
+from wanx.benchmarks.process import child_session, describe_exit, last_line
 from wanx.benchmarks.speed.results import Memory, Peer
 from wanx.benchmarks.speed.telemetry import MemoryWatch
 from wanx.errors import WanxError
-from wanx.progress import Progress, silent
+from wanx.progress import Progress, no_progress
 from wanx.runtime.stages import Stage
 
 
 class Outcome(TypedDict):
-    """What a trial took; see :class:`wanx.benchmarks.speed.results.Trial`."""
+    """Times and memory of a trial; see :class:`wanx.benchmarks.speed.results.Trial`."""
 
     cold_start_seconds: float
     end_to_end_seconds: float
@@ -35,7 +35,7 @@ def run_trial(
     name: str,
     peer: Peer | None = None,
     threads: int | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Outcome:
     """Make one video in a new process.
 
@@ -68,22 +68,21 @@ def run_trial(
         spec_path.write_text(json.dumps(spec), encoding="utf-8")
         module = "wanx.benchmarks.speed.worker"
         command = [sys.executable, "-m", module, str(spec_path), str(result_path)]
-        # A session of its own: Ctrl-C is for this process, which then ends that one.
-        with subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True,
-            start_new_session=True,
-        ) as process:  # fmt: skip
-            try:
-                with watch.watching(process.pid):
-                    assert process.stdout is not None
-                    for line in process.stdout:
-                        _pass_on(line, progress)
-                    process.wait()
-            except BaseException:
-                process.kill()
-                raise
+        with (
+            child_session(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True
+            ) as process,
+            watch.watching(process.pid),
+        ):
+            assert process.stdout is not None
+            for line in process.stdout:
+                _pass_on(line, progress)
+            process.wait()
     if process.returncode != 0 or not result_path.exists():
-        raise WanxError(f"it ended with {_end(process.returncode)}{_last_line(log_path)}")
+        said = last_line(log_path, 200)
+        raise WanxError(
+            f"it ended with {describe_exit(process.returncode)}{f' ({said})' if said else ''}"
+        )
     result = json.loads(result_path.read_text(encoding="utf-8"))
     if "error" in result:
         error = WanxError(result["error"])
@@ -103,14 +102,3 @@ def _pass_on(line: str, progress: Progress) -> None:
     except ValueError:
         return  # a library that prints to stdout
     progress(stage, done, total, unit)
-
-
-def _end(code: int) -> str:
-    if code == -signal.SIGKILL:
-        return "SIGKILL, as the system does when memory runs out"
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").strip().splitlines()
-    return f" ({lines[-1]:.200})" if lines else ""

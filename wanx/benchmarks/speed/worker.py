@@ -30,12 +30,13 @@ def main(spec_path: str, result_path: str) -> None:
 
 
 def _wanx(spec: dict[str, Any]) -> dict[str, Any]:
-    import wanx
+    from wanx.builtin import open_named
+    from wanx.runtime.pipeline import Pipeline
 
-    pipeline = wanx.load(spec["bundle"], threads=spec["threads"])
+    pipeline = Pipeline(open_named(spec["bundle"]), threads=spec["threads"])
     ready = time.monotonic()
     latents = []
-    made = pipeline.run(
+    generated = pipeline.run(
         _options(spec),
         output=spec["output"],
         on_step=lambda step, steps, latent: latents.append(latent) if step in (1, steps) else None,
@@ -43,31 +44,29 @@ def _wanx(spec: dict[str, Any]) -> dict[str, Any]:
     )
     finished = time.monotonic()
     _keep(spec, latents[0], latents[-1])
-    return _result(spec, ready, finished, [asdict(stage) for stage in made.stages])
+    return _result(spec, ready, finished, [asdict(stage) for stage in generated.stages])
 
 
 def _peer(spec: dict[str, Any]) -> dict[str, Any]:
     from wanx.benchmarks.peers.diffusers import generate
-    from wanx.builtin import is_builtin
-    from wanx.bundle.reader import open_bundle
+    from wanx.builtin import open_named
     from wanx.runtime.inputs.reading import read_inputs
-    from wanx.runtime.options import resolve
+    from wanx.runtime.resolve import resolve
 
-    folder = Path(spec["bundle"])
-    bundle = open_bundle(folder, allow_hard_links=is_builtin(folder))
+    bundle = open_named(spec["bundle"])
     options = _options(spec)
     inputs = read_inputs(options, bundle.manifest.task)
     run = resolve(options, bundle.manifest.config, inputs)
     ready = time.monotonic()
-    made = generate(
+    generated = generate(
         bundle, run,
         compiled=spec["peer"] == "diffusers-compiled",
         threads=spec["threads"],
         output=Path(spec["output"]),
     )  # fmt: skip
     finished = time.monotonic()
-    _keep(spec, made.first_latent, made.latent)
-    return _result(spec, ready, finished, [asdict(stage) for stage in made.stages])
+    _keep(spec, generated.first_latent, generated.latent)
+    return _result(spec, ready, finished, [asdict(stage) for stage in generated.stages])
 
 
 def _options(spec: dict[str, Any]) -> RunOptions:

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from wanx.commands.display.generation import OUT
+from wanx.commands.display.generation import STDOUT
 
 if TYPE_CHECKING:
     from wanx.accuracy.gates import Agreement
     from wanx.benchmarks.accuracy.comparison import Comparison
     from wanx.bundle.reader import Bundle
 
-_WORST = 10
+_MAX_LISTED = 10
 
 
 def print_quantization(bundle: Bundle) -> None:
@@ -27,23 +27,23 @@ def print_quantization(bundle: Bundle) -> None:
         recipe = component.quantization
         if recipe is None:
             continue
-        found = ", ".join(f"{count} {kind}" for kind, count in recipe.found.items())
+        counts = ", ".join(f"{count} {kind}" for kind, count in recipe.verified_counts.items())
         kernels = ", ".join(f"{count} {kernel}" for kernel, count in recipe.kernels.items())
-        OUT.print(
-            f"{name}: {found} layers, read back from the graph"
+        STDOUT.print(
+            f"{name}: {counts} layers, read back from the graph"
             + (f"; the target ran {kernels}" if kernels else "")
         )
-        for reason, count in Counter(recipe.kept.values()).most_common(_WORST):
-            layers = [layer for layer, why in recipe.kept.items() if why == reason]
+        for reason, count in Counter(recipe.unquantized_layers.values()).most_common(_MAX_LISTED):
+            layers = [layer for layer, why in recipe.unquantized_layers.items() if why == reason]
             more = "" if count == 1 else f" and {count - 1} more"
-            OUT.print(f"  kept high: {layers[0]}{more}, {reason}")
-        measured = {n: layer.sqnr_db for n, layer in recipe.layers.items()}
-        worst = sorted((db, n) for n, db in measured.items() if db is not None)[:_WORST]
+            STDOUT.print(f"  kept high: {layers[0]}{more}, {reason}")
+        sqnr_by_layer = {n: layer.sqnr_db for n, layer in recipe.layers.items()}
+        worst = sorted((db, n) for n, db in sqnr_by_layer.items() if db is not None)[:_MAX_LISTED]
         if worst:
             table = Table("worst 8-bit layers", "SQNR", box=None, pad_edge=False)
             for db, layer in worst:
                 table.add_row(f"  {layer}", f"{db:.1f} dB")
-            OUT.print(table)
+            STDOUT.print(table)
 
 
 def print_golden(steps: Sequence[Agreement]) -> None:
@@ -59,21 +59,21 @@ def print_golden(steps: Sequence[Agreement]) -> None:
             Text(f"{step.cosine:.6f}", style),
             f"{step.sqnr_db:.1f} dB",
         )
-    OUT.print(table)
+    STDOUT.print(table)
 
 
 def print_comparison(comparison: Comparison, files: Sequence[Path]) -> None:
     """Say how accurate a bundle is, the worst of all runs at a time, and which files say more."""
     for role, it in (("candidate", comparison.candidate), ("reference", comparison.reference)):
-        OUT.print(f"{role} {it.folder}: {it.name} at {it.precision}, hash {it.hash[:12]}")
+        STDOUT.print(f"{role} {it.folder}: {it.name} at {it.precision}, hash {it.hash[:12]}")
     table = Table("output", "cosine", "gate", "SQNR", "worst at", box=None, pad_edge=False)
-    for output, (at, run) in _worst(comparison).items():
+    for output, (at, run) in _worst_per_output(comparison).items():
         gate = comparison.gates.of(at.component)
         cosine = Text(f"{at.cosine:.6f}", "" if at.cosine >= gate else "red")
         sqnr = "equal" if at.equal else f"{at.sqnr_db:.1f} dB"
         where = f"run {run}" + (f", step {at.step}" if at.step else "")
         table.add_row(output, cosine, f"{gate:g}", sqnr, where)
-    OUT.print(table)
+    STDOUT.print(table)
     clips = Table("video", "RMSE", "1 - SSIM", "temporal difference", box=None, pad_edge=False)
     for number, facts in enumerate(comparison.runs, 1):
         if facts.clip is not None:
@@ -82,25 +82,27 @@ def print_comparison(comparison: Comparison, files: Sequence[Path]) -> None:
             cells = zip(figures, ratios, strict=True)
             clips.add_row(f"run {number}", *(f"{value:.3g} ({_times(r)})" for value, r in cells))
     if clips.row_count:
-        OUT.print(clips)
-        OUT.print("in brackets: as a multiple of what one ulp of noise does to the reference")
+        STDOUT.print(clips)
+        STDOUT.print("in brackets: as a multiple of what one ulp of noise does to the reference")
     for path in files:
-        OUT.print(f"wrote {path}")
+        STDOUT.print(f"wrote {path}")
     for problem in comparison.problems:
-        OUT.print(Text("fails", style="red"), problem)
-    OUT.print("accurate enough" if comparison.passed else Text("not accurate enough", "red"))
+        STDOUT.print(Text("fails", style="red"), problem)
+    STDOUT.print("accurate enough" if comparison.passed else Text("not accurate enough", "red"))
 
 
-def _worst(comparison: Comparison) -> dict[str, tuple[Agreement, int]]:
+def _worst_per_output(comparison: Comparison) -> dict[str, tuple[Agreement, int]]:
     """The worst agreement of each output over all runs, and the number of its run."""
-    found: dict[str, tuple[Agreement, int]] = {}
+    worst: dict[str, tuple[Agreement, int]] = {}
     for number, run in enumerate(comparison.runs, 1):
-        for at in (*run.steps, *run.parts):
-            known = found.get(at.output)
+        for agreement in (*run.steps, *run.parts):
+            so_far = worst.get(agreement.output)
             # The negation also puts what is not finite before everything else.
-            if known is None or not (at.cosine >= known[0].cosine or math.isnan(known[0].cosine)):
-                found[at.output] = at, number
-    return found
+            if so_far is None or not (
+                agreement.cosine >= so_far[0].cosine or math.isnan(so_far[0].cosine)
+            ):
+                worst[agreement.output] = agreement, number
+    return worst
 
 
 def _times(ratio: float | None) -> str:

@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from wanx.bundle.reader import Bundle, FileCheck
-from wanx.interruption import undone_by_interrupt
-from wanx.progress import Progress as Report
-from wanx.progress import Unit, silent
+from wanx.interruption import cleanup_on_sigint
+from wanx.progress import Progress as ProgressCallback
+from wanx.progress import Unit, no_progress
 
 if TYPE_CHECKING:
     from wanx.exporter.estimate import Estimate
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from wanx.runtime.pipeline import Generation
 
 # Without markup: paths and messages may hold brackets.
-OUT = Console(highlight=False, soft_wrap=True, markup=False)
+STDOUT = Console(highlight=False, soft_wrap=True, markup=False)
 
 
-def size(count: float) -> str:
+def format_bytes(count: float) -> str:
     """``count`` bytes in decimal units, with three digits."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5 or unit == "GB":
@@ -37,40 +37,40 @@ def size(count: float) -> str:
     raise AssertionError
 
 
-def duration(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """``seconds`` as a person would say it."""
     if seconds < 120:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-class _Amount(ProgressColumn):
+class _AmountColumn(ProgressColumn):
     """Done and total in the unit of the stage, then the time that is left."""
 
     def render(self, task: Task) -> Text:
         total = task.total or 0
         in_bytes = task.fields.get("unit") == "bytes"
         amount = (
-            f"{size(task.completed)}/{size(total)}"
+            f"{format_bytes(task.completed)}/{format_bytes(total)}"
             if in_bytes
             else f"{task.completed:.0f}/{total:.0f}"
         )
         if task.finished:
-            return Text(f"{amount}  {duration(task.finished_time or 0)}")
+            return Text(f"{amount}  {format_seconds(task.finished_time or 0)}")
         left = task.time_remaining
-        rate = f"  {size(task.speed)}/s" if in_bytes and task.speed else ""
-        return Text(f"{amount}{rate}" + ("" if left is None else f"  {duration(left)} left"))
+        rate = f"  {format_bytes(task.speed)}/s" if in_bytes and task.speed else ""
+        return Text(f"{amount}{rate}" + ("" if left is None else f"  {format_seconds(left)} left"))
 
 
 @contextmanager
-def bars(quiet: bool) -> Iterator[Report]:
+def progress_bars(quiet: bool) -> Iterator[ProgressCallback]:
     """Yield a progress function that draws one bar per stage, on a terminal only."""
     if quiet or not sys.stderr.isatty():
-        yield silent
+        yield no_progress
         return
-    columns = (TextColumn("{task.description:<20}"), BarColumn(bar_width=30), _Amount())
+    columns = (TextColumn("{task.description:<20}"), BarColumn(bar_width=30), _AmountColumn())
     progress = Progress(*columns, console=Console(stderr=True))
-    with undone_by_interrupt(progress.stop), progress:
+    with cleanup_on_sigint(progress.stop), progress:
         tasks: dict[str, int] = {}
 
         def report(stage: str, done: int, total: int, unit: Unit) -> None:
@@ -81,25 +81,25 @@ def bars(quiet: bool) -> Iterator[Report]:
         yield report
 
 
-class _Lines(logging.Handler):
+class _StderrHandler(logging.Handler):
     """Writes each message to stderr once, above the bars where there are any."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._said: set[str] = set()
+        self._printed: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
-        if text not in self._said:
-            self._said.add(text)
+        if text not in self._printed:
+            self._printed.add(text)
             print(text, file=sys.stderr)
 
 
 @contextmanager
-def memory_lines(quiet: bool) -> Iterator[None]:
-    """Show what the runtime says of the GPU's memory before it computes."""
-    logger = logging.getLogger("wanx.runtime")
-    handler, level = _Lines(), logger.level
+def log_lines(quiet: bool, name: str) -> Iterator[None]:
+    """Show the messages of a logger on stderr; with ``quiet`` only warnings."""
+    logger = logging.getLogger(name)
+    handler, level = _StderrHandler(), logger.level
     if quiet:
         yield
         return
@@ -112,21 +112,22 @@ def memory_lines(quiet: bool) -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-def print_estimate(resolved: ResolvedExport, needs: Estimate) -> None:
+def print_estimate(resolved: ResolvedExport, estimate: Estimate) -> None:
     """Say what an export would write and take."""
     checkpoint = resolved.checkpoint
-    OUT.print(
+    STDOUT.print(
         f"{checkpoint.config.name} ({checkpoint.config.task}, {checkpoint.layout} layout) "
         f"at {resolved.precision} to {resolved.output}"
     )
     table = Table("weights", "in the source", "in the bundle", box=None, pad_edge=False)
-    for group, count in needs.weight_bytes.items():
-        table.add_row(group, size(checkpoint.components[group].nbytes), size(count))
-    OUT.print(table)
-    OUT.print(
-        f"bundle {size(needs.bundle_bytes)}, peak memory about {size(needs.peak_memory_bytes)}, "
-        f"time about {duration(needs.seconds)}, of which calibration "
-        f"{duration(needs.calibration_seconds)}"
+    for group, count in estimate.weight_bytes.items():
+        table.add_row(group, format_bytes(checkpoint.components[group].nbytes), format_bytes(count))
+    STDOUT.print(table)
+    STDOUT.print(
+        f"bundle {format_bytes(estimate.bundle_bytes)}, "
+        f"peak memory about {format_bytes(estimate.peak_memory_bytes)}, "
+        f"time about {format_seconds(estimate.seconds)}, "
+        f"of which calibration {format_seconds(estimate.calibration_seconds)}"
     )
 
 
@@ -134,22 +135,22 @@ def print_bundle(bundle: Bundle) -> None:
     """Summarise a bundle."""
     manifest = bundle.manifest
     defaults = manifest.defaults
-    OUT.print(
+    STDOUT.print(
         f"{bundle.root}\n"
         f"{manifest.name} ({manifest.task}) at {manifest.precision} for {manifest.target}, "
-        f"{size(bundle.size_bytes)}, hash {bundle.hash[:12]}"
+        f"{format_bytes(bundle.size_bytes)}, hash {bundle.hash[:12]}"
     )
     table = Table("component", "nodes", "stored tensors", "weights", box=None, pad_edge=False)
     for name, component in manifest.components.items():
         stored = ", ".join(f"{count} {dtype}" for dtype, count in sorted(component.storage.items()))
         table.add_row(name, str(component.nodes), stored, ", ".join(component.weights))
-    OUT.print(table)
-    OUT.print(
+    STDOUT.print(table)
+    STDOUT.print(
         f"defaults: {defaults.width}x{defaults.height}, {defaults.frames} frames, "
         f"{defaults.steps} steps, guide scale {defaults.guide_scale:g}, shift {defaults.shift:g}"
     )
     source = manifest.provenance
-    OUT.print(
+    STDOUT.print(
         f"made by wanx {manifest.wanx_version} from {source.source} ({source.source_layout} "
         f"layout, {source.source_sha256[:12]}) on {source.created:%Y-%m-%d %H:%M} UTC"
     )
@@ -158,13 +159,15 @@ def print_bundle(bundle: Bundle) -> None:
 def print_generation(result: Generation, bundle: Bundle) -> None:
     """Say what was generated and what it took."""
     run = result.options
-    OUT.print(
+    STDOUT.print(
         f"wrote {result.path}: {run.width}x{run.height}, {run.frames} frames, seed {run.seed}, "
         f"by {bundle.manifest.name} at {bundle.manifest.precision}"
     )
-    stages = (f"{s.name} {duration(s.load_seconds + s.seconds)}" for s in result.stages)
+    stages = (f"{s.name} {format_seconds(s.load_seconds + s.seconds)}" for s in result.stages)
     peaks = [s.peak_bytes for s in result.stages if s.peak_bytes is not None]
-    OUT.print(" · ".join(stages) + (f" · peak memory {size(max(peaks))}" if peaks else ""))
+    STDOUT.print(
+        " · ".join(stages) + (f" · peak memory {format_bytes(max(peaks))}" if peaks else "")
+    )
 
 
 def print_outcome(outcome: Outcome, bundle: Bundle) -> None:
@@ -172,9 +175,9 @@ def print_outcome(outcome: Outcome, bundle: Bundle) -> None:
     if outcome.result is not None:
         print_generation(outcome.result, bundle)
     elif outcome.error is not None:
-        OUT.print(Text("failed", style="red"), f"{outcome.job.name}: {outcome.error}")
+        STDOUT.print(Text("failed", style="red"), f"{outcome.job.name}: {outcome.error}")
     else:
-        OUT.print(f"{outcome.job.output} is there; skipped")
+        STDOUT.print(f"{outcome.job.output} is there; skipped")
 
 
 def print_outcomes(outcomes: Sequence[Outcome]) -> None:
@@ -182,15 +185,15 @@ def print_outcomes(outcomes: Sequence[Outcome]) -> None:
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     done = sum(outcome.result is not None for outcome in outcomes)
     skipped = len(outcomes) - done - len(failed)
-    OUT.print(f"{done} written, {skipped} skipped, {len(failed)} failed")
+    STDOUT.print(f"{done} written, {skipped} skipped, {len(failed)} failed")
     if len(outcomes) > len(failed):  # otherwise they are still on the screen
         for outcome in failed:
-            OUT.print(Text("failed", style="red"), f"{outcome.job.name}: {outcome.error}")
+            STDOUT.print(Text("failed", style="red"), f"{outcome.job.name}: {outcome.error}")
 
 
 def print_checks(checks: Sequence[FileCheck]) -> None:
     """List the damaged files, or say that there are none."""
     bad = [check for check in checks if check.problem]
     for check in bad:
-        OUT.print(Text("bad", style="red"), check.problem)
-    OUT.print(f"{len(checks) - len(bad)} of {len(checks)} files are as the manifest says")
+        STDOUT.print(Text("bad", style="red"), check.problem)
+    STDOUT.print(f"{len(checks) - len(bad)} of {len(checks)} files are as the manifest says")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from wanx.commands.display.generation import OUT
+from wanx.commands.display.generation import STDOUT
 
 if TYPE_CHECKING:
     from wanx.benchmarks.speed.change import Change
@@ -18,31 +18,30 @@ if TYPE_CHECKING:
 
 def print_results(results: Results, folder: Path) -> None:
     """Summarise a benchmark: medians, and how many times faster than the baseline."""
-    from wanx.benchmarks.speed.metrics import METRICS, amount, speedup, spread
-    from wanx.benchmarks.speed.results import counted
+    from wanx.benchmarks.speed.metrics import amount, metric_rows
+    from wanx.benchmarks.speed.results import pluralize
 
     for number, case in enumerate(results.cases):
-        OUT.print(f"{case.label}, {counted(case.tokens, 'token')}, {counted(case.steps, 'step')}")
+        STDOUT.print(
+            f"{case.label}, {pluralize(case.tokens, 'token')}, {pluralize(case.steps, 'step')}"
+        )
         table = Table("", box=None, pad_edge=False)
         for subject in results.subjects:
             table.add_column(subject.label, justify="right")
-        for metric in METRICS:
+        for metric, figures in metric_rows(results, number):
             cells = []
-            for index in range(len(results.subjects)):
-                found = spread(results, metric, index, number)
-                text = amount(found.median) if found else "–"
-                ratio = speedup(results, metric, index, number)
+            for index, (seconds, ratio) in enumerate(figures):
+                text = amount(seconds.median) if seconds else "–"
                 if ratio and index != results.settings.baseline:
                     text += f"  {ratio.median:.2f}×"
                 cells.append(text)
-            if any(cell != "–" for cell in cells):
-                table.add_row(metric.name, *cells)
-        OUT.print(table)
+            table.add_row(metric.name, *cells)
+        STDOUT.print(table)
     for item in results.rooflines:
-        OUT.print(f"{results.subjects[item.subject].label}, {item.component}: {item.sentence}")
+        STDOUT.print(f"{results.subjects[item.subject].label}, {item.component}: {item.sentence}")
     for note in results.notes:
-        OUT.print(note)
-    OUT.print(f"wrote {folder / 'report.html'}, report.json and report.md")
+        STDOUT.print(note)
+    STDOUT.print(f"wrote {folder / 'report.html'}, report.json and report.md")
 
 
 def print_changes(changes: Sequence[Change], differences: Sequence[str]) -> None:
@@ -50,7 +49,7 @@ def print_changes(changes: Sequence[Change], differences: Sequence[str]) -> None
     from wanx.benchmarks.speed.metrics import amount
 
     for line in differences:
-        OUT.print(f"not the same: {line}")
+        STDOUT.print(f"not the same: {line}")
     table = Table("", "old", "new", "change", "noise", "", box=None, pad_edge=False)
     for column in table.columns[1:5]:
         column.justify = "right"
@@ -64,7 +63,7 @@ def print_changes(changes: Sequence[Change], differences: Sequence[str]) -> None
             f"  {change.metric}", amount(change.old), amount(change.new),
             f"{change.growth:+.1%}", noise, _verdict(change),
         )  # fmt: skip
-    OUT.print(table)
+    STDOUT.print(table)
 
 
 def _verdict(change: Change) -> Text:

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from wanx.checkpoints.tensor_source import TensorSource
 from wanx.checkpoints.weights import check_tensors
 from wanx.config.models import DiTConfig
+from wanx.config.number_formats import FLOATS
 from wanx.errors import UsageError, WanxError
 from wanx.exporter.components import dit_spec
-from wanx.models.dit.model import StreamState, WanDiT
+from wanx.models.dit.model import DiTState, WanDiT
 
 Watch = Callable[[nn.Module, str], AbstractContextManager[object]]
 OnBlock = Callable[[int, int], None]
-Step = Callable[[StreamState, int], StreamState]
+Step = Callable[[DiTState, int], DiTState]
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {row.safetensors: getattr(torch, row.torch) for row in FLOATS}
 _STACKS = ("vace_blocks", "blocks")
 
 
@@ -41,7 +42,7 @@ def read_fp32(source: TensorSource, out: Tensor) -> None:
     assert end == len(flat)
 
 
-class StreamedDiT:
+class BlockwiseDiT:
     """The denoiser in fp32, equal to :class:`wanx.models.dit.model.WanDiT` with the weights loaded.
 
     Args:
@@ -102,25 +103,25 @@ class StreamedDiT:
         total, done = sum(len(getattr(dit, stack, ())) for stack in _STACKS), 0
         with torch.inference_mode():
             states = self._embed(feeds)
-            for stack, step in zip(_STACKS, (dit.advance_control, dit.advance), strict=True):
-                for _ in self._pass(stack, step, states, watch):
+            for stack, step in zip(_STACKS, (dit.run_control_block, dit.run_block), strict=True):
+                for _ in self._run_stack(stack, step, states, watch):
                     done += 1
                     if on_block is not None:
                         on_block(done, total)
             velocities = []
-            with self._loaded(dit.head, "head", {}):
+            with self._weights_loaded(dit.head, "head", {}):
                 for index, state in enumerate(states):
                     velocity = dit.head(state.x, state.time)
                     _require_finite([velocity], "the head", index, len(states))
                     velocities.append(velocity.cpu().numpy())
         return velocities
 
-    def _embed(self, feeds: Sequence[Mapping[str, NDArray[np.float32]]]) -> list[StreamState]:
+    def _embed(self, feeds: Sequence[Mapping[str, NDArray[np.float32]]]) -> list[DiTState]:
         states = []
         with ExitStack() as loaded:
             for name, child in self._dit.named_children():
                 if name not in (*_STACKS, "head"):
-                    loaded.enter_context(self._loaded(child, name, {}))
+                    loaded.enter_context(self._weights_loaded(child, name, {}))
             for index, feed in enumerate(feeds):
                 if missing := [name for name in self._inputs if name not in feed]:
                     raise UsageError(
@@ -135,22 +136,24 @@ class StreamedDiT:
     def _tensor(self, values: NDArray[np.float32]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self._device)
 
-    def _pass(
-        self, stack: str, step: Step, states: list[StreamState], watch: Watch
+    def _run_stack(
+        self, stack: str, step: Step, states: list[DiTState], watch: Watch
     ) -> Iterator[None]:
-        """Let all samples pass each block of a stack in turn, changing ``states`` in place."""
+        """Run each block of a stack on all samples in turn, changing ``states`` in place."""
         storage: dict[str, Tensor] = {}
         for block_index, block in enumerate(getattr(self._dit, stack, ())):
             name = f"{stack}.{block_index}"
-            with self._loaded(block, name, storage), watch(block, name):
+            with self._weights_loaded(block, name, storage), watch(block, name):
                 for index, state in enumerate(states):
                     states[index] = state = step(state, block_index)
                     _require_finite(_tensors_of(state), name, index, len(states))
             yield
 
     @contextmanager
-    def _loaded(self, part: nn.Module, prefix: str, storage: dict[str, Tensor]) -> Iterator[None]:
-        """Give ``part`` its weights for a while.
+    def _weights_loaded(
+        self, part: nn.Module, prefix: str, storage: dict[str, Tensor]
+    ) -> Iterator[None]:
+        """Load the weights of ``part`` for the block.
 
         They lie in ``storage``, by their names in the part. Equal parts share one, because the
         first touch of new memory takes several times as long as reading and converting a weight.
@@ -167,7 +170,7 @@ class StreamedDiT:
             part.load_state_dict(empty, assign=True)
 
 
-def _tensors_of(state: StreamState) -> list[Tensor]:
+def _tensors_of(state: DiTState) -> list[Tensor]:
     known = (state.x, state.modulation, *state.rope, state.text, *state.hints[-1:])
     return [*known, *(value for value in (state.image, state.control) if value is not None)]
 

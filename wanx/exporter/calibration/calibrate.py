@@ -1,6 +1,6 @@
-"""Run real trajectories over the source weights and watch the inputs of every linear.
+"""Denoising runs over the source weights, in which the inputs of every linear are observed.
 
-All videos are kept in step, so that each block's weights are read once a step for all of them, and
+All runs advance in lockstep, so that each block's weights are read once a step for all of them, and
 are in memory alone. Everything is saved after each step; an interrupted calibration goes on there.
 """
 
@@ -18,18 +18,20 @@ from torch import nn
 from wanx.bundle.golden_steps import Golden, GoldenStep
 from wanx.bundle.reader import Bundle
 from wanx.checkpoints.checkpoint import Checkpoint
-from wanx.exporter.calibration.blockwise_dit import StreamedDiT
+from wanx.exporter.calibration.blockwise_dit import BlockwiseDiT
 from wanx.exporter.calibration.observers import Observers
-from wanx.exporter.calibration.options import CalibrationOptions, golden_only, planned_runs
+from wanx.exporter.calibration.options import (
+    CalibrationOptions,
+    PlannedRuns,
+    golden_only,
+    planned_runs,
+)
 from wanx.exporter.calibration.state import Calibration, state_path
-from wanx.progress import Progress, silent
-from wanx.runtime.denoise import Trajectory
-from wanx.runtime.inputs.conditioning import condition
-from wanx.runtime.inputs.reading import Inputs
+from wanx.progress import Progress, no_progress
+from wanx.runtime.denoise import DenoisingRun
 from wanx.runtime.options import ResolvedRun
-from wanx.runtime.sampling.guidance import Branch, branches
-from wanx.runtime.sessions import open_session
-from wanx.runtime.text import PromptTokenizer, encode_prompts
+from wanx.runtime.run_parts import RunParts
+from wanx.runtime.sampling.guidance import Branch
 
 Float32 = NDArray[np.float32]
 
@@ -39,7 +41,8 @@ def calibrate(
     bundle: Bundle,
     options: CalibrationOptions,
     points: Iterable[str] = (),
-    progress: Progress = silent,
+    progress: Progress = no_progress,
+    runs: PlannedRuns | None = None,
 ) -> Calibration:
     """Run trajectories over the denoiser of a checkpoint, watching ``points``.
 
@@ -51,48 +54,54 @@ def calibrate(
             ``blocks.3.self_attn.attend``, whose inputs become ``….q``, ``….k`` and ``….v``. Where
             there are none, nothing is saved.
         progress: told how many blocks are done.
+        runs: planned from the options before; None plans them.
 
     Raises:
         UsageError: the calibration file or an option cannot be.
         WanxError: an activation is not finite; the message names the layer.
     """
     config, watched = checkpoint.config, sorted(points)
-    runs = planned_runs(options, config)
-    asked = (*watched, options.golden_steps)
-    path = state_path(checkpoint, bundle, runs, asked) if watched else None
-    trajectories = _trajectories(runs, bundle)
+    if runs is None:
+        runs = planned_runs(options, config)
+    key_parts = (*watched, options.golden_steps)
+    path = state_path(checkpoint, bundle, runs, key_parts) if watched else None
+    trajectories = [encoded.start() for encoded in RunParts.of(bundle).encode(runs)]
     if path is not None and options.fresh:
         path.unlink(missing_ok=True)
     state = Calibration.load(path, len(runs))
     for trajectory, velocities in zip(trajectories, state.history, strict=True):
         for velocity in velocities:
-            trajectory.step_with(velocity)
-    dit = StreamedDiT(config.dit, checkpoint.components["dit"].tensors)
-    recorded = golden_numbers(options.steps, options.golden_steps)
+            trajectory.step(velocity)
+    dit = BlockwiseDiT(config.dit, checkpoint.components["dit"].tensors)
+    recorded_steps = golden_numbers(options.steps, options.golden_steps)
     blocks = config.dit.num_layers + len(config.dit.vace_layers)
     watch = watching(state.observers, watched)
     first = trajectories[0]
     while not first.done:
-        done = first.step * blocks
+        done = first.steps_done * blocks
 
         def on_block(count: int, _: int, done: int = done) -> None:
             stage = "calibrate" if watched else "golden steps"
             progress(stage, done + count, first.steps * blocks, "steps")
 
         answers = _answers(dit, trajectories, watch, on_block)
-        if first.step + 1 in recorded:
+        if first.steps_done + 1 in recorded_steps:
             state.golden = _with_step(state.golden, runs[0][0], first, answers[0])
         for trajectory, answer, velocities in zip(
             trajectories, answers, state.history, strict=True
         ):
-            velocities.append(trajectory.guided(answer))
-            trajectory.step_with(velocities[-1])
+            velocities.append(trajectory.apply_guidance(answer))
+            trajectory.step(velocities[-1])
         state.save()
     return state
 
 
 def record_golden(
-    checkpoint: Checkpoint, bundle: Bundle, options: CalibrationOptions, progress: Progress = silent
+    checkpoint: Checkpoint,
+    bundle: Bundle,
+    options: CalibrationOptions,
+    progress: Progress = no_progress,
+    runs: PlannedRuns | None = None,
 ) -> Golden:
     """Run one short trajectory of ``golden_steps`` steps over a checkpoint, and keep all of it.
 
@@ -101,11 +110,12 @@ def record_golden(
         bundle: has every other component, and the tokenizer.
         options: the first prompt and the size count.
         progress: told how many blocks are done.
+        runs: planned with :func:`golden_only` before; None plans them.
 
     Raises:
         UsageError, WanxError: as :func:`calibrate`.
     """
-    golden = calibrate(checkpoint, bundle, golden_only(options), (), progress).golden
+    golden = calibrate(checkpoint, bundle, golden_only(options), (), progress, runs).golden
     assert golden is not None, "golden_steps is 0"
     return golden
 
@@ -116,20 +126,20 @@ def golden_numbers(steps: int, count: int) -> set[int]:
 
 
 def _answers(
-    dit: StreamedDiT,
-    trajectories: Sequence[Trajectory],
+    dit: BlockwiseDiT,
+    trajectories: Sequence[DenoisingRun],
     watch: Callable[[nn.Module, str], AbstractContextManager[None]],
     on_block: Callable[[int, int], None],
 ) -> list[dict[Branch, Float32]]:
     """Velocities of the coming step of every trajectory, per branch."""
-    asked = [
+    jobs = [
         (index, branch, feeds | trajectory.constants)
         for index, trajectory in enumerate(trajectories)
         for branch, feeds in trajectory.feeds().items()
     ]
-    results = dit.run([feeds for _, _, feeds in asked], watch=watch, on_block=on_block)
+    results = dit.run([feeds for _, _, feeds in jobs], watch=watch, on_block=on_block)
     answers: list[dict[Branch, Float32]] = [{} for _ in trajectories]
-    for (index, branch, _), velocity in zip(asked, results, strict=True):
+    for (index, branch, _), velocity in zip(jobs, results, strict=True):
         answers[index][branch] = velocity
     return answers
 
@@ -138,14 +148,14 @@ def watching(
     observers: Observers, points: Iterable[str]
 ) -> Callable[[nn.Module, str], AbstractContextManager[None]]:
     """Make what hooks the points of one block onto observers while its samples run."""
-    wanted = frozenset(points)
+    names = frozenset(points)
 
     @contextmanager
     def watch(block: nn.Module, name: str) -> Iterator[None]:
         with ExitStack() as hooks:
             for child, module in block.named_modules():
                 point = f"{name}.{child}"
-                if point in wanted:
+                if point in names:
                     handle = module.register_forward_pre_hook(_hook(observers, point))
                     hooks.callback(handle.remove)
             yield
@@ -167,13 +177,13 @@ def _hook(observers: Observers, point: str) -> Callable[[nn.Module, tuple[Any, .
 def _with_step(
     golden: Golden | None,
     run: ResolvedRun,
-    trajectory: Trajectory,
+    trajectory: DenoisingRun,
     answer: Mapping[Branch, Float32],
 ) -> Golden:
     feeds = trajectory.feeds()
     shared = next(iter(feeds.values()))
     step = GoldenStep(
-        step=trajectory.step + 1,
+        step=trajectory.steps_done + 1,
         tokens=shared["tokens"],
         timestep=shared["timestep"],
         velocities=dict(answer.items()),
@@ -186,23 +196,3 @@ def _with_step(
         contexts={branch: value["context"] for branch, value in feeds.items()},
         steps=(step,),
     )
-
-
-def _trajectories(runs: Sequence[tuple[ResolvedRun, Inputs]], bundle: Bundle) -> list[Trajectory]:
-    config = bundle.manifest.config
-    tokenizer = PromptTokenizer(bundle.tokenizer_path)
-    with open_session(bundle, "text_encoder") as session:
-        contexts = []
-        for run, _ in runs:
-            prompts: dict[Branch, str] = {
-                "conditional": run.prompt, "unconditional": run.negative_prompt
-            }  # fmt: skip
-            needed = {branch: prompts[branch] for branch in branches(run.guide_scale)}
-            contexts.append(encode_prompts(session, tokenizer, needed, config.dit.text_len))
-    return [
-        Trajectory(
-            run, context, condition(run, inputs, config, lambda name: open_session(bundle, name)),
-            config,
-        )
-        for (run, inputs), context in zip(runs, contexts, strict=True)
-    ]  # fmt: skip

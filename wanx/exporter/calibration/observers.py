@@ -190,7 +190,7 @@ class Observers:
             self[name].merge(point)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that was seen, for a safetensors file, on the CPU.
+        """Statistics as tensors for a safetensors file, on the CPU.
 
         Returns:
             For each point ``<name>.channel_amax`` float32 [K], and of the bins that are not empty
@@ -231,7 +231,7 @@ def input_scale(observer: Observer, limit: float, percentile: float = 100) -> fl
 
     Args:
         observer: what was seen at its input.
-        limit: largest number of the type: 127 (int8) or 448 (E4M3).
+        limit: largest magnitude of the number format.
         percentile: of ``|x|``; what lies above it saturates.
 
     Returns:
@@ -243,16 +243,16 @@ def input_scale(observer: Observer, limit: float, percentile: float = 100) -> fl
     """
     _require_input(observer)
     largest = observer.percentile(percentile)
-    keep = f"keep it high with --keep-high {observer.name}"
+    hint = f"leave it out with --skip-layers {observer.name}"
     if not math.isfinite(observer.amax):
-        raise WanxError(f"the input of {observer.name} reached {observer.amax}; {keep}")
+        raise WanxError(f"the input of {observer.name} reached {observer.amax}; {hint}")
     if observer.amax == 0:
-        raise WanxError(f"the input of {observer.name} was always 0 while calibrating; {keep}")
+        raise WanxError(f"the input of {observer.name} was always 0 while calibrating; {hint}")
     scale = torch.tensor(largest / limit, dtype=torch.float32).item()
     if scale < torch.finfo(torch.float32).tiny:
         raise WanxError(
             f"the input of {observer.name} was at most {largest:.3g} in {percentile:g} % of its "
-            f"values, so its scale underflows; {keep}"
+            f"values, so its scale underflows; {hint}"
         )
     return scale
 
@@ -260,8 +260,8 @@ def input_scale(observer: Observer, limit: float, percentile: float = 100) -> fl
 def _require_input(observer: Observer) -> None:
     if not observer.channel_amax.numel():
         raise WanxError(
-            f"nothing was seen at the input of {observer.name} while calibrating; keep it high "
-            f"with --keep-high {observer.name}"
+            f"nothing was seen at the input of {observer.name} while calibrating; leave it out "
+            f"with --skip-layers {observer.name}"
         )
 
 

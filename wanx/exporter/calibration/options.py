@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,10 +10,11 @@ from wanx.config.models import ModelConfig
 from wanx.errors import UsageError
 from wanx.exporter.calibration.prompts import calibration_set
 from wanx.runtime.inputs.reading import Inputs, read_inputs
-from wanx.runtime.options import ResolvedRun, RunOptions, resolve
+from wanx.runtime.options import ResolvedRun, RunOptions
+from wanx.runtime.resolve import resolve
 from wanx.runtime.sizes import latent_shape, size_for_image
 
-_FRAMES = 17  # of a clip whose length nobody chose
+_DEFAULT_FRAMES = 17  # of a clip whose length nobody chose
 _GOLDEN_TOKENS = 96  # where nothing but golden steps is recorded
 
 
@@ -50,13 +52,17 @@ class CalibrationOptions:
         Raises:
             UsageError: a number is out of range.
         """
-        for flag, value, least, most in (
+        for flag, value, minimum, maximum in (
             ("--calibration-prompts", self.prompts, 1, 10_000),
             ("--calibration-steps", self.steps, 1, 1000),
             ("--golden-steps", self.golden_steps, 0, 100),
         ):
-            if not least <= value <= most:
-                raise UsageError(f"{flag} is {value}; choose {least} to {most}")
+            if not minimum <= value <= maximum:
+                raise UsageError(f"{flag} is {value}; choose {minimum} to {maximum}")
+
+
+# Runs with the images and videos that they start from.
+PlannedRuns = Sequence[tuple[ResolvedRun, Inputs]]
 
 
 def golden_only(options: CalibrationOptions) -> CalibrationOptions:
@@ -64,23 +70,21 @@ def golden_only(options: CalibrationOptions) -> CalibrationOptions:
     return replace(options, prompts=1, steps=options.golden_steps, max_tokens=_GOLDEN_TOKENS)
 
 
-def planned_runs(
-    options: CalibrationOptions, config: ModelConfig
-) -> list[tuple[ResolvedRun, Inputs]]:
+def planned_runs(options: CalibrationOptions, config: ModelConfig) -> PlannedRuns:
     """Read and check what :func:`~wanx.exporter.calibration.calibrate.calibrate` would run.
 
     Raises:
         WanxError: the calibration file, an input that it names or an option cannot be.
     """
     runs = []
-    for asked in calibration_set(options.file, config, limit=options.prompts):
-        sized = _sized(asked, options, config)
+    for line in calibration_set(options.file, config, limit=options.prompts):
+        sized = _with_size(line, options, config)
         inputs = read_inputs(sized, config.task)
         runs.append((resolve(sized, config, inputs), inputs))
     return runs
 
 
-def _sized(run: RunOptions, options: CalibrationOptions, config: ModelConfig) -> RunOptions:
+def _with_size(run: RunOptions, options: CalibrationOptions, config: ModelConfig) -> RunOptions:
     """The size that the options ask for, else the run itself, else one that costs little."""
     defaults = config.defaults
     width, height, frames = defaults.width, defaults.height, defaults.frames
@@ -88,19 +92,19 @@ def _sized(run: RunOptions, options: CalibrationOptions, config: ModelConfig) ->
     patch_time, patch_height, patch_width = config.dit.patch_size
     patch = patch_height * patch_width
     if times // patch_time * rows * columns // patch > options.max_tokens:
-        frames = min(frames, _FRAMES)
+        frames = min(frames, _DEFAULT_FRAMES)
         times = (frames - 1) // config.vae.temporal_stride + 1
         cells = options.max_tokens / (times // patch_time) * patch
         area = cells * config.vae.spatial_stride**2
         width, height = size_for_image(height, width, area, config)
     return replace(
         run,
-        width=_first(options.width, run.width, width),
-        height=_first(options.height, run.height, height),
-        frames=_first(options.frames, run.frames, frames),
+        width=_first_set(options.width, run.width, width),
+        height=_first_set(options.height, run.height, height),
+        frames=_first_set(options.frames, run.frames, frames),
         steps=options.steps,
     )
 
 
-def _first(asked: int | None, of_run: int | None, default: int) -> int:
-    return next(value for value in (asked, of_run, default) if value is not None)
+def _first_set(requested: int | None, of_run: int | None, default: int) -> int:
+    return next(value for value in (requested, of_run, default) if value is not None)

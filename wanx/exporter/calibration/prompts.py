@@ -1,4 +1,4 @@
-"""The prompts and images that a model is calibrated on: the user's own, or the ones shipped."""
+"""Prompts and images of a calibration: the user's own, or the shipped ones."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from wanx.errors import UsageError, WanxError
 from wanx.runtime.batch import Job, read_jobs
 from wanx.runtime.inputs.image import MAX_PIXELS
 from wanx.runtime.inputs.reading import read_inputs
-from wanx.runtime.options import RunOptions, resolve
+from wanx.runtime.options import RunOptions
+from wanx.runtime.resolve import resolve
 from wanx.runtime.sizes import check_size
 
-_PICTURES = 16  # made once each, so that a long file does not fill the memory
+_DISTINCT_IMAGES = 16  # made once each, so that a long file does not fill the memory
 _PAN = 8  # the last frame of a synthetic clip is the first one, moved by 1/8 of its width
 # Levels by which luminance, red against green, and yellow against blue change R, G and B.
 _OPPONENT = np.array([(48, 48, 48), (14, -14, 0), (8, 8, -16)], dtype=np.float64)
 
-# First and last picture by place, height and width.
-_Pictures = dict[tuple[int, int, int], tuple[NDArray[np.uint8], NDArray[np.uint8]]]
+# First and last image by index, height and width.
+_Images = dict[tuple[int, int, int], tuple[NDArray[np.uint8], NDArray[np.uint8]]]
 
 
 def calibration_set(
@@ -31,7 +32,7 @@ def calibration_set(
     """Read and check what to run for calibration.
 
     A line takes the keys of :func:`wanx.runtime.batch.read_jobs`, so the prompts of a batch can be
-    used as they are. Without a seed it gets its place among the lines, from 0. Where the task needs
+    used as they are. Without a seed it gets its index among the lines, from 0. Where the task needs
     images and a line names none, it gets a synthetic picture, moved sideways for a last frame.
 
     Args:
@@ -40,7 +41,7 @@ def calibration_set(
         limit: take only so many lines, from the first; the others are not checked.
 
     Returns:
-        Options that :func:`wanx.runtime.options.resolve` accepts, each with a seed.
+        Options that :func:`wanx.runtime.resolve.resolve` accepts, each with a seed.
 
     Raises:
         UsageError: the file is missing, not UTF-8 or empty, or a line asks for what the model
@@ -53,34 +54,34 @@ def calibration_set(
     if file is None:
         name = "tiny" if config.name.startswith("tiny") else "default"
         file = Path(__file__).with_name(f"{name}_prompts.jsonl")
-    pictures: _Pictures = {}
+    images: _Images = {}
     runs = []
-    for place, job in enumerate(read_jobs(file, Path(), RunOptions(), suffix="")[:limit]):
+    for index, job in enumerate(read_jobs(file, Path(), RunOptions(), suffix="")[:limit]):
         try:
-            runs.append(_run(job, place, config, pictures))
+            runs.append(_with_images_and_seed(job, index, config, images))
         except WanxError as error:
             reason = str(error).removeprefix(f"{file}: ")
             raise type(error)(f"{job.name} of {file}: {reason}") from None
     return runs
 
 
-def _run(job: Job, place: int, config: ModelConfig, pictures: _Pictures) -> RunOptions:
+def _with_images_and_seed(job: Job, index: int, config: ModelConfig, images: _Images) -> RunOptions:
     options = job.options
     if isinstance(options, WanxError):
         raise options
     if options.seed == -1:
-        options = replace(options, seed=place)
+        options = replace(options, seed=index)
     if config.task in ("i2v", "flf2v") and options.image is None and options.last_image is None:
         height = config.defaults.height if options.height is None else options.height
         width = config.defaults.width if options.width is None else options.width
         check_size(width, height, 1, config)
         if width * height > MAX_PIXELS:
             raise UsageError(f"size is {width}x{height}; choose at most {MAX_PIXELS} pixels")
-        key = place % _PICTURES, height, width
-        if key not in pictures:
+        key = index % _DISTINCT_IMAGES, height, width
+        if key not in images:
             first = natural_image(*key)
-            pictures[key] = first, np.roll(first, width // _PAN, axis=1)
-        first, last = pictures[key]
+            images[key] = first, np.roll(first, width // _PAN, axis=1)
+        first, last = images[key]
         last_image = last if config.task == "flf2v" else None
         options = replace(options, image=first, last_image=last_image)
     # The files are read again when their turn comes: a mistake in the last line shows now.

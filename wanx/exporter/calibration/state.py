@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import platformdirs
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
@@ -21,6 +20,7 @@ from wanx.checkpoints.checkpoint import Checkpoint
 from wanx.errors import WanxError
 from wanx.exporter.calibration.observers import Observers
 from wanx.exporter.calibration.tensor_cache import load_tensors, save_tensors
+from wanx.files.cache import cache_path
 from wanx.runtime.inputs.reading import Inputs
 from wanx.runtime.options import ResolvedRun
 from wanx.version import __version__
@@ -70,9 +70,11 @@ class Calibration:
             return new
         try:
             tensors, run = load_tensors(path)
-            observed = _part(tensors, "observed")
-            velocities = _part(tensors, "velocity")
-            golden = {name: value.numpy() for name, value in _part(tensors, "golden").items()}
+            observed = _with_prefix(tensors, "observed")
+            velocities = _with_prefix(tensors, "velocity")
+            golden = {
+                name: value.numpy() for name, value in _with_prefix(tensors, "golden").items()
+            }
             steps = len(velocities) // trajectories
             return cls(
                 observers=Observers.from_state(observed),
@@ -87,7 +89,7 @@ class Calibration:
             return new
 
 
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {
         name.removeprefix(f"{prefix}."): value
         for name, value in tensors.items()
@@ -118,16 +120,14 @@ def state_path(
         "wanx": __version__,
         "weights": [_identity(file) for file in checkpoint.components["dit"].files],
         "others": {n: [manifest.files[w].sha256 for w in files] for n, files in others.items()},
-        "runs": [[asdict(run), *_pictures(inputs)] for run, inputs in runs],
+        "runs": [[asdict(run), *_input_identities(inputs)] for run, inputs in runs],
         "asked": [str(item) for item in cache_key_parts],
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    cache = platformdirs.user_cache_path("wanx", appauthor=False)
-    # Without a home folder the path stays relative, "~/.cache": it would land in the cwd.
-    return cache / "calibration" / f"{key[:32]}.safetensors" if cache.is_absolute() else None
+    return cache_path("calibration", f"{key[:32]}.safetensors")
 
 
-def _pictures(inputs: Inputs) -> Iterator[object]:
+def _input_identities(inputs: Inputs) -> Iterator[object]:
     for image in (inputs.image, inputs.last_image, *inputs.references):
         yield None if image is None else [image.shape, hashlib.sha256(image.tobytes()).hexdigest()]
     for video in (inputs.video, inputs.mask):
@@ -135,5 +135,5 @@ def _pictures(inputs: Inputs) -> Iterator[object]:
 
 
 def _identity(file: Path) -> list[str | int]:
-    found = file.stat()
-    return [str(file.resolve()), found.st_size, found.st_mtime_ns, found.st_ino]
+    status = file.stat()
+    return [str(file.resolve()), status.st_size, status.st_mtime_ns, status.st_ino]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from wanx.files.atomic import replacing
+
 
 def save_tensors(tensors: dict[str, Tensor], facts: object, path: Path) -> None:
     """Write tensors and JSON facts in one step, so that a kill leaves the file whole or absent.
@@ -20,15 +21,11 @@ def save_tensors(tensors: dict[str, Tensor], facts: object, path: Path) -> None:
     Where the folder cannot be written, nothing is kept and nothing fails.
     """
     text = json.dumps(facts)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with suppress(OSError, SafetensorError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replacing(path) as temporary:
             digest = _digest(tensors, text)
-            save_file(tensors, partial, metadata={"facts": text, "sha256": digest})
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+            save_file(tensors, temporary, metadata={"facts": text, "sha256": digest})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:

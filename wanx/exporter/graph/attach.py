@@ -7,21 +7,16 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from wanx.checkpoints.weights import some_of
+from wanx.checkpoints.weights import abbreviate
+from wanx.config.number_formats import WEIGHTS
 from wanx.errors import WanxError
 from wanx.files.safetensors import TensorRef
 
-IR_TYPES = {
-    "F32": ir.DataType.FLOAT,
-    "F16": ir.DataType.FLOAT16,
-    "BF16": ir.DataType.BFLOAT16,
-    "I8": ir.DataType.INT8,
-    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
-}
+IR_TYPES = {row.safetensors: ir.DataType(row.onnx) for row in WEIGHTS}
 
 
-def attach(model: ir.Model, tensors: Mapping[str, TensorRef], root: Path) -> dict[str, int]:
-    """Give every initialiser without data its place in a safetensors file, in place.
+def attach_weights(model: ir.Model, tensors: Mapping[str, TensorRef], root: Path) -> dict[str, int]:
+    """Point every initialiser without data at its bytes in a safetensors file, in place.
 
     A tensor stored in a narrower type than the graph computes in passes through a Cast, so the
     same file serves graphs of any precision. Locations are relative to ``root``, the bundle:
@@ -34,17 +29,17 @@ def attach(model: ir.Model, tensors: Mapping[str, TensorRef], root: Path) -> dic
         WanxError: the files lack a tensor.
     """
     counts: dict[str, int] = {}
-    open_ends = {n: v for n, v in model.graph.initializers.items() if v.const_value is None}
-    if missing := [name for name in open_ends if name not in tensors]:
+    without_data = {n: v for n, v in model.graph.initializers.items() if v.const_value is None}
+    if missing := [name for name in without_data if name not in tensors]:
         raise WanxError(
-            f"{model.graph.name} reads tensors that were not written: {some_of(missing)}; this is "
-            "a fault of wanx, please report it"
+            f"{model.graph.name} reads tensors that were not written: {abbreviate(missing)}; this "
+            "is a fault of wanx, please report it"
         )
-    for name, value in open_ends.items():
+    for name, value in without_data.items():
         ref = tensors[name]
         stored = IR_TYPES[ref.dtype]
-        wanted, shape = value.dtype, value.shape
-        assert wanted is not None
+        graph_type, shape = value.dtype, value.shape
+        assert graph_type is not None
         assert shape is not None
         value.const_value = ir.ExternalTensor(
             location=ref.file.relative_to(root).as_posix(),
@@ -57,8 +52,8 @@ def attach(model: ir.Model, tensors: Mapping[str, TensorRef], root: Path) -> dic
         )
         # Not ``value.dtype =``, which would change every value that shares the type object.
         value.type = ir.TensorType(stored)
-        if stored != wanted:
-            _cast_uses(model.graph, value, wanted)
+        if stored != graph_type:
+            _cast_uses(model.graph, value, graph_type)
         counts[ref.dtype] = counts.get(ref.dtype, 0) + 1
     return counts
 
@@ -69,9 +64,9 @@ def _cast_uses(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> None:
             # Cast the gathered rows, not the table: umT5's has 256,384 of them.
             output = user.outputs[0]
             cast = ir.node("Cast", [output], {"to": dtype.value})
-            for reader, place in output.uses():
-                if reader is not cast:
-                    reader.replace_input_with(place, cast.outputs[0])
+            for consumer, input_index in output.uses():
+                if consumer is not cast:
+                    consumer.replace_input_with(input_index, cast.outputs[0])
             cast.outputs[0].name = f"{output.name}.cast"
             graph.insert_after(user, cast)
         else:

@@ -21,50 +21,50 @@ def repeat_block(graph: ir.Graph, stack: str, count: int) -> None:
         stack: name of the module list, such as ``blocks``.
         count: how many blocks the network has.
     """
-    first, template = (_nodes_of(graph, f"{stack}.{i}") for i in range(TRACED_BLOCKS))
-    (carried,) = {
+    first, template = (_nodes_in_module(graph, f"{stack}.{i}") for i in range(TRACED_BLOCKS))
+    (block_input,) = {
         value
         for node in template
         for value in node.inputs
         if value is not None and value.producer() in first and not _is_constant(value)
     }
-    (result,) = (
+    (block_output,) = (
         output
         for node in template
         for output in node.outputs
         if output.is_graph_output() or any(user not in template for user, _ in output.uses())
     )
-    readers = [use for use in result.uses() if use[0] not in template]
-    before, last = result, list(template)[-1]
+    later_uses = [use for use in block_output.uses() if use[0] not in template]
+    previous_output, last = block_output, list(template)[-1]
     for block in range(TRACED_BLOCKS, count):
-        twins: dict[ir.Value | None, ir.Value] = {carried: before}
+        copies: dict[ir.Value | None, ir.Value] = {block_input: previous_output}
         for node in template:
             for value in node.inputs:
-                if value is not None and value.is_initializer() and value not in twins:
-                    twins[value] = _own_weight(graph, value, stack, block)
+                if value is not None and value.is_initializer() and value not in copies:
+                    copies[value] = _weight_of_block(graph, value, stack, block)
             copy = ir.Node(
                 node.domain,
                 node.op_type,
-                [twins.get(value, value) for value in node.inputs],
+                [copies.get(value, value) for value in node.inputs],
                 node.attributes.values(),
                 outputs=[
                     ir.Value(name=f"{output.name}.{block}", shape=output.shape, type=output.type)
                     for output in node.outputs
                 ],
             )
-            twins |= zip(node.outputs, copy.outputs, strict=True)
+            copies |= zip(node.outputs, copy.outputs, strict=True)
             graph.insert_after(last, copy)
             last = copy
-        before = twins[result]
-    for user, index in readers:
-        user.replace_input_with(index, before)
+        previous_output = copies[block_output]
+    for user, index in later_uses:
+        user.replace_input_with(index, previous_output)
     for index, output in enumerate(graph.outputs):
-        if output is result:
-            graph.outputs[index] = before
-            result.name, before.name = before.name, result.name
+        if output is block_output:
+            graph.outputs[index] = previous_output
+            block_output.name, previous_output.name = previous_output.name, block_output.name
 
 
-def _nodes_of(graph: ir.Graph, module: str) -> dict[ir.Node, None]:
+def _nodes_in_module(graph: ir.Graph, module: str) -> dict[ir.Node, None]:
     # The metadata holds a Python list, so a name stands between quotes.
     return {node: None for node in graph if f"'{module}'" in node.metadata_props.get(_SCOPES, "")}
 
@@ -75,7 +75,7 @@ def _is_constant(value: ir.Value) -> bool:
     return node is not None and all(item is None or _is_constant(item) for item in node.inputs)
 
 
-def _own_weight(graph: ir.Graph, value: ir.Value, stack: str, block: int) -> ir.Value:
+def _weight_of_block(graph: ir.Graph, value: ir.Value, stack: str, block: int) -> ir.Value:
     traced = f"{stack}.{TRACED_BLOCKS - 1}."
     assert value.name is not None
     if not value.name.startswith(traced):

@@ -39,7 +39,7 @@ def trace(spec: ComponentSpec) -> ir.Model:
     constants = {name: buffer for name, buffer in buffers if buffer.device.type == "cpu"}
     parameters = {name for name, _ in whole.named_parameters()}
     traced_blocks = min(spec.blocks, TRACED_BLOCKS)
-    with quiet(), FakeTensorMode():
+    with quiet_exporters(), FakeTensorMode():
         module = spec.module(traced_blocks).eval().requires_grad_(False)
         arguments: list[Any] = [item.example(spec.axes) for item in spec.inputs]
         axes: list[Any] = [_dynamic_axes(spec, item) for item in spec.inputs]
@@ -69,7 +69,7 @@ def trace(spec: ComponentSpec) -> ir.Model:
             value.const_value = ir.tensor(constants[name].numpy(), name=name)
         elif name in parameters:
             value.const_value = None
-    return _clean(model, spec)
+    return _clean_up(model, spec)
 
 
 def _dynamic_axes(spec: ComponentSpec, item: GraphInput) -> dict[int, object]:
@@ -82,7 +82,7 @@ def _dynamic_axes(spec: ComponentSpec, item: GraphInput) -> dict[int, object]:
     return axes
 
 
-def _clean(model: ir.Model, spec: ComponentSpec) -> ir.Model:
+def _clean_up(model: ir.Model, spec: ComponentSpec) -> ir.Model:
     used = {node.op_type for node in model.graph if node.domain == "wanx"}
     for name in sorted(used):
         function = ir.serde.deserialize_function(ONNX_FUNCTIONS[name].to_function_proto())
@@ -110,13 +110,13 @@ def _clean(model: ir.Model, spec: ComponentSpec) -> ir.Model:
         value.shape = ir.Shape(item.shape)
     for value in model.graph.outputs:
         assert value.shape is not None
-        value.shape = ir.Shape([_renamed(size, axes) for size in value.shape])
+        value.shape = ir.Shape([_rename_axes(size, axes) for size in value.shape])
     model.graph.name = spec.name
     model.producer_name, model.producer_version = "wanx", None
     return model
 
 
-def _renamed(size: int | ir.SymbolicDim, axes: dict[str, str]) -> int | str:
+def _rename_axes(size: int | ir.SymbolicDim, axes: dict[str, str]) -> int | str:
     """Express an output's size by the names of the input axes, as in ``8*h``."""
     if isinstance(size, int):
         return size
@@ -124,8 +124,8 @@ def _renamed(size: int | ir.SymbolicDim, axes: dict[str, str]) -> int | str:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Without what the exporters log."""
+def quiet_exporters() -> Iterator[None]:
+    """Silence the log messages and warnings of the exporters."""
     # Optional packages, deprecations, and errors that are raised as well: nothing to act on.
     logger = logging.getLogger("torch")
     level = logger.level

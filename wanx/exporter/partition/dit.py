@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from wanx.config.models import DiTConfig
 from wanx.exporter.components import ComponentSpec, GraphInput
-from wanx.exporter.partition.segments import Cut, Cutter, Segment
+from wanx.exporter.partition.segments import Partition, PartitionBuilder, Segment
 from wanx.models.dit.block import Block
 from wanx.models.dit.fused_block import FusedBlock
 from wanx.models.dit.model import WanDiT
 
 
-def cut_dit(model: WanDiT, spec: ComponentSpec, dtype: torch.dtype) -> Cut:
+def partition_dit(model: WanDiT, spec: ComponentSpec, dtype: torch.dtype) -> Partition:
     """Cut a denoiser on the meta device, which is taken apart.
 
     See :func:`wanx.exporter.partition.partition.cut`.
@@ -28,44 +28,50 @@ def cut_dit(model: WanDiT, spec: ComponentSpec, dtype: torch.dtype) -> Cut:
         for item in spec.inputs
     )  # fmt: skip
     graph = {item.name: item for item in batched}
-    values = _stream(config, dtype) | {name: graph[name] for name in ("rope_cos", "rope_sin")}
-    blocks, model.blocks = _blocks(model.blocks), nn.ModuleList()
+    values = _boundary_values(config, dtype) | {
+        name: graph[name] for name in ("rope_cos", "rope_sin")
+    }
+    blocks, model.blocks = _block_list(model.blocks), nn.ModuleList()
     control: list[Block] = []
     if config.vace_layers:
-        control, model.vace_blocks = _blocks(model.vace_blocks), nn.ModuleList()
+        control, model.vace_blocks = _block_list(model.vace_blocks), nn.ModuleList()
     head = model.head
     del model.head
-    cutter = Cutter({"B": 2, **spec.axes})
-    cutter.add(_entry(model, graph))
+    builder = PartitionBuilder({"B": 2, **spec.axes})
+    builder.add(_embed_segment(model, graph))
     read = ["modulation", "rope_cos", "rope_sin", "text"]
     for index, block in enumerate(control):
-        segment = _control_block(FusedBlock(block), [values[n] for n in ("x", *read)], values)
+        segment = _control_block_segment(
+            FusedBlock(block), [values[n] for n in ("x", *read)], values
+        )
         names = ("control", "x", *read, f"scale_{index}")
-        cutter.add(
+        builder.add(
             segment, f"vace_blocks.{index}.", inputs=names, outputs=("control", f"hint_{index}")
         )
     if config.image_dim is not None:
         read.append("image")
     for index, block in enumerate(blocks):
         hint = config.vace_layers.index(index) if index in config.vace_layers else None
-        segment = _block(FusedBlock(block), [values[n] for n in ("x", *read)], hint is not None)
+        segment = _block_segment(
+            FusedBlock(block), [values[n] for n in ("x", *read)], hint is not None
+        )
         names = ("x", *read, *(() if hint is None else (f"hint_{hint}",)))
-        cutter.add(segment, f"blocks.{index}.", inputs=names)
-    cutter.add(
+        builder.add(segment, f"blocks.{index}.", inputs=names)
+    builder.add(
         Segment(
             name="head", module=head, call=lambda m, x, time: (m(x, time),),
             inputs=(values["x"], values["time"]), outputs=spec.outputs,
         ),
         "head.",
     )  # fmt: skip
-    return cutter.finish()
+    return builder.finish()
 
 
-def _blocks(stack: nn.ModuleList) -> list[Block]:
+def _block_list(stack: nn.ModuleList) -> list[Block]:
     return [block for block in stack if isinstance(block, Block)]
 
 
-def _stream(config: DiTConfig, dtype: torch.dtype) -> dict[str, GraphInput]:
+def _boundary_values(config: DiTConfig, dtype: torch.dtype) -> dict[str, GraphInput]:
     """Values that pass between the segments of a denoiser."""
     dim = config.dim
     values = {
@@ -80,8 +86,8 @@ def _stream(config: DiTConfig, dtype: torch.dtype) -> dict[str, GraphInput]:
     return values
 
 
-def _entry(model: WanDiT, graph: Mapping[str, GraphInput]) -> Segment:
-    """Everything before the first block. Weights of hints leave one by one."""
+def _embed_segment(model: WanDiT, graph: Mapping[str, GraphInput]) -> Segment:
+    """Embeddings before the first block; the weights of hints are outputs one by one."""
     inputs = [item for name, item in graph.items() if not name.startswith("rope")]
     names = [item.name for item in inputs]
     count = len(model.config.vace_layers)
@@ -106,7 +112,7 @@ def _entry(model: WanDiT, graph: Mapping[str, GraphInput]) -> Segment:
     )
 
 
-def _block(block: FusedBlock, inputs: list[GraphInput], hint: bool) -> Segment:
+def _block_segment(block: FusedBlock, inputs: list[GraphInput], hint: bool) -> Segment:
     def call(block: nn.Module, *values: Tensor) -> tuple[Tensor, ...]:
         return (block(*values),)
 
@@ -121,7 +127,7 @@ def _block(block: FusedBlock, inputs: list[GraphInput], hint: bool) -> Segment:
     )  # fmt: skip
 
 
-def _control_block(
+def _control_block_segment(
     block: FusedBlock, inputs: list[GraphInput], values: Mapping[str, GraphInput]
 ) -> Segment:
     """A block of the control branch: the branch, the stream, what blocks read, and a weight."""

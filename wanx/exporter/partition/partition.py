@@ -10,28 +10,28 @@ import torch
 from torch import Tensor, nn
 
 from wanx.exporter.components import ComponentSpec, GraphInput
-from wanx.exporter.partition.dit import cut_dit
-from wanx.exporter.partition.segments import Cut, Cutter, Segment
+from wanx.exporter.partition.dit import partition_dit
+from wanx.exporter.partition.segments import Partition, PartitionBuilder, Segment
 from wanx.models.dit.model import WanDiT
 from wanx.models.image_encoder import ImageEncoder
 from wanx.models.text_encoder import UMT5Encoder
 from wanx.models.vae import WanVAE
 
 
-def cut(spec: ComponentSpec, dtype: torch.dtype) -> Cut:
+def partition(spec: ComponentSpec, dtype: torch.dtype) -> Partition:
     """Cut a component, as it is or with 8-bit layers, into segments that compute in ``dtype``."""
     with torch.device("meta"), _default_dtype(dtype):
         module = spec.module().eval().requires_grad_(False)
         match module:
             case WanDiT():
-                return cut_dit(module, spec, dtype)
+                return partition_dit(module, spec, dtype)
             case UMT5Encoder():
-                return _cut_text_encoder(module, spec, dtype)
+                return _partition_text_encoder(module, spec, dtype)
             case ImageEncoder():
-                return _cut_image_encoder(module, spec, dtype)
+                return _partition_image_encoder(module, spec, dtype)
             case WanVAE():
-                _halve(module, "encoder" if "encoder" in spec.name else "decoder")
-    return _whole(module, spec, dtype)
+                _drop_unused_half(module, "encoder" if "encoder" in spec.name else "decoder")
+    return _single_segment(module, spec, dtype)
 
 
 @contextmanager
@@ -44,38 +44,40 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _halve(vae: WanVAE, kept: str) -> None:
+def _drop_unused_half(vae: WanVAE, direction: str) -> None:
     """Leave out the weights that one direction does not read."""
-    unused = ("decoder", "conv2") if kept == "encoder" else ("encoder", "conv1")
+    unused = ("decoder", "conv2") if direction == "encoder" else ("encoder", "conv1")
     for name in unused:
         delattr(vae, name)
 
 
-def _whole(module: nn.Module, spec: ComponentSpec, dtype: torch.dtype) -> Cut:
+def _single_segment(module: nn.Module, spec: ComponentSpec, dtype: torch.dtype) -> Partition:
     """One segment: the convolutions of a VAE differ from layer to layer."""
     caches = tuple(replace(cache, dtype=dtype) for cache in spec.caches)
 
     def call(module: nn.Module, *inputs: Tensor) -> tuple[Tensor, ...]:
         count = len(spec.inputs)
-        given = (*inputs[:count], list(inputs[count:])) if spec.caches else inputs
-        out: tuple[Tensor, ...] = module(*given)
+        arguments = (*inputs[:count], list(inputs[count:])) if spec.caches else inputs
+        out: tuple[Tensor, ...] = module(*arguments)
         return out
 
-    cutter = Cutter(spec.axes)
-    cutter.add(
+    builder = PartitionBuilder(spec.axes)
+    builder.add(
         Segment(
             name=spec.name, module=module, call=call, inputs=(*spec.inputs, *caches),
             outputs=spec.outputs,
         )
     )  # fmt: skip
-    return cutter.finish()
+    return builder.finish()
 
 
-def _cut_text_encoder(model: UMT5Encoder, spec: ComponentSpec, dtype: torch.dtype) -> Cut:
-    cutter = Cutter(spec.axes)
+def _partition_text_encoder(
+    model: UMT5Encoder, spec: ComponentSpec, dtype: torch.dtype
+) -> Partition:
+    builder = PartitionBuilder(spec.axes)
     table, blocks, norm = model.token_embedding, model.blocks, model.norm
     x = GraphInput(name="x", shape=(1, "n", norm.weight.shape[0]), dtype=dtype)
-    cutter.add(
+    builder.add(
         Segment(
             name="embed", module=table, call=lambda m, ids: (m(ids).to(dtype),),
             inputs=spec.inputs, outputs=("x",),
@@ -87,23 +89,25 @@ def _cut_text_encoder(model: UMT5Encoder, spec: ComponentSpec, dtype: torch.dtyp
             name="block", module=block, call=lambda m, x: (m(x, None),), inputs=(x,),
             outputs=("x",),
         )  # fmt: skip
-        cutter.add(segment, f"blocks.{index}.")
-    cutter.add(
+        builder.add(segment, f"blocks.{index}.")
+    builder.add(
         Segment(
             name="norm", module=norm, call=lambda m, x: (m(x).float(),), inputs=(x,),
             outputs=spec.outputs,
         ),
         "norm.",
     )  # fmt: skip
-    return cutter.finish()
+    return builder.finish()
 
 
-def _cut_image_encoder(model: ImageEncoder, spec: ComponentSpec, dtype: torch.dtype) -> Cut:
-    cutter = Cutter(spec.axes)
+def _partition_image_encoder(
+    model: ImageEncoder, spec: ComponentSpec, dtype: torch.dtype
+) -> Partition:
+    builder = PartitionBuilder(spec.axes)
     blocks, model.transformer = model.transformer, nn.ModuleList()
     _, tokens, dim = model.pos_embedding.shape
     x = GraphInput(name="x", shape=(1, tokens, dim), dtype=dtype)
-    cutter.add(
+    builder.add(
         Segment(
             name="embed", module=model, call=lambda m, pixels: (m(pixels.to(dtype)),),
             inputs=spec.inputs, outputs=("x",),
@@ -116,5 +120,5 @@ def _cut_image_encoder(model: ImageEncoder, spec: ComponentSpec, dtype: torch.dt
             call=(lambda m, x: (m(x).float(),)) if last else (lambda m, x: (m(x),)),
             inputs=(x,), outputs=spec.outputs if last else ("x",),
         )  # fmt: skip
-        cutter.add(segment, f"transformer.{index}.")
-    return cutter.finish()
+        builder.add(segment, f"transformer.{index}.")
+    return builder.finish()

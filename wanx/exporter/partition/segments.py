@@ -1,4 +1,4 @@
-"""A component cut into segments: programs that are compiled once and run with other weights.
+"""Partition of a component into segments: programs compiled once, and run with other weights.
 
 All blocks of a network are alike but for their weights. So a segment takes its weights as inputs,
 and a network of 40 blocks is one program for its entry, one for each kind of block, and one for its
@@ -11,21 +11,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from wanx.bundle.engine_schedule import InputType, Step, StoredType, Weight
+from wanx.bundle.engine_schedule import InputType, Step, Weight
+from wanx.config.number_formats import GRAPH_INPUTS, WEIGHTS
 from wanx.exporter.components import GraphInput
+from wanx.kernels.number_formats import FORMATS
 
 Parameters = list[tuple[str, nn.Parameter]]
-STORED: dict[torch.dtype, StoredType] = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int8: "I8",
-    torch.float8_e4m3fn: "F8_E4M3",
-}
-_INPUTS: dict[torch.dtype, InputType] = {**STORED, torch.int64: "I64"}
+STORED = {dtype: row.safetensors for dtype, row in FORMATS.items() if row in WEIGHTS}
+_INPUTS = {dtype: row.safetensors for dtype, row in FORMATS.items() if row in GRAPH_INPUTS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +50,7 @@ class Segment:
 
     @property
     def weights(self) -> tuple[Weight, ...]:
-        """The same as a plan says it."""
+        """Weights as the schedule records them."""
         return tuple(
             Weight(
                 sources=self.sources.get(name, (name,)),
@@ -73,7 +68,7 @@ class Segment:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
+class Partition:
     """A component as segments by name, the steps that run them, and the sizes to trace with."""
 
     segments: dict[str, Segment]
@@ -81,27 +76,27 @@ class Cut:
     axes: dict[str, int]
 
     @property
-    def types(self) -> dict[str, InputType]:
-        """The type of each input that no step makes."""
-        return {name: _INPUTS[item.dtype] for name, item in self._given().items()}
+    def input_dtypes(self) -> dict[str, InputType]:
+        """The dtype of each input that no step produces."""
+        return {name: _INPUTS[item.dtype] for name, item in self._graph_inputs().items()}
 
     @property
     def batched(self) -> tuple[str, ...]:
-        """Those of them whose first axis is the batch."""
-        return tuple(n for n, item in self._given().items() if item.shape[:1] == ("B",))
+        """Inputs of the graph whose first axis is the batch."""
+        return tuple(n for n, item in self._graph_inputs().items() if item.shape[:1] == ("B",))
 
-    def _given(self) -> dict[str, GraphInput]:
-        made: set[str] = set()
-        given: dict[str, GraphInput] = {}
+    def _graph_inputs(self) -> dict[str, GraphInput]:
+        produced: set[str] = set()
+        graph_inputs: dict[str, GraphInput] = {}
         for step in self.steps:
             for name, item in zip(step.inputs, self.segments[step.program].inputs, strict=True):
-                if name not in made:
-                    given.setdefault(name, item)
-            made.update(step.outputs)
-        return given
+                if name not in produced:
+                    graph_inputs.setdefault(name, item)
+            produced.update(step.outputs)
+        return graph_inputs
 
 
-class Cutter:
+class PartitionBuilder:
     """Collects steps, and one segment for each structure among them."""
 
     def __init__(self, axes: dict[str, int]) -> None:
@@ -118,7 +113,7 @@ class Cutter:
         inputs: tuple[str, ...] | None = None,
         outputs: tuple[str, ...] | None = None,
     ) -> None:
-        """Run ``segment`` next; what it is given and gives may have other names in the plan."""
+        """Run ``segment`` next; its inputs and outputs may have other names in the schedule."""
         name = self._known.get(segment.structure)
         if name is None:
             same = sum(other.startswith(segment.name) for other in self._segments)
@@ -133,6 +128,6 @@ class Cutter:
         )
         self._steps.append(step)
 
-    def finish(self) -> Cut:
-        """All that was added."""
-        return Cut(segments=self._segments, steps=tuple(self._steps), axes=self._axes)
+    def finish(self) -> Partition:
+        """Partition of all that was added."""
+        return Partition(segments=self._segments, steps=tuple(self._steps), axes=self._axes)

@@ -12,7 +12,7 @@ from wanx.exporter.components import GraphInput, split_axis
 from wanx.exporter.partition.segments import Segment
 
 
-class Functional(nn.Module):
+class StatelessSegment(nn.Module):
     """A segment whose weights are its last arguments. Its module is hidden from the tracer."""
 
     def __init__(self, segment: Segment, device: torch.device) -> None:
@@ -28,13 +28,13 @@ class Functional(nn.Module):
         count = len(self._segment.inputs)
         weights = dict(zip(self._names, arguments[count:], strict=True))
         (module,) = self._hidden
-        caller = _Caller(module, self._segment.call)
+        caller = _SegmentCall(module, self._segment.call)
         state = {f"module.{n}": t for n, t in (weights | self._constants).items()}
         out: tuple[Tensor, ...] = torch.func.functional_call(caller, state, arguments[:count])
         return out
 
 
-class _Caller(nn.Module):
+class _SegmentCall(nn.Module):
     def __init__(self, module: nn.Module, call: Callable[..., tuple[Tensor, ...]]) -> None:
         super().__init__()
         self.module, self._call = module, call
@@ -53,17 +53,17 @@ def export_segment(
         axes: sizes to trace with; those of an axis called B may be 1 later.
         device: that it is traced for.
     """
-    functional = Functional(segment, device).eval()
+    functional = StatelessSegment(segment, device).eval()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        shapes = [_dynamic(item, axes) for item in segment.inputs]
+        shapes = [_dynamic_axes(item, axes) for item in segment.inputs]
         shapes += [None] * len(segment.parameters)
         return torch.export.export(
-            functional, arguments(segment, axes, device),
+            functional, example_arguments(segment, axes, device),
             dynamic_shapes={"arguments": tuple(shapes)}, strict=False,
         )  # fmt: skip
 
 
-def arguments(
+def example_arguments(
     segment: Segment, axes: Mapping[str, int], device: torch.device
 ) -> tuple[Tensor, ...]:
     """Inputs and weights of the sizes to trace with; fake where that is the mode."""
@@ -72,11 +72,11 @@ def arguments(
     return (*inputs, *weights)
 
 
-def _dynamic(item: GraphInput, axes: Mapping[str, int]) -> dict[int, object] | None:
+def _dynamic_axes(item: GraphInput, axes: Mapping[str, int]) -> dict[int, object] | None:
     dims = {axis: torch.export.Dim(axis, min=1 if axis == "B" else None) for axis in axes}
-    found: dict[int, object] = {}
-    for place, size in enumerate(item.shape):
+    dynamic: dict[int, object] = {}
+    for index, size in enumerate(item.shape):
         if isinstance(size, str):
             factor, axis = split_axis(size)
-            found[place] = dims[axis] if factor == 1 else factor * dims[axis]
-    return found or None
+            dynamic[index] = dims[axis] if factor == 1 else factor * dims[axis]
+    return dynamic or None

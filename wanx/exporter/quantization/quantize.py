@@ -9,15 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wanx.checkpoints.floats import Chunk
 from wanx.checkpoints.tensor_source import TensorSource
 from wanx.checkpoints.weights import ComponentWeights
+from wanx.config import number_formats
+from wanx.config.number_formats import BY_SAFETENSORS
 from wanx.errors import CorruptInputError
 from wanx.exporter.quantization.recipe import SHARED_INPUTS, Recipe, shared_input, smoothing_of
 from wanx.exporter.quantization.scheme import Scheme
-from wanx.files.safetensors import DTYPE_BYTES
+from wanx.files.floats import Chunk
 
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {row.safetensors: getattr(torch, row.torch) for row in number_formats.FLOATS}
 _PIECE = 1 << 20  # the rows worked on stay in a core's cache from the first pass to the last
 TINY = 1e-30  # rows below it are stored as zeros, before their scale underflows
 
@@ -61,7 +62,8 @@ class QuantizedTensor(TensorSource):
             )
         rows, columns = source.shape
         return cls(
-            name=source.name, dtype=scheme.stored, shape=source.shape, nbytes=rows * columns,
+            name=source.name, dtype=scheme.stored, shape=source.shape,
+            nbytes=scheme.format.nbytes(rows * columns),
             file=source.file, source=source, scheme=scheme, per_tensor=per_tensor, smooth=smooth,
             scale=torch.empty(() if per_tensor else rows),
         )  # fmt: skip
@@ -109,7 +111,7 @@ class QuantizedTensor(TensorSource):
     def _rows(self, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield whole rows ``[r, K]`` and their largest magnitudes ``[r]`` in fp32."""
         columns = self.shape[1]
-        width = columns * DTYPE_BYTES[self.source.dtype]
+        width = BY_SAFETENSORS[self.source.dtype].nbytes(columns)
         for piece in self.source.iter_bytes(max(1, chunk // width) * width):
             rows = torch.frombuffer(piece, dtype=FLOATS[self.source.dtype]).view(-1, columns)
             if self.smooth is not None:
@@ -154,7 +156,7 @@ def scale_tensors(tensors: Mapping[str, TensorSource], recipe: Recipe) -> dict[s
 
     Call it once the weights are written.
     """
-    found = {
+    scales = {
         f"{name}_scale": source.scale
         for name, source in tensors.items()
         if isinstance(source, QuantizedTensor)
@@ -164,17 +166,17 @@ def scale_tensors(tensors: Mapping[str, TensorSource], recipe: Recipe) -> dict[s
         scale = recipe.layers[name]
         if scale is not None and shared_input(name) not in shared:
             shared.add(shared_input(name))
-            found[f"{name}.input_scale"] = torch.tensor(scale)
-    for name, scales in recipe.attention.items():
-        for letter, scale in zip("qkv", scales, strict=True):
-            found[f"{name}.{letter}_scale"] = torch.tensor(scale)
-    return found | dict(recipe.smooth)
+            scales[f"{name}.input_scale"] = torch.tensor(scale)
+    for name, of_qkv in recipe.attention.items():
+        for letter, value in zip("qkv", of_qkv, strict=True):
+            scales[f"{name}.{letter}_scale"] = torch.tensor(value)
+    return scales | dict(recipe.smooth)
 
 
 def _place_among_readers(layer: str) -> int:
     """Number of a layer among those that read its input: the first one names their scale."""
     for group in SHARED_INPUTS:
-        for place, member in enumerate(group):
+        for position, member in enumerate(group):
             if layer.endswith(f".{member}"):
-                return place
+                return position
     return 0

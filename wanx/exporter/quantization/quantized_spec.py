@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from wanx.bundle.manifest import Manifest
 from wanx.exporter.components import ComponentSpec
-from wanx.exporter.quantization.recipe import Recipe, shared_input
+from wanx.exporter.quantization.recipe import Recipe, recipe_from_manifest, shared_input
 from wanx.exporter.quantization.scheme import WEIGHT_ONLY
+from wanx.files.safetensors import read_header
 from wanx.models.quantized import (
     DynamicQuantLinear,
-    QuantAttend,
+    QuantAttentionOp,
     QuantEmbedding,
     QuantLinear,
     WeightOnlyLinear,
@@ -29,6 +32,17 @@ def quantized_spec(spec: ComponentSpec, recipe: Recipe) -> ComponentSpec:
     if spec.blocks and recipe.is_repeated(spec.stack, spec.blocks):
         return replace(spec, build=lambda blocks: quantize_module(spec.build(blocks), recipe))
     return replace(spec, blocks=0, build=lambda: quantize_module(spec.module(), recipe))
+
+
+def quantized_like_bundle(spec: ComponentSpec, root: Path, manifest: Manifest) -> ComponentSpec:
+    """Describe ``spec`` with the 8-bit layers that a bundle stores."""
+    component = manifest.components[spec.name]
+    if component.quantization is None:
+        return spec
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in component.weights:
+        shapes |= {name: ref.shape for name, ref in read_header(root / file).entries.items()}
+    return quantized_spec(spec, recipe_from_manifest(component.quantization, shapes))
 
 
 def quantize_module(module: nn.Module, recipe: Recipe) -> nn.Module:
@@ -65,7 +79,7 @@ def quantize_module(module: nn.Module, recipe: Recipe) -> nn.Module:
     for name in recipe.attention.keys() & present:
         heads = module.get_submodule(name).num_heads
         assert isinstance(heads, int)
-        module.set_submodule(name, QuantAttend(heads))
+        module.set_submodule(name, QuantAttentionOp(heads))
     for name, vector in recipe.smooth.items():
         block, _, attribute = name.rpartition(".")
         if block in present:

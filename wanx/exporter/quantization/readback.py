@@ -15,16 +15,16 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from wanx.checkpoints.weights import some_of
+from wanx.checkpoints.weights import abbreviate
+from wanx.config.number_formats import QUANTIZED
 from wanx.errors import WanxError
 from wanx.exporter.quantization.recipe import Recipe
 from wanx.exporter.quantization.scheme import WEIGHT_ONLY
 
-_EIGHT_BITS = {ir.DataType.INT8: "int8", ir.DataType.FLOAT8E4M3FN: "fp8"}
+_EIGHT_BITS = {ir.DataType(row.onnx): row.name for row in QUANTIZED}
 # What the other operand's type may be: int8 can come shifted by 128.
-_PARTNERS = {
-    ir.DataType.INT8: (ir.DataType.INT8, ir.DataType.UINT8),
-    ir.DataType.FLOAT8E4M3FN: (ir.DataType.FLOAT8E4M3FN,),
+_PARTNERS = {dtype: (dtype,) for dtype in _EIGHT_BITS} | {
+    ir.DataType.INT8: (ir.DataType.INT8, ir.DataType.UINT8)
 }
 _ATTENTION = "fp8 attention"
 _PASSED = ("Cast", "CastLike", "Transpose", "Identity", "Reshape")
@@ -69,30 +69,30 @@ def _layers(graph: Path, root: Path) -> dict[str, _Layer]:
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value.base_dir = root
-    found: dict[str, _Layer] = {}
+    layers: dict[str, _Layer] = {}
     attentions: dict[str, dict[str, float]] = {}
     for node in model.graph.all_nodes():
         if node.op_type == "Gather":
             weight, _ = _weight(node.inputs[0])
             if weight is not None:
-                found[_name(weight)] = _Layer(kind=WEIGHT_ONLY, weight_scale=_scale_of_rows(node))
+                layers[_name(weight)] = _Layer(kind=WEIGHT_ONLY, weight_scale=_scale_of_rows(node))
         elif node.op_type == "MatMulIntegerToFloat":
             weight, _ = _weight(node.inputs[1])
             if weight is not None:
                 scales = _initializer(node.inputs[3]), _initializer(node.inputs[2])
-                found[_name(weight)] = _layer(weight, scales[0], node.inputs[0], scales[1])
+                layers[_name(weight)] = _layer(weight, scales[0], node.inputs[0], scales[1])
         elif node.op_type in ("MatMul", "Gemm"):
             for index in (1, 0):
                 weight, scale = _weight(node.inputs[index])
                 if weight is not None:
-                    found[_name(weight)] = _layer(weight, scale, node.inputs[1 - index])
+                    layers[_name(weight)] = _layer(weight, scale, node.inputs[1 - index])
                     break
             else:
                 _add_attention(attentions, node)
     for name, scales_of in attentions.items():
-        ordered = tuple(scales_of.get(letter, math.nan) for letter in "qkv")
-        found[name] = _Layer(kind=_ATTENTION, input_scales=ordered)
-    return found
+        input_scales_of_qkv = tuple(scales_of.get(letter, math.nan) for letter in "qkv")
+        layers[name] = _Layer(kind=_ATTENTION, input_scales=input_scales_of_qkv)
+    return layers
 
 
 def _layer(
@@ -122,8 +122,8 @@ def _add_attention(attentions: dict[str, dict[str, float]], product: ir.Node) ->
     (left, first), (right, second) = (_quantised(value, fp8) for value in product.inputs[:2])
     if left and right and second is not None:
         name = _name(second).rpartition(".")[0]
-        found = {"v": second} if first is None else {"q": first, "k": second}
-        attentions.setdefault(name, {}).update((key, _number(s)) for key, s in found.items())
+        scales = {"v": second} if first is None else {"q": first, "k": second}
+        attentions.setdefault(name, {}).update((key, _number(s)) for key, s in scales.items())
 
 
 def _quantised(
@@ -207,30 +207,30 @@ def require_recipe(component: str, graph: Path, root: Path, recipe: Recipe) -> d
     kind: str = recipe.scheme.name
     if recipe.options.activation_scale == "dynamic" and kind != WEIGHT_ONLY:
         kind += " dynamic"
-    wanted: dict[str, _Layer] = {}
+    expected: dict[str, _Layer] = {}
     for name in (*recipe.layers, *recipe.embeddings):
         scale, weight = recipe.layers.get(name), f"{name}.weight"
         scales = () if scale is None else (scale,)
-        wanted[weight] = _Layer(kind=kind, weight_scale=f"{weight}_scale", input_scales=scales)
+        expected[weight] = _Layer(kind=kind, weight_scale=f"{weight}_scale", input_scales=scales)
     for name, of_qkv in recipe.attention.items():
-        wanted[name] = _Layer(kind=_ATTENTION, input_scales=of_qkv)
-    found = _layers(graph, root)
-    names = sorted(wanted.keys() | found.keys())
+        expected[name] = _Layer(kind=_ATTENTION, input_scales=of_qkv)
+    built = _layers(graph, root)
+    names = sorted(expected.keys() | built.keys())
     wrong = [
         f"{name} {fault}"
         for name in names
-        if (fault := _fault(wanted.get(name, _HIGH), found.get(name, _HIGH)))
+        if (fault := _fault(expected.get(name, _HIGH), built.get(name, _HIGH)))
     ]
     if wrong:
         raise WanxError(
-            f"{component} was not quantised as the recipe says: {some_of(wrong)}; this is a fault "
-            "of wanx, please report it"
+            f"{component} was not quantised as the recipe says: {abbreviate(wrong)}; this is a "
+            "fault of wanx, please report it"
         )
-    return dict(Counter(layer.kind for layer in found.values()))
+    return dict(Counter(layer.kind for layer in built.values()))
 
 
 def _fault(want: _Layer, have: _Layer) -> str:
-    """Say how a layer differs from what is wanted; empty where it does not."""
+    """Say how a layer differs from what is expected; empty where it does not."""
     if have.kind != want.kind:
         return f"is {have.kind} instead of {want.kind}"
     if have.weight_scale != want.weight_scale:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from wanx.checkpoints.tensor_source import SafetensorsTensor, TensorSource
-from wanx.checkpoints.weights import some_of
+from wanx.checkpoints.weights import abbreviate
 from wanx.errors import WanxError
 from wanx.exporter.quantization.quantize import FLOATS, TINY
 from wanx.exporter.quantization.recipe import Recipe, smoothing_of
 from wanx.files.safetensors import TensorRef
+from wanx.kernels.number_formats import FORMATS
 
 _SPOT_BYTES = 1 << 20
 _SLACK = 1e-3  # of a step, for the rounding of scales and products in fp32
@@ -44,13 +45,13 @@ def require_nearest(
     ]
     if wrong:
         raise WanxError(
-            f"these weights do not match their scales: {some_of(wrong)}; this is a fault "
+            f"these weights do not match their scales: {abbreviate(wrong)}; this is a fault "
             "of wanx or of the disk, export again and report it if it stays"
         )
     wrong = [name for name, v in recipe.smooth.items() if not torch.equal(_read(written[name]), v)]
     if wrong:
         raise WanxError(
-            f"these smoothing vectors are not those of the recipe: {some_of(wrong)}; this is a "
+            f"these smoothing vectors are not those of the recipe: {abbreviate(wrong)}; this is a "
             "fault of wanx or of the disk, export again and report it if it stays"
         )
 
@@ -87,10 +88,11 @@ def _half_steps(units: Tensor, dtype: torch.dtype) -> Tensor:
     """Largest distance to the nearest 8-bit number, with the slack that fp32 needs."""
     if dtype == torch.int8:
         return torch.full_like(units, 0.5 * (1 + 2 * _SLACK))
-    # E4M3: three bits of mantissa, and below 2^-6 steps of 2^-9.
-    _, exponent = torch.frexp(units.abs().clamp_min(2.0**-6))
-    half_step = torch.ldexp(torch.ones_like(units), exponent - 5)
-    return half_step * (1 + _SLACK) + _SLACK * 2.0**-10
+    # A mantissa of m bits has 2^m steps to each power of two; subnormal numbers are equally far.
+    row = FORMATS[dtype]
+    _, exponent = torch.frexp(units.abs().clamp_min(2.0**row.min_exponent))
+    half_step = torch.ldexp(torch.ones_like(units), exponent - 2 - row.mantissa_bits)
+    return half_step * (1 + _SLACK) + _SLACK * 2.0 ** (row.min_exponent - row.mantissa_bits - 1)
 
 
 def _first_rows(source: TensorSource) -> Tensor:

@@ -1,7 +1,7 @@
 """Recipe of a component: its 8-bit layers, their number format and scales, as data.
 
 Linears outside the block stack stay as they are, and so do modulation, norms and biases. Inside,
-``--keep-high`` and the sensitivity of a layer decide.
+``--skip-layers`` and the sensitivity of a layer decide.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from wanx.exporter.quantization.scheme import SCHEMES, WEIGHT_ONLY, QuantizeOpti
 from wanx.models.dit.model import WanDiT
 from wanx.models.text_encoder import UMT5Encoder
 
-NARROW = 512  # features; narrower layers gain nothing and lose most
+NARROW_FEATURES = 512  # features; narrower layers gain nothing and lose most
 
 # Layers of a block that read the same input, and so share its scale: their GEMMs can be one.
 SHARED_INPUTS = (
@@ -43,7 +43,7 @@ class Recipe:
         layers: the 8-bit layers, each with the scale of its input (None: dynamic, or not
             quantised).
         embeddings: 8-bit embedding tables.
-        kept: layers that could have been 8-bit, each with the reason.
+        unquantized_layers: layers that could have been 8-bit, each with the reason.
         sqnr_db: signal-to-noise ratio of every layer that was measured.
         smooth: by ``blocks.0.attn_smooth``, the vector ``[D]`` that its inputs are divided by.
         attention: by attention (``blocks.0.self_attn.attend``), the scales of q, k and v.
@@ -53,7 +53,7 @@ class Recipe:
     options: QuantizeOptions = field(default_factory=QuantizeOptions)
     layers: Mapping[str, float | None]
     embeddings: tuple[str, ...] = ()
-    kept: Mapping[str, str] = field(default_factory=dict)
+    unquantized_layers: Mapping[str, str] = field(default_factory=dict)
     sqnr_db: Mapping[str, float] = field(default_factory=dict)
     smooth: Mapping[str, Tensor] = field(default_factory=dict)
     attention: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
@@ -75,30 +75,34 @@ class Recipe:
     def without(self, reasons: Mapping[str, str]) -> Recipe:
         """The recipe with more layers kept high, each for a reason."""
         layers = {name: scale for name, scale in self.layers.items() if name not in reasons}
-        return replace(self, layers=layers, kept={**self.kept, **reasons})
+        return replace(
+            self, layers=layers, unquantized_layers={**self.unquantized_layers, **reasons}
+        )
 
-    def record(self, found: Mapping[str, int], kernels: Mapping[str, int]) -> Quantization:
-        """Describe it for the manifest, with what the built graph was found to hold."""
+    def record(
+        self, verified_counts: Mapping[str, int], kernels: Mapping[str, int]
+    ) -> Quantization:
+        """Describe it for the manifest, with what the built graph holds."""
         static = self.options.activation_scale if self.scheme.name != WEIGHT_ONLY else "none"
         return Quantization(
             scheme=self.scheme.name,
             weight_scale=self.options.weight_scale,
             activation_scale=static,
             smooth=self.options.smooth if self.smooth else 0.0,
-            attention=self.options.attention if self.attention else "high",
+            attention="fp8" if self.attention and self.options.attention == "fp8" else "high",
             layers={
                 name: QuantizedLayer(input_scale=scale, sqnr_db=self.sqnr_db.get(name))
                 for name, scale in (
                     *self.layers.items(), *((name, None) for name in self.embeddings)
                 )
             },
-            kept=dict(self.kept),
-            found=dict(found),
+            unquantized_layers=dict(self.unquantized_layers),
+            verified_counts=dict(verified_counts),
             kernels=dict(kernels),
         )  # fmt: skip
 
 
-def recorded_recipe(record: Quantization, stored: Mapping[str, tuple[int, ...]]) -> Recipe:
+def recipe_from_manifest(record: Quantization, stored: Mapping[str, tuple[int, ...]]) -> Recipe:
     """The recipe behind a manifest's record, as far as a network's structure depends on it.
 
     Args:
@@ -110,7 +114,7 @@ def recorded_recipe(record: Quantization, stored: Mapping[str, tuple[int, ...]])
     options = QuantizeOptions(
         weight_scale=record.weight_scale,
         activation_scale="dynamic" if record.activation_scale == "dynamic" else "static",
-        attention=record.attention,
+        attention="fp8" if record.attention == "fp8" else "none",
     )
     return Recipe(
         scheme=SCHEMES[record.scheme],
@@ -151,15 +155,15 @@ def smoothing_of(layer: str) -> str | None:
 def dit_candidates(config: DiTConfig, options: QuantizeOptions) -> tuple[list[str], dict[str, str]]:
     """List the linears of a denoiser that are to be 8-bit, and those kept high with the reason.
 
-    Layers with ``NARROW`` features or fewer are kept, unless the model itself is that narrow.
+    Layers with ``NARROW_FEATURES`` or fewer are kept, unless the model itself is that narrow.
 
     Raises:
         UsageError: a pattern matches no layer, or none is left.
     """
     with torch.device("meta"):
         model = WanDiT(config)
-    narrow = min(NARROW, config.dim - 1)
-    return _candidates(_linears(model, ("blocks", "vace_blocks")), narrow, options.keep_high)
+    narrow = min(NARROW_FEATURES, config.dim - 1)
+    return _candidates(_linears(model, ("blocks", "vace_blocks")), narrow, options.skip_layers)
 
 
 def text_recipe(config: TextEncoderConfig) -> Recipe:
@@ -183,21 +187,21 @@ def _linears(model: nn.Module, stacks: tuple[str, ...]) -> list[tuple[str, nn.Li
 
 
 def _candidates(
-    linears: list[tuple[str, nn.Linear]], narrow: int, keep_high: Iterable[str]
+    linears: list[tuple[str, nn.Linear]], narrow: int, skip_layers: Iterable[str]
 ) -> tuple[list[str], dict[str, str]]:
-    kept = {
+    unquantized = {
         name: f"{min(linear.in_features, linear.out_features)} features"
         for name, linear in linears
         if min(linear.in_features, linear.out_features) <= narrow
     }
-    kept |= {name: "--keep-high" for name, _ in linears if _matches(name, keep_high)}
-    wanted = [name for name, _ in linears if name not in kept]
-    if not wanted:
+    unquantized |= {name: "--skip-layers" for name, _ in linears if _matches(name, skip_layers)}
+    candidates = [name for name, _ in linears if name not in unquantized]
+    if not candidates:
         raise UsageError(
-            f"all {len(kept)} layers are kept high, so nothing would be 8-bit; "
-            "narrow --keep-high or choose another --precision"
+            f"all {len(unquantized)} layers are kept high, so nothing would be 8-bit; "
+            "narrow --skip-layers or choose another --precision"
         )
-    return wanted, kept
+    return candidates, unquantized
 
 
 def require_matches(patterns: Iterable[str], layers: Iterable[str]) -> None:
@@ -210,7 +214,7 @@ def require_matches(patterns: Iterable[str], layers: Iterable[str]) -> None:
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UsageError(
-                f"--keep-high {pattern!r} matches no layer; layers are called like {names[0]}, "
+                f"--skip-layers {pattern!r} matches no layer; layers are called like {names[0]}, "
                 "and * stands for any text"
             )
 

@@ -16,7 +16,7 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write a recipe beside the calibration that it came from."""
     facts = {
         "layers": dict(recipe.layers),
-        "kept": dict(recipe.kept),
+        "kept": dict(recipe.unquantized_layers),
         "sqnr_db": dict(recipe.sqnr_db),
         "attention": dict(recipe.attention),
     }
@@ -31,7 +31,7 @@ def load_recipe(path: Path, scheme: Scheme, options: QuantizeOptions) -> Recipe 
             scheme=scheme,
             options=options,
             layers=facts["layers"],
-            kept=facts["kept"],
+            unquantized_layers=facts["kept"],
             sqnr_db=facts["sqnr_db"],
             smooth={name: value for name, value in smooth.items() if name != "empty"},
             attention={name: (q, k, v) for name, (q, k, v) in facts["attention"].items()},

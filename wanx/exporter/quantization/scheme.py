@@ -8,6 +8,8 @@ from typing import Final, Literal
 
 import torch
 
+from wanx.config import number_formats
+from wanx.config.number_formats import INT8, NumberFormat
 from wanx.errors import UsageError
 
 WEIGHT_ONLY: Final = "int8-weight"
@@ -19,35 +21,37 @@ class Scheme:
     """An 8-bit number format as layers use it.
 
     Attributes:
-        name: what ``--precision`` calls it.
-        dtype: of weights and activations.
-        stored: the same as safetensors calls it.
-        limit: largest magnitude; a scale is the largest value of what is quantised over this.
+        name: what ``--precision`` calls it, or :data:`WEIGHT_ONLY`.
+        format: of weights, and of activations unless it is for weights only.
         layer_gate_db: signal-to-noise ratio of its output below which a layer stays high.
     """
 
-    name: Literal["int8", "fp8", "int8-weight"]
-    dtype: torch.dtype
-    stored: str
-    limit: float
+    name: str
+    format: NumberFormat
     layer_gate_db: float
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """PyTorch's dtype of the format."""
+        dtype: torch.dtype = getattr(torch, self.format.torch)
+        return dtype
+
+    @property
+    def stored(self) -> str:
+        """Safetensors' name of the format."""
+        return self.format.safetensors
+
+    @property
+    def limit(self) -> float:
+        """Largest magnitude; a scale is the largest value of what is quantised over this."""
+        return self.format.largest
 
 
 SCHEMES = {
-    "int8": Scheme(name="int8", dtype=torch.int8, stored="I8", limit=127, layer_gate_db=24),
-    "fp8": Scheme(
-        # E4M3 gives 28.5 dB where nothing stands out. With 25 dB the last step of the built-in
-        # model falls below a cosine of 0.99.
-        name="fp8",
-        dtype=torch.float8_e4m3fn,
-        stored="F8_E4M3",
-        limit=448,
-        layer_gate_db=27.5,
-    ),
-    WEIGHT_ONLY: Scheme(
-        name=WEIGHT_ONLY, dtype=torch.int8, stored="I8", limit=127, layer_gate_db=0
-    ),
-}
+    row.name: Scheme(name=row.name, format=row, layer_gate_db=row.layer_gate_db)
+    for row in number_formats.QUANTIZED
+    if row.layer_gate_db is not None
+} | {WEIGHT_ONLY: Scheme(name=WEIGHT_ONLY, format=INT8, layer_gate_db=0)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +60,7 @@ class QuantizeOptions:
 
     Attributes:
         components: which components get 8-bit layers.
-        keep_high: patterns (``blocks.0.*``, ``*.cross_attn.k``) of layers that stay as they are.
+        skip_layers: patterns (``blocks.0.*``, ``*.cross_attn.k``) of layers that stay as they are.
         weight_scale: one scale per output channel, or one per tensor (fp8 only).
         activation_scale: fixed by calibration, or found per token while running (fp8 only).
         smooth: SmoothQuant's α, how far outliers move from activations into weights; 0 is off.
@@ -67,11 +71,11 @@ class QuantizeOptions:
     """
 
     components: tuple[str, ...] = QUANTIZED
-    keep_high: tuple[str, ...] = ()
+    skip_layers: tuple[str, ...] = ()
     weight_scale: Literal["channel", "tensor"] = "channel"
     activation_scale: Literal["static", "dynamic"] = "static"
     smooth: float = 0.0
-    attention: Literal["high", "fp8"] = "high"
+    attention: Literal["none", "fp8"] = "none"
     layer_gate_db: float | None = None
     percentile: float = 100.0
 
@@ -101,7 +105,7 @@ class QuantizeOptions:
         choices = {
             "weight_scale": ("channel", "tensor"),
             "activation_scale": ("static", "dynamic"),
-            "attention": ("high", "fp8"),
+            "attention": ("none", "fp8"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -122,7 +126,7 @@ class QuantizeOptions:
         for flag, value, plain in (
             ("--weight-scale", self.weight_scale, "channel"),
             ("--activation-scale", self.activation_scale, "static"),
-            ("--attention", self.attention, "high"),
+            ("--attention", self.attention, "none"),
         ):
             if value != plain:
                 raise UsageError(f"{flag} {value} is for --precision fp8, not {scheme}")

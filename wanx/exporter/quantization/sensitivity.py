@@ -7,7 +7,6 @@ mix.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,46 +16,25 @@ import torch
 from torch import Tensor, nn
 
 from wanx.bundle.golden_steps import Golden
+from wanx.config.number_formats import FP8
 from wanx.errors import WanxError
-from wanx.exporter.calibration.blockwise_dit import StreamedDiT
+from wanx.exporter.calibration.blockwise_dit import BlockwiseDiT
 from wanx.exporter.calibration.observers import Observer, Observers, input_scale
 from wanx.exporter.quantization.recipe import SMOOTHED, Recipe, shared_input, smoothing_of
 from wanx.exporter.quantization.scheme import QuantizeOptions, Scheme
 from wanx.kernels.attention.quant_attention import quant_attention
 from wanx.kernels.quant_linear import quant_linear, quant_linear_rows
 from wanx.kernels.quantize import quantize, quantize_rows
+from wanx.kernels.tensor_metrics import Difference
 from wanx.models.quantized import quantize_weight
 
 _ROWS = 128  # of each recorded input that are compared, evenly spread
-_FP8_LIMIT = 448
-_MOST_DB = 200.0  # an exact answer has no noise
 _LEAST_WEIGHT = 1e-5  # columns below it do not pull a smoothing vector towards infinity
 
 
 @dataclass
-class _Noise:
-    """Energy of a layer's outputs, and of their error."""
-
-    signal: float = 0.0
-    noise: float = 0.0
-
-    def add(self, reference: Tensor, candidate: Tensor) -> None:
-        self.signal += float(reference.double().square().sum())
-        self.noise += float((candidate.double() - reference.double()).square().sum())
-
-    @property
-    def sqnr_db(self) -> float:
-        if self.noise == 0:
-            return _MOST_DB
-        if not (self.signal > 0 and math.isfinite(self.noise)):
-            return -_MOST_DB
-        ratio = 10 * (math.log10(self.signal) - math.log10(self.noise))
-        return min(_MOST_DB, max(-_MOST_DB, ratio))
-
-
-@dataclass
 class _Measurement:
-    """Measurements so far, block by block; see :func:`decide`."""
+    """Measurements so far, block by block; see :func:`select_layers`."""
 
     scheme: Scheme
     options: QuantizeOptions
@@ -65,63 +43,66 @@ class _Measurement:
     attentions: frozenset[str]
     layers: dict[str, float | None] = field(default_factory=dict)
     smooth: dict[str, Tensor] = field(default_factory=dict)
-    noise: dict[str, _Noise] = field(default_factory=dict)
+    noise: dict[str, Difference] = field(default_factory=dict)
     attention: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
     @contextmanager
     def watch(self, block: nn.Module, name: str) -> Iterator[None]:
         """Measure the candidates of one block while its samples run."""
-        inside = {f"{name}.{child}": module for child, module in block.named_modules()}
+        modules = {f"{name}.{child}": module for child, module in block.named_modules()}
         linears = {
-            n: m for n, m in inside.items() if n in self.candidates and isinstance(m, nn.Linear)
+            n: m for n, m in modules.items() if n in self.candidates and isinstance(m, nn.Linear)
         }
         if self.options.smooth:
-            self._smooth(linears, name)
-        seen: dict[str, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in linears}
+            self._choose_smoothing(linears, name)
+        samples: dict[str, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in linears}
         with ExitStack() as hooks:
             for layer, module in linears.items():
-                hook = module.register_forward_hook(_keep_rows(seen[layer]))
+                hook = module.register_forward_hook(_sample_rows(samples[layer]))
                 hooks.callback(hook.remove)
-            for layer in sorted(self.attentions & inside.keys()):
-                hook = inside[layer].register_forward_hook(self._attention(layer, inside[layer]))
+            for layer in sorted(self.attentions & modules.keys()):
+                hook = modules[layer].register_forward_hook(self._attention(layer, modules[layer]))
                 hooks.callback(hook.remove)
             yield
         # One layer at a time, so that a single 8-bit copy is in memory, and made once.
         for layer, module in linears.items():
-            x, y = (torch.cat(rows, dim=1) for rows in zip(*seen.pop(layer), strict=True))
-            self.noise[layer] = _Noise()
-            self.noise[layer].add(y, self._eight_bit(layer, module, x))
+            x, y = (torch.cat(rows, dim=1) for rows in zip(*samples.pop(layer), strict=True))
+            self.noise[layer] = Difference.of(self._quantized_output(layer, module, x), y)
 
-    def _smooth(self, linears: Mapping[str, nn.Linear], block: str) -> None:
+    def _choose_smoothing(self, linears: Mapping[str, nn.Linear], block: str) -> None:
         """Choose the smoothing vectors of a block (Xiao et al. 2022, eq. 4)."""
         alpha = self.options.smooth
         for vector, members in SMOOTHED.items():
-            readers = [linears.get(f"{block}.{member}") for member in members]
-            if None in readers:
+            consumers = [linears.get(f"{block}.{member}") for member in members]
+            if None in consumers:
                 continue  # a layer that stays high would have to be smoothed too
-            columns = [reader.weight.abs().amax(0) for reader in readers if reader is not None]
+            columns = [
+                consumer.weight.abs().amax(0) for consumer in consumers if consumer is not None
+            ]
             largest = torch.stack(columns).amax(0).float()
-            point = self.observers[f"{block}.{members[0]}"]
-            if not point.count:
-                input_scale(point, self.scheme.limit)  # says what is wrong
-            seen = point.channel_amax.to(largest.device)
-            factor = seen.clamp_min(1e-5) ** alpha / largest.clamp_min(_LEAST_WEIGHT) ** (1 - alpha)
+            observer = self.observers[f"{block}.{members[0]}"]
+            if not observer.count:
+                input_scale(observer, self.scheme.limit)  # says what is wrong
+            channel_amax = observer.channel_amax.to(largest.device)
+            factor = channel_amax.clamp_min(1e-5) ** alpha / largest.clamp_min(_LEAST_WEIGHT) ** (
+                1 - alpha
+            )
             self.smooth[f"{block}.{vector}"] = factor.clamp(1e-4, 1e4).cpu()
 
     def _scale(self, layer: str) -> float | None:
         if self.options.activation_scale == "dynamic":
             return None
-        point = Observer(layer)  # so that an error names this layer, not the one it shares with
-        point.merge(self.observers[shared_input(layer)])
+        observer = Observer(layer)  # so that an error names this layer, not the one it shares with
+        observer.merge(self.observers[shared_input(layer)])
         vector = self.smooth.get(smoothing_of(layer) or "")
         if vector is None:
-            return input_scale(point, self.scheme.limit, self.options.percentile)
-        amax = float((point.channel_amax.cpu() / vector).amax())
+            return input_scale(observer, self.scheme.limit, self.options.percentile)
+        amax = float((observer.channel_amax.cpu() / vector).amax())
         if amax == 0:
-            return input_scale(point, self.scheme.limit)  # says what is wrong
+            return input_scale(observer, self.scheme.limit)  # says what is wrong
         return float(torch.tensor(amax / self.scheme.limit))
 
-    def _eight_bit(self, layer: str, module: nn.Linear, x: Tensor) -> Tensor:
+    def _quantized_output(self, layer: str, module: nn.Linear, x: Tensor) -> Tensor:
         """Output of the layer for ``x`` in 8 bits."""
         vector = self.smooth.get(smoothing_of(layer) or "")
         scale = self.layers[layer] = self._scale(layer)
@@ -143,29 +124,29 @@ class _Measurement:
     def _attention(self, layer: str, module: nn.Module) -> Callable[..., None]:
         """Make a hook that compares an attention with its 8-bit twin, given all of k and v."""
         scales = tuple(
-            input_scale(self.observers[f"{layer}.{letter}"], _FP8_LIMIT, self.options.percentile)
+            input_scale(self.observers[f"{layer}.{letter}"], FP8.largest, self.options.percentile)
             for letter in "qkv"
         )
         self.attention[layer] = scales  # type: ignore[assignment]
         heads: int = module.num_heads  # type: ignore[assignment]
 
-        noise = self.noise[layer] = _Noise()
+        noise = self.noise[layer] = Difference()
 
         def compare(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             q, k, v = inputs
             steps = [torch.tensor(scale, device=q.device) for scale in scales]
             rows = _rows(output)
-            noise.add(output[:, rows], quant_attention(q[:, rows], k, v, *steps, num_heads=heads))
+            noise.add(quant_attention(q[:, rows], k, v, *steps, num_heads=heads), output[:, rows])
 
         return compare
 
 
-def _keep_rows(kept: list[tuple[Tensor, Tensor]]) -> Callable[..., None]:
+def _sample_rows(samples: list[tuple[Tensor, Tensor]]) -> Callable[..., None]:
     """Make a hook that keeps some rows of a layer's input and output."""
 
     def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         rows = _rows(output)
-        kept.append((inputs[0][:, rows], output[:, rows]))
+        samples.append((inputs[0][:, rows], output[:, rows]))
 
     return keep
 
@@ -176,8 +157,8 @@ def _rows(output: Tensor) -> Tensor:
     return rows.to(output.device)
 
 
-def decide(
-    dit: StreamedDiT,
+def select_layers(
+    dit: BlockwiseDiT,
     golden: Golden,
     observers: Observers,
     scheme: Scheme,
@@ -201,8 +182,8 @@ def decide(
     Raises:
         WanxError: an input was never seen, always 0 or not finite, or no layer passes the gate.
     """
-    wanted, kept = candidates
-    measured = _Measurement(scheme, options, observers, frozenset(wanted), attentions)
+    candidate_layers, unquantized = candidates
+    measured = _Measurement(scheme, options, observers, frozenset(candidate_layers), attentions)
     watch: Callable[[nn.Module, str], AbstractContextManager[None]] = measured.watch
     samples: list[Any] = [feeds for _, _, feeds in golden.samples()]
     dit.run(samples, watch=watch, on_block=on_block)
@@ -214,19 +195,19 @@ def decide(
     # What reads a smoothed input is 8-bit altogether or not at all.
     for vector in [v for v in measured.smooth if any(smoothing_of(n) == v for n in failed)]:
         del measured.smooth[vector]
-        partners = [name for name in wanted if smoothing_of(name) == vector]
-        failed = dict.fromkeys(partners, "shares a smoothed input with one that failed") | failed
+        sharing = [name for name in candidate_layers if smoothing_of(name) == vector]
+        failed = dict.fromkeys(sharing, "shares a smoothed input with one that failed") | failed
     recipe = Recipe(
         scheme=scheme,
         options=options,
-        layers={name: measured.layers[name] for name in wanted},
-        kept=kept,
+        layers={name: measured.layers[name] for name in candidate_layers},
+        unquantized_layers=unquantized,
         sqnr_db=sqnr,
         smooth=measured.smooth,
         attention={n: s for n, s in measured.attention.items() if n not in failed},
     ).without(failed)
     if not recipe.layers:
-        best = max(wanted, key=lambda name: sqnr[name])
+        best = max(candidate_layers, key=lambda name: sqnr[name])
         raise WanxError(
             f"no layer can be {scheme.name}: below {gate:g} dB, or sharing a smoothed input with "
             f"one that is (best: {best} with {sqnr[best]:.1f} dB); try another --smooth or "

@@ -16,22 +16,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wanx.bundle.engine_schedule import PLAN, Plan, Program
+from wanx.bundle.engine_schedule import SCHEDULE, EngineSchedule, Program
 from wanx.bundle.manifest import Component
 from wanx.errors import EnvironmentMismatchError, WanxError
-from wanx.exporter.components import ComponentSpec
-from wanx.exporter.partition.partition import cut
-from wanx.exporter.partition.segments import STORED, Cut, Segment
+from wanx.exporter.partition.segments import STORED, Partition, Segment
 from wanx.exporter.partition.stateless import export_segment
+from wanx.exporter.targets.base import Builder, OnFraction, no_fraction
 from wanx.kernels.timing import interleaved, medians
 
-TARGET = "aoti"
 _TRIAL_TOKENS = (512, 2048, 8192, 32768)
 _WORTH_IT = 0.97  # of the time in turn
 
 
 def device_name() -> str:
-    """What this machine's packages run on: ``cpu``, or a GPU such as ``sm90``.
+    """Name the device of this machine's packages: ``cpu``, or a GPU such as ``sm90``.
 
     Raises:
         EnvironmentMismatchError: a C++ compiler is missing, which AOTInductor calls.
@@ -47,91 +45,97 @@ def device_name() -> str:
     return f"sm{major}{minor}"
 
 
-def compiler() -> str:
-    """What compiles, and its version."""
-    return f"torch {torch.__version__}"
+class AotiBuilder(Builder):
+    """Compiler of packages for this machine's GPU, or its processor."""
+
+    def __init__(self) -> None:
+        """Look for the device.
+
+        Raises:
+            EnvironmentMismatchError: as :func:`device_name`.
+        """
+        self._device = device_name()
+
+    @property
+    def device(self) -> str:
+        """``cpu``, or a GPU such as ``sm90``."""
+        return self._device
+
+    @property
+    def fingerprint(self) -> str:
+        """PyTorch and its version."""
+        return f"torch {torch.__version__}"
+
+    def compute_dtype(self, group: str, component: Component) -> torch.dtype:
+        """Return the type that most of a component's weights are stored in.
+
+        The processor and the VAE compute in fp32, as the reference runs the VAE; around 8-bit
+        layers a GPU computes in bf16.
+        """
+        if group == "vae" or not torch.cuda.is_available():
+            return torch.float32
+        if component.quantization is not None:
+            return torch.bfloat16
+        wide = (torch.float32, torch.bfloat16, torch.float16)
+        return max(wide, key=lambda dtype: component.storage.get(STORED[dtype], 0))
+
+    def build(
+        self, component: str, parts: Partition, folder: Path, on_fraction: OnFraction = no_fraction
+    ) -> EngineSchedule:
+        """Compile a component; see :meth:`Builder.build`.
+
+        Raises:
+            WanxError: a program does not compile.
+        """
+        folder.mkdir(parents=True)
+        programs = {}
+        for done, (name, segment) in enumerate(parts.segments.items()):
+            on_fraction(done / len(parts.segments))
+            _compile(segment, parts.axes, self.device, folder / f"{name}.pt2", component)
+            programs[name] = Program(file=f"{name}.pt2", weights=segment.weights)
+        schedule = EngineSchedule(
+            compiler=self.fingerprint,
+            device=self.device,
+            input_dtypes=parts.input_dtypes,
+            batched=parts.batched,
+            max_batched_tokens=_max_batched_tokens(parts, self.device, folder),
+            programs=programs,
+            steps=parts.steps,
+        )
+        (folder / SCHEDULE).write_text(schedule.to_json(), encoding="utf-8")
+        return schedule
 
 
-def compute_type(group: str, component: Component) -> torch.dtype:
-    """The type in which a component computes.
-
-    It is the type that most of its weights are stored in. The processor and the VAE compute in
-    fp32, as the reference runs the VAE; around 8-bit layers a GPU computes in bf16.
-
-    Args:
-        group: of weights.
-        component: says how many tensors there are of each stored type.
-    """
-    if group == "vae" or not torch.cuda.is_available():
-        return torch.float32
-    if component.quantization is not None:
-        return torch.bfloat16
-    wide = (torch.float32, torch.bfloat16, torch.float16)
-    return max(wide, key=lambda dtype: component.storage.get(STORED[dtype], 0))
-
-
-def build(spec: ComponentSpec, dtype: torch.dtype, folder: Path) -> Plan:
-    """Compile a component for this machine's GPU, or its processor.
-
-    Args:
-        spec: as it is, or with 8-bit layers.
-        dtype: that it computes in.
-        folder: a new one for the packages and the plan.
-
-    Raises:
-        EnvironmentMismatchError: as :func:`device_name`.
-        WanxError: a program does not compile.
-    """
-    device = device_name()
-    parts = cut(spec, dtype)
-    folder.mkdir(parents=True)
-    programs = {}
-    for name, segment in parts.segments.items():
-        _compile(segment, parts.axes, device, folder / f"{name}.pt2", spec.name)
-        programs[name] = Program(file=f"{name}.pt2", weights=segment.weights)
-    plan = Plan(
-        compiler=compiler(),
-        device=device,
-        types=parts.types,
-        batched=parts.batched,
-        batch_limit=_batch_limit(parts, device, folder),
-        programs=programs,
-        steps=parts.steps,
-    )
-    (folder / PLAN).write_text(plan.model_dump_json(indent=1), encoding="utf-8")
-    return plan
-
-
-def _batch_limit(parts: Cut, device: str, folder: Path) -> int:
-    """Up to how many tokens a block is faster on two batch entries at once than in turn."""
+def _max_batched_tokens(parts: Partition, device: str, folder: Path) -> int:
+    """Measure up to how many tokens a block is faster on two batch entries than on each in turn."""
     segment = parts.segments.get("block")
     if segment is None or "B" not in (item.shape[0] for item in segment.inputs if item.shape):
         return 0
-    place = _torch_device(device)
+    where = _torch_device(device)
     program = torch._inductor.aoti_load_package(str(folder / "block.pt2"))
     weights = [
-        _random(parameter.shape, parameter.dtype, place) for _, parameter in segment.parameters
+        _random(parameter.shape, parameter.dtype, where) for _, parameter in segment.parameters
     ]
     limit = 0
     for tokens in _TRIAL_TOKENS if device != "cpu" else _TRIAL_TOKENS[:1]:
         one, two = (
             [
-                _random(item.example({"B": batch, "L": tokens}, "meta").shape, item.dtype, place)
+                _random(item.example({"B": batch, "L": tokens}, "meta").shape, item.dtype, where)
                 for item in segment.inputs
             ]
             for batch in (1, 2)
         )
         calls = _calls(program, one, two, weights)
-        in_turn, at_once = medians(interleaved(calls, place, rounds=5))
+        in_turn, at_once = medians(interleaved(calls, where, rounds=5))
         if at_once > in_turn * _WORTH_IT:
             break
         limit = tokens
     return limit
 
 
-def _random(shape: Sequence[int], dtype: torch.dtype, place: torch.device) -> Tensor:
-    """Numbers as they might be: a GPU runs faster on zeros."""
-    normal = torch.randn(shape, device=place)
+def _random(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Draw realistic numbers: a GPU runs faster on zeros."""
+    normal = torch.randn(shape, device=device)
     return (normal * 40).clamp(-127, 127).to(dtype) if dtype == torch.int8 else normal.to(dtype)
 
 

@@ -34,19 +34,19 @@ PRODUCTS = (
 INTEGER_PRODUCT = "MatMulIntegerToFloat"
 
 
-def specialise(model: ir.Model) -> bool:
+def optimize_for_ort(model: ir.Model) -> bool:
     """Swap the bodies of functions in place; return whether the model has any of them."""
     swaps = {
         "Attention": _block_by_block,
-        "QuantLinear": _unsigned,
-        "WeightOnlyLinear": _weight_first,
+        "QuantLinear": _uint8_activations,
+        "WeightOnlyLinear": _transposed_product,
     }
-    found = [
+    changed = [
         swap(model, function)
         for name, swap in swaps.items()
         if (function := model.functions.get(("wanx", name, ""))) is not None
     ]
-    return any(found)
+    return any(changed)
 
 
 def _block_by_block(model: ir.Model, function: ir.Function) -> bool:
@@ -64,8 +64,8 @@ def _import_microsoft(model: ir.Model, function: ir.Function) -> None:
     model.opset_imports["com.microsoft"] = 1
 
 
-def _unsigned(model: ir.Model, function: ir.Function) -> bool:
-    """Shift int8 activations by 128, and multiply them by one operator, bias included."""
+def _uint8_activations(model: ir.Model, function: ir.Function) -> bool:
+    """Shift int8 activations by 128 to uint8, and fuse product and bias into one operator."""
     quantizers = [
         node
         for node in model.graph
@@ -96,12 +96,12 @@ def _unsigned(model: ir.Model, function: ir.Function) -> bool:
     return True
 
 
-def _weight_first(_: ir.Model, function: ir.Function) -> bool:
-    """Turn x Wᵀ into (W xᵀ)ᵀ, and let the weight wait for x.
+def _transposed_product(_: ir.Model, function: ir.Function) -> bool:
+    """Rewrite x Wᵀ as (W xᵀ)ᵀ, with a fake dependency of W's scale on x.
 
-    Otherwise ONNX Runtime widens the weights of many layers before it multiplies by the first. So
-    their scale is reshaped to -1, which it is already, found as the lesser of -1 and the length of
-    x.
+    So ONNX Runtime dequantises a weight only when its layer runs; otherwise it widens the weights
+    of many layers before it multiplies by the first. The scale is reshaped to -1, which it is
+    already, computed as the lesser of -1 and the length of x.
     """
     (product,) = (node for node in function if node.op_type == "MatMul")
     x, turned = product.inputs

@@ -1,4 +1,4 @@
-"""Implementations of attention on GPUs, and which of them runs.
+"""Backends of attention on GPUs, and the choice among them.
 
 Each takes q ``[B, Lq, H·d]``, k and v ``[B, Lk, H·d]`` in bf16 or fp16 and returns o like q. Those
 of 16 bits round like a product in that type; those of 8 bits keep a cosine of 0.999 with it, and
@@ -18,13 +18,13 @@ from torch import Tensor
 
 from wanx.kernels.attention import cudnn_fp8, eight_bit, fa3, flash
 from wanx.kernels.launch import sm_of, unsupported_tensors
-from wanx.kernels.launch_config import provider_order
+from wanx.kernels.launch_config import backend_ranking
 
 Run = Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Provider:
+class AttentionBackend:
     """One implementation.
 
     Attributes:
@@ -40,15 +40,15 @@ class Provider:
     run: Run
 
 
-def _torch_reason(largest_head: int, oldest_sm: int) -> Callable[..., str | None]:
+def _torch_reason(max_head: int, oldest_sm: int) -> Callable[..., str | None]:
     def reason(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> str | None:
-        if found := unsupported_tensors(q, k, v, triton=False):
-            return found
+        if problem := unsupported_tensors(q, k, v, triton=False):
+            return problem
         if q.dtype not in flash.HALVES:
             return f"q is {q.dtype}"
         head = q.shape[-1] // num_heads
-        if head > largest_head or head % 8:
-            return f"heads of {head} are no multiple of 8 up to {largest_head}"
+        if head > max_head or head % 8:
+            return f"heads of {head} are no multiple of 8 up to {max_head}"
         sm = sm_of(q)
         return f"it needs SM{oldest_sm} or newer, this GPU is SM{sm}" if sm < oldest_sm else None
 
@@ -78,63 +78,65 @@ def _torch_run(attend: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> Run
 
 
 _ALL = (
-    Provider(
+    AttentionBackend(
         name="cudnn",
         bits=16,
         unsupported_reason=_torch_reason(128, 80),
         run=_torch_run(_cudnn),
     ),
-    Provider(
+    AttentionBackend(
         name="flash",
         bits=16,
         unsupported_reason=_torch_reason(256, 80),
         run=_torch_run(_flash),
     ),
-    Provider(
+    AttentionBackend(
         name="triton",
         bits=16,
         unsupported_reason=flash.unsupported_reason,
         run=flash.launch_attention,
     ),
-    Provider(
+    AttentionBackend(
         name="fa3",
         bits=16,
         unsupported_reason=fa3.unsupported_reason,
         run=fa3.attention_fa3,
     ),
-    Provider(
+    AttentionBackend(
         name="triton-8bit",
         bits=8,
         unsupported_reason=eight_bit.unsupported_reason,
         run=eight_bit.launch_attention_8bit,
     ),
-    Provider(
+    AttentionBackend(
         name="cudnn-fp8",
         bits=8,
         unsupported_reason=cudnn_fp8.unsupported_reason,
         run=cudnn_fp8.attention_cudnn_fp8,
     ),
 )
-PROVIDERS = {provider.name: provider for provider in _ALL}
+BACKENDS = {backend.name: backend for backend in _ALL}
 
 
-def ranked(sm: int, *, bits: int, keys: int) -> list[Provider]:
-    """Providers that keep at least ``bits``, in the order in which they are tried.
+def ranked_backends(sm: int, *, bits: int, keys: int) -> list[AttentionBackend]:
+    """Backends that keep at least ``bits``, in the order in which they are tried.
 
     Where 8 bits are enough, those of 16 bits come last, unless the table ranks them.
     """
-    names = provider_order(sm, bits=bits, keys=keys)
+    names = backend_ranking(sm, bits=bits, keys=keys)
     if bits == 8:
-        names += provider_order(sm, bits=16, keys=keys)
-    return [PROVIDERS[name] for name in dict.fromkeys(names)]
+        names += backend_ranking(sm, bits=16, keys=keys)
+    return [BACKENDS[name] for name in dict.fromkeys(names)]
 
 
-def choose(q: Tensor, k: Tensor, v: Tensor, num_heads: int, bits: int) -> Provider | str:
-    """The fastest provider that keeps at least ``bits``, or why there is none."""
+def choose_backend(
+    q: Tensor, k: Tensor, v: Tensor, num_heads: int, bits: int
+) -> AttentionBackend | str:
+    """The fastest backend that keeps at least ``bits``, or why there is none."""
     reasons: dict[str, str] = {}
-    for provider in ranked(sm_of(q), bits=bits, keys=k.shape[1]):
-        reason = provider.unsupported_reason(q, k, v, num_heads)
+    for backend in ranked_backends(sm_of(q), bits=bits, keys=k.shape[1]):
+        reason = backend.unsupported_reason(q, k, v, num_heads)
         if reason is None:
-            return provider
-        reasons.setdefault(reason, provider.name)
+            return backend
+        reasons.setdefault(reason, backend.name)
     return "; ".join(f"{name}: {reason}" for reason, name in reasons.items())

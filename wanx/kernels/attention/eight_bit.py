@@ -20,6 +20,7 @@ import math
 import torch
 from torch import Tensor
 
+from wanx.config.number_formats import FP8, INT8
 from wanx.kernels.attention.flash import HALVES, unsupported_shapes
 from wanx.kernels.launch import (
     jit,
@@ -48,11 +49,11 @@ def attention_8bit_reference(
     q32, k32, v32 = split
     q8, q_scale = _rounded_blocks(q32)
     k8, k_scale = _rounded_blocks(k32 - k32.mean(2, keepdim=True))
-    v_scale = v32.abs().amax(2, keepdim=True).clamp_min(1e-30) / 448
+    v_scale = v32.abs().amax(2, keepdim=True).clamp_min(1e-30) / FP8.largest
     v8 = (v32 / v_scale).to(torch.float8_e4m3fn).float()
     score = (q8 @ k8.transpose(-2, -1)) * q_scale * k_scale.transpose(-2, -1) * scale
     weight = torch.exp(score - score.amax(-1, keepdim=True))
-    rounded = (weight * 448).to(torch.float8_e4m3fn).float() / 448
+    rounded = (weight * FP8.largest).to(torch.float8_e4m3fn).float() / FP8.largest
     out = (rounded @ v8) / weight.sum(-1, keepdim=True) * v_scale
     return out.transpose(1, 2).flatten(-2).to(q.dtype)
 
@@ -60,7 +61,8 @@ def attention_8bit_reference(
 def _rounded_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
     """Round ``[B, H, L, d]`` to integers; return them in fp32 and the scale of each row."""
     amax = torch.stack([part.abs().amax((2, 3)) for part in x.split(BLOCK, 2)], 2)
-    scale = amax.clamp_min(1e-30).repeat_interleave(BLOCK, 2)[:, :, : x.shape[2], None] / 127
+    scale = amax.clamp_min(1e-30).repeat_interleave(BLOCK, 2)[:, :, : x.shape[2], None]
+    scale = scale / INT8.largest
     return (x / scale).round(), scale
 
 
@@ -89,8 +91,8 @@ def _round_rows_kernel(  # type: ignore[no-untyped-def]
     row = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]
     column = head * HEAD + tl.arange(0, HEAD)[None, :]
     inside = row < length
-    place = x + batch * batch_stride + row * stride + column
-    value = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    pointers = x + batch * batch_stride + row * stride + column
+    value = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
     if CENTRE:
         value = tl.where(inside, value - tl.load(mean + batch * heads * HEAD + column), 0.0)
     scale = tl.maximum(tl.max(tl.max(tl.abs(value), 1), 0), 1e-30) / 127.0
@@ -110,8 +112,8 @@ def _round_values_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     column = tl.arange(0, HEAD)
     channel = (batch * heads + head) * HEAD + column
-    place = v + batch * batch_stride + row[:, None] * stride + head * HEAD + column[None, :]
-    value = tl.load(place, mask=row[:, None] < length, other=0.0).to(tl.float32)
+    pointers = v + batch * batch_stride + row[:, None] * stride + head * HEAD + column[None, :]
+    value = tl.load(pointers, mask=row[:, None] < length, other=0.0).to(tl.float32)
     rounded = round_to_8bit(value / tl.load(scales + channel)[None, :], tl.float8e4nv)
     turned = out + channel[:, None] * padded + row[None, :]
     tl.store(turned, tl.trans(rounded), mask=row[None, :] < padded)
@@ -232,7 +234,7 @@ def launch_attention_8bit(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale
     q8, q_scale = _round_rows(q, None, num_heads, block_q)
     k8, k_scale = _round_rows(k, k.mean(1, dtype=torch.float32), num_heads, block_k)
     v_scale = torch.linalg.vector_norm(v, math.inf, dim=1, dtype=torch.float32)
-    v_scale = v_scale.clamp_min(1e-30) / 448
+    v_scale = v_scale.clamp_min(1e-30) / FP8.largest
     padded = -(-k_length // 16) * 16
     v8 = v.new_empty((batch, dim, padded), dtype=torch.float8_e4m3fn)
     launch(

@@ -5,7 +5,7 @@
 q and o ``[B, Lq, H·d]``, k and v ``[B, Lk, H·d]``, all of one floating dtype; ``bias`` (optional)
 broadcasts to ``[B, H, Lq, Lk]``. ``scale`` is 1/√d unless given. Softmax runs in fp32.
 
-On a GPU the fastest provider of :mod:`wanx.kernels.attention.backends` runs, without a bias.
+On a GPU the fastest backend of :mod:`wanx.kernels.attention.backends` runs, without a bias.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.library import triton_op
 from torch.nn import functional as F
 
-from wanx.kernels.attention.backends import Provider, choose
+from wanx.kernels.attention.backends import AttentionBackend, choose_backend
 from wanx.kernels.launch import runs_reference
 from wanx.kernels.registry import DOMAIN, needs_gradient, register
 
@@ -44,10 +44,10 @@ def BiasedAttention(q, k, v, bias, num_heads: int, scale: float):  # type: ignor
 
 @triton_op("wanx::attention", mutates_args=())
 def _attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float) -> Tensor:
-    provider = choose(q, k, v, num_heads, bits=16)
-    if isinstance(provider, Provider):
-        return provider.run(q, k, v, num_heads, scale)
-    runs_reference("attention", provider, q)
+    backend = choose_backend(q, k, v, num_heads, bits=16)
+    if isinstance(backend, AttentionBackend):
+        return backend.run(q, k, v, num_heads, scale)
+    runs_reference("attention", backend, q)
     return attention_reference(q, k, v, None, num_heads, scale)
 
 

@@ -10,7 +10,7 @@ runs in fp32. Rounding has no gradient, and neither has this op.
 The ONNX function has a QuantizeLinear and a DequantizeLinear on each of the four operands, the form
 that TensorRT turns into one FP8 kernel. Elsewhere it holds all Lq × Lk weights at once.
 
-On a GPU the fastest provider of :mod:`wanx.kernels.attention.backends` for 8 bits runs. It has
+On a GPU the fastest backend of :mod:`wanx.kernels.attention.backends` for 8 bits runs. It has
 scales of its own, of finer parts, which it finds while it runs.
 """
 
@@ -22,7 +22,7 @@ from onnxscript import script
 from torch import Tensor
 from torch.library import triton_op
 
-from wanx.kernels.attention.backends import Provider, choose
+from wanx.kernels.attention.backends import AttentionBackend, choose_backend
 from wanx.kernels.launch import runs_reference
 from wanx.kernels.quantize import E4M3_MAX, quantize_reference
 from wanx.kernels.registry import DOMAIN, register
@@ -92,10 +92,10 @@ def _quant_attention(
     num_heads: int,
     scale: float,
 ) -> Tensor:
-    provider = choose(q, k, v, num_heads, bits=8)
-    if isinstance(provider, Provider):
-        return provider.run(q, k, v, num_heads, scale)
-    runs_reference("quant_attention", provider, q)
+    backend = choose_backend(q, k, v, num_heads, bits=8)
+    if isinstance(backend, AttentionBackend):
+        return backend.run(q, k, v, num_heads, scale)
+    runs_reference("quant_attention", backend, q)
     return quant_attention_reference(q, k, v, q_scale, k_scale, v_scale, num_heads, scale)
 
 

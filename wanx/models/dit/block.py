@@ -15,11 +15,11 @@ from wanx.kernels.adaln import adaln
 from wanx.kernels.attention.op import attention
 from wanx.kernels.gated_residual import gated_residual
 from wanx.kernels.rms_norm_rope import rms_norm_rope
-from wanx.models.dit.embeddings import linear32
+from wanx.models.dit.embeddings import linear_fp32
 from wanx.models.text_encoder import RMSNorm
 
 
-def rows(x: Tensor) -> list[Tensor]:
+def split_modulation(x: Tensor) -> list[Tensor]:
     """Cut ``[B, n, D]`` into n tensors ``[B, 1, D]``.
 
     Slices, because ``chunk`` becomes a sequence in ONNX, which few runtimes optimise.
@@ -27,7 +27,7 @@ def rows(x: Tensor) -> list[Tensor]:
     return [x.narrow(1, i, 1) for i in range(x.shape[1])]
 
 
-class Attend(nn.Module):
+class AttentionOp(nn.Module):
     """Attention of packed heads; a module, so that an 8-bit one can take its place."""
 
     def __init__(self, num_heads: int) -> None:
@@ -51,7 +51,7 @@ class SelfAttention(nn.Module):
         self.o = nn.Linear(dim, dim)
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
-        self.attend = Attend(num_heads)
+        self.attend = AttentionOp(num_heads)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Transform ``x`` ``[B, L, D]``; ``rope`` is (cos, sin), each ``[L, d/2]``."""
@@ -131,18 +131,18 @@ class Block(nn.Module):
         """Transform ``x`` ``[B, L, D]`` under ``modulation`` ``[B, 6, D]``; both are fp32."""
         dtype = text.dtype
         modulation = self.modulation.float() + modulation
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows(modulation)
-        y = adaln(x, *smoothed(scale, shift, self.attn_smooth), eps=self.eps).to(dtype)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = split_modulation(modulation)
+        y = adaln(x, *fold_smoothing(scale, shift, self.attn_smooth), eps=self.eps).to(dtype)
         x = gated_residual(x, self.self_attn(y, rope), gate)
         y = F.layer_norm(
             x, x.shape[-1:], self.norm3.weight.float(), self.norm3.bias.float(), self.eps
         ).to(dtype)
         x = x + self.cross_attn(y, text, image).float()
-        y = adaln(x, *smoothed(ffn_scale, ffn_shift, self.ffn_smooth), eps=self.eps).to(dtype)
+        y = adaln(x, *fold_smoothing(ffn_scale, ffn_shift, self.ffn_smooth), eps=self.eps).to(dtype)
         return gated_residual(x, self.ffn(y), ffn_gate)
 
 
-def smoothed(scale: Tensor, shift: Tensor, vector: Tensor | None) -> tuple[Tensor, Tensor]:
+def fold_smoothing(scale: Tensor, shift: Tensor, vector: Tensor | None) -> tuple[Tensor, Tensor]:
     """Divide what an AdaLN will return by ``vector`` ``[D]``, in its modulation, at no cost."""
     if vector is None:
         return scale, shift
@@ -169,5 +169,5 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """Project ``x`` ``[B, L, D]`` under ``time`` ``[B, D]`` to ``[B, L, velocity_dim]``."""
-        shift, scale = rows(self.modulation.float() + time.unsqueeze(1))
-        return linear32(self.head, adaln(x, scale, shift, eps=self.eps))
+        shift, scale = split_modulation(self.modulation.float() + time.unsqueeze(1))
+        return linear_fp32(self.head, adaln(x, scale, shift, eps=self.eps))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def linear32(linear: nn.Linear, x: Tensor) -> Tensor:
+def linear_fp32(linear: nn.Linear, x: Tensor) -> Tensor:
     """Apply ``linear`` to ``x`` ``[..., D]`` in fp32, whatever the dtype of its weights."""
     return F.linear(x.float(), linear.weight.float(), linear.bias.float())
 
@@ -40,8 +40,8 @@ class TimeEmbedding(nn.ModuleList):
         cos = a.cos() * b.cos() - a.sin() * b.sin()
         sin = a.sin() * b.cos() + a.cos() * b.sin()
         first, _, last = cast(Iterable[nn.Linear], self)
-        hidden = linear32(first, torch.cat([cos, sin], dim=-1))
-        return linear32(last, F.silu(hidden))
+        hidden = linear_fp32(first, torch.cat([cos, sin], dim=-1))
+        return linear_fp32(last, F.silu(hidden))
 
 
 class ImageEmbedding(nn.Module):

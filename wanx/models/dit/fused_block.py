@@ -24,19 +24,19 @@ from wanx.kernels.quant_linear_gelu_quantize import quant_linear_gelu_quantize
 from wanx.kernels.quant_linear_residual import quant_linear_residual
 from wanx.kernels.residual_adaln import residual_adaln, residual_adaln_quantize
 from wanx.kernels.rms_norm_rope import rms_norm_rope
-from wanx.models.dit.block import Block, VaceBlock, rows, smoothed
+from wanx.models.dit.block import Block, VaceBlock, fold_smoothing, split_modulation
 from wanx.models.quantized import DynamicQuantLinear, QuantLinear
 
 
 @dataclass(frozen=True)
-class EightBit:
+class QuantizedActivation:
     """Quantised activation: numbers, and their one scale ``[]`` or one per row ``[..., 1]``."""
 
     x8: Tensor
     scale: Tensor
 
 
-Activation = Tensor | EightBit
+Activation = Tensor | QuantizedActivation
 Layer = nn.Linear | QuantLinear | DynamicQuantLinear
 
 
@@ -75,7 +75,7 @@ class FusedBlock(nn.Module):
     def _pack(self) -> None:
         attn = self.self_attn
         parts = {name: getattr(attn, name) for name in "qkv"}
-        whole = _packed(*parts.values())
+        whole = _packed_linear(*parts.values())
         if whole is None:
             return
         for parameter, _ in whole.named_parameters():
@@ -99,10 +99,10 @@ class FusedBlock(nn.Module):
         dtype, eps = text.dtype, self.eps
         first, _, second = cast(tuple[Layer, nn.Module, Layer], tuple(self.ffn))
         modulation = self.modulation.float() + modulation
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows(modulation)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = split_modulation(modulation)
         attn = self.self_attn
-        reader = self.qkv or _reader(attn.q, attn.k, attn.v)
-        y = _adaln(x, *smoothed(scale, shift, self.attn_smooth), eps, reader, dtype)
+        consumer = self.qkv or _shared_consumer(attn.q, attn.k, attn.v)
+        y = _adaln(x, *fold_smoothing(scale, shift, self.attn_smooth), eps, consumer, dtype)
         z = self._self_attention(y, rope_cos, rope_sin)
         # LN with a weight and a bias is an AdaLN whose modulation is the same at every step.
         weight, bias = (t.float().view(1, 1, -1) for t in (self.norm3.weight, self.norm3.bias))
@@ -110,7 +110,7 @@ class FusedBlock(nn.Module):
         z = self._cross_attention(y, text, image)
         x, y = _residual_adaln(
             x, z, torch.ones_like(weight),
-            *smoothed(ffn_scale, ffn_shift, self.ffn_smooth), eps, first,
+            *fold_smoothing(ffn_scale, ffn_shift, self.ffn_smooth), eps, first,
         )  # fmt: skip
         return _residual(x, second, _apply_gelu(first, y, second), ffn_gate)
 
@@ -138,10 +138,10 @@ class FusedBlock(nn.Module):
         return out
 
 
-def _packed(q: Layer, k: Layer, v: Layer) -> Layer | None:
+def _packed_linear(q: Layer, k: Layer, v: Layer) -> Layer | None:
     """One layer in the place of three that read the same input, or None where they differ."""
     layers = (q, k, v)
-    if _reader(*layers) is None:
+    if _shared_consumer(*layers) is None:
         return None
     columns = q.weight.shape[1]
     count = sum(layer.weight.shape[0] for layer in layers)
@@ -154,7 +154,7 @@ def _packed(q: Layer, k: Layer, v: Layer) -> Layer | None:
     return DynamicQuantLinear(columns, count)
 
 
-def _reader(*layers: Layer) -> Layer | None:
+def _shared_consumer(*layers: Layer) -> Layer | None:
     """The layer that stands for all that read one tensor; None where their kinds differ."""
     return layers[0] if len({type(layer) for layer in layers}) == 1 else None
 
@@ -164,16 +164,16 @@ def _adaln(
     scale: Tensor,
     shift: Tensor,
     eps: float,
-    reader: Layer | None,
+    consumer: Layer | None,
     dtype: torch.dtype,
 ) -> Activation:
-    """Normalise and modulate ``x`` into what ``reader`` reads."""
-    if isinstance(reader, QuantLinear):
-        q_scale = reader.shared_scale
-        x8 = adaln_quantize(x, scale, shift, q_scale, eps=eps, dtype=reader.weight.dtype)
-        return EightBit(x8, q_scale)
-    if isinstance(reader, DynamicQuantLinear):
-        return EightBit(*adaln_quantize_rows(x, scale, shift, eps=eps))
+    """Normalise and modulate ``x`` into what ``consumer`` reads."""
+    if isinstance(consumer, QuantLinear):
+        q_scale = consumer.shared_scale
+        x8 = adaln_quantize(x, scale, shift, q_scale, eps=eps, dtype=consumer.weight.dtype)
+        return QuantizedActivation(x8, q_scale)
+    if isinstance(consumer, DynamicQuantLinear):
+        return QuantizedActivation(*adaln_quantize_rows(x, scale, shift, eps=eps))
     return adaln(x, scale, shift, eps=eps, dtype=dtype)
 
 
@@ -184,44 +184,44 @@ def _residual_adaln(
     scale: Tensor,
     shift: Tensor,
     eps: float,
-    reader: Layer,
+    consumer: Layer,
 ) -> tuple[Tensor, Activation]:
     """Add ``z · gate`` to the stream, then as :func:`_adaln`."""
-    if isinstance(reader, QuantLinear):
-        q_scale = reader.shared_scale
+    if isinstance(consumer, QuantLinear):
+        q_scale = consumer.shared_scale
         x, x8 = residual_adaln_quantize(
-            x, z, gate, scale, shift, q_scale, eps=eps, dtype=reader.weight.dtype
+            x, z, gate, scale, shift, q_scale, eps=eps, dtype=consumer.weight.dtype
         )
-        return x, EightBit(x8, q_scale)
-    if isinstance(reader, DynamicQuantLinear):
+        return x, QuantizedActivation(x8, q_scale)
+    if isinstance(consumer, DynamicQuantLinear):
         x = gated_residual(x, z, gate)
-        return x, EightBit(*adaln_quantize_rows(x, scale, shift, eps=eps))
+        return x, QuantizedActivation(*adaln_quantize_rows(x, scale, shift, eps=eps))
     return residual_adaln(x, z, gate, scale, shift, eps=eps)
 
 
-def _apply_gelu(layer: Layer, y: Activation, reader: Layer) -> Activation:
-    """Apply ``layer`` and GELU; make what ``reader`` reads."""
-    if isinstance(layer, QuantLinear) and isinstance(reader, QuantLinear):
-        assert isinstance(y, EightBit)
+def _apply_gelu(layer: Layer, y: Activation, consumer: Layer) -> Activation:
+    """Apply ``layer`` and GELU; make what ``consumer`` reads."""
+    if isinstance(layer, QuantLinear) and isinstance(consumer, QuantLinear):
+        assert isinstance(y, QuantizedActivation)
         assert layer.bias is not None
-        q_scale = reader.shared_scale
+        q_scale = consumer.shared_scale
         x8 = quant_linear_gelu_quantize(
             y.x8, y.scale, layer.weight, layer.weight_scale, layer.bias, q_scale,
-            reader.weight.dtype,
+            consumer.weight.dtype,
         )  # fmt: skip
-        return EightBit(x8, q_scale)
+        return QuantizedActivation(x8, q_scale)
     y = _apply(layer, y)
-    if isinstance(reader, QuantLinear):
-        q_scale = reader.shared_scale
-        return EightBit(gelu_quantize(y, q_scale, reader.weight.dtype), q_scale)
-    if isinstance(reader, DynamicQuantLinear):
-        return EightBit(*gelu_quantize_rows(y))
+    if isinstance(consumer, QuantLinear):
+        q_scale = consumer.shared_scale
+        return QuantizedActivation(gelu_quantize(y, q_scale, consumer.weight.dtype), q_scale)
+    if isinstance(consumer, DynamicQuantLinear):
+        return QuantizedActivation(*gelu_quantize_rows(y))
     return F.gelu(y, approximate="tanh")
 
 
 def _residual(x: Tensor, layer: Layer, y: Activation, gate: Tensor) -> Tensor:
     """Apply ``layer`` and add what it gives to the stream, times ``gate``."""
-    if isinstance(layer, QuantLinear) and isinstance(y, EightBit):
+    if isinstance(layer, QuantLinear) and isinstance(y, QuantizedActivation):
         assert layer.bias is not None
         return quant_linear_residual(
             y.x8, y.scale, layer.weight, layer.weight_scale, layer.bias, x, gate
@@ -230,7 +230,7 @@ def _residual(x: Tensor, layer: Layer, y: Activation, gate: Tensor) -> Tensor:
 
 
 def _apply(layer: Layer, y: Activation) -> Tensor:
-    if isinstance(y, EightBit):
+    if isinstance(y, QuantizedActivation):
         assert not isinstance(layer, nn.Linear)
         assert layer.bias is not None
         product = quant_linear if y.scale.ndim == 0 else quant_linear_rows

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from wanx.config.models import DiTConfig
 from wanx.models.dit.block import Block, Head, VaceBlock
-from wanx.models.dit.embeddings import ImageEmbedding, TimeEmbedding, linear32
+from wanx.models.dit.embeddings import ImageEmbedding, TimeEmbedding, linear_fp32
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamState:
+class DiTState:
     """Values that pass from block to block.
 
     Attributes:
@@ -47,8 +47,8 @@ class StreamState:
 class WanDiT(nn.Module):
     """Tokens, timestep and text to velocity.
 
-    ``forward`` is :meth:`embed`, :meth:`advance_control` for each block of the control branch,
-    :meth:`advance` for each block, and ``head``.
+    ``forward`` is :meth:`embed`, :meth:`run_control_block` for each block of the control branch,
+    :meth:`run_block` for each block, and ``head``.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -105,9 +105,9 @@ class WanDiT(nn.Module):
         )
         if state.control is not None:
             for index in range(len(self.vace_blocks)):
-                state = self.advance_control(state, index)
+                state = self.run_control_block(state, index)
         for index in range(len(self.blocks)):
-            state = self.advance(state, index)
+            state = self.run_block(state, index)
         out: Tensor = self.head(state.x, state.time)
         return out
 
@@ -121,11 +121,11 @@ class WanDiT(nn.Module):
         image_context: Tensor | None = None,
         vace_tokens: Tensor | None = None,
         vace_scale: Tensor | None = None,
-    ) -> StreamState:
+    ) -> DiTState:
         """Take in the arguments of :meth:`forward`; reads no weight of a block or of the head."""
         dtype = self.text_embedding[0].weight.dtype
         time = self.time_embedding(timestep)
-        modulation = linear32(self.time_projection[1], F.silu(time)).unflatten(1, (6, -1))
+        modulation = linear_fp32(self.time_projection[1], F.silu(time)).unflatten(1, (6, -1))
         text = context.to(dtype)
         for layer in self.text_embedding:
             text = layer(text)
@@ -134,12 +134,12 @@ class WanDiT(nn.Module):
         control = None
         if vace_tokens is not None and vace_scale is not None:
             control = self.vace_patch_embedding(vace_tokens.to(dtype)).float()
-        return StreamState(
+        return DiTState(
             x=x, time=time, modulation=modulation, rope=(rope_cos, rope_sin), text=text,
             image=image, control=control, scale=vace_scale,
         )  # fmt: skip
 
-    def advance_control(self, state: StreamState, index: int) -> StreamState:
+    def run_control_block(self, state: DiTState, index: int) -> DiTState:
         """Pass block ``index`` of the control branch, all of which come before the main blocks."""
         block, control, dtype = self.vace_blocks[index], state.control, state.text.dtype
         if block.before_proj is not None:
@@ -148,7 +148,7 @@ class WanDiT(nn.Module):
         hint = block.after_proj(control.to(dtype)).float() * state.scale[index]
         return replace(state, control=control, hints=(*state.hints, hint))
 
-    def advance(self, state: StreamState, index: int) -> StreamState:
+    def run_block(self, state: DiTState, index: int) -> DiTState:
         """Pass block ``index``, and add the hint that it receives."""
         x = self.blocks[index](state.x, state.modulation, state.rope, state.text, state.image)
         if state.hints and index in self.config.vace_layers:

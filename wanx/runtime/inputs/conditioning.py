@@ -1,8 +1,9 @@
-"""What the denoiser is given beside noise and text: images, control videos, masks."""
+"""Conditioning of the denoiser beside text: encoded images, control videos, masks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,13 +20,13 @@ from wanx.runtime.sizes import latent_shape
 from wanx.runtime.tokens import patchify
 
 Float32 = NDArray[np.float32]
-OpenSession = Callable[[str], Session]
+OpenSession = Callable[[str], AbstractContextManager[Session]]
 Clip = Callable[[int, int], Float32]  # frames from and to -> [3, frames, H, W] in [-1, 1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """What stays the same over all steps.
+    """Inputs of the denoiser that stay the same over all steps, beside text.
 
     Attributes:
         channels: ``[c, T, h, w]``, put behind the channels of the noisy latent (i2v, flf2v).
@@ -55,32 +56,32 @@ def _images(
     """Condition on the first frame, and on the last one where there is one.
 
     The video around them is empty (zeros); a mask of four channels, one for each frame of a latent
-    frame, says which frames are given. The first latent frame has one frame only, whose mask
+    frame, is 1 on the frames that there are. The first latent frame has one frame only, whose mask
     stands four times.
     """
     assert inputs.image is not None
     assert config.image_encoder is not None
-    pictures = [inputs.image]
+    pixels = [inputs.image]
     if inputs.last_image is not None:
         height, width, _ = inputs.image.shape
-        pictures.append(cover(inputs.last_image, height, width))
-    images = [to_signed(picture) for picture in pictures]
+        pixels.append(cover(inputs.last_image, height, width))
+    images = [to_signed(image) for image in pixels]
     features = []
     with open_session("image_encoder") as session:
         for image in images:
-            pixels = clip_pixels(image, config.image_encoder.image_size)[None]
-            features.append(session.run({"pixels": pixels})["features"])
+            clip_input = clip_pixels(image, config.image_encoder.image_size)[None]
+            features.append(session.run({"pixels": clip_input})["features"])
     frames = [resize_bicubic(image, run.height, run.width) for image in images]
-    given = dict(zip((0, run.frames - 1), frames, strict=False))
+    known = dict(zip((0, run.frames - 1), frames, strict=False))
 
     def clip(start: int, end: int) -> Float32:
         empty = np.zeros_like(frames[0])
-        return np.stack([given.get(i, empty) for i in range(start, end)], axis=1)
+        return np.stack([known.get(i, empty) for i in range(start, end)], axis=1)
 
     (latent,) = _encode([(clip, run.frames)], config, open_session)
-    is_given = np.isin(np.arange(run.frames), list(given)).astype(np.float32)
+    is_known = np.isin(np.arange(run.frames), list(known)).astype(np.float32)
     stride = config.vae.temporal_stride
-    mask = np.concatenate([np.repeat(is_given[:1], stride), is_given[1:]]).reshape(-1, stride).T
+    mask = np.concatenate([np.repeat(is_known[:1], stride), is_known[1:]]).reshape(-1, stride).T
     mask = np.broadcast_to(mask[..., None, None], (stride, *latent.shape[1:]))
     return Conditioning(
         channels=np.concatenate([mask, latent]),
@@ -91,7 +92,7 @@ def _images(
 def _control(
     run: ResolvedRun, inputs: Inputs, config: ModelConfig, open_session: OpenSession
 ) -> Conditioning:
-    """Condition on a control video, of which the mask says what to draw anew, and on references.
+    """Condition on a control video, whose mask is 1 where to draw anew, and on references.
 
     Without a mask everything is drawn anew; without a video, on grey.
     """
@@ -142,7 +143,7 @@ def _control(
 def _encode(
     clips: Sequence[tuple[Clip, int]], config: ModelConfig, open_session: OpenSession
 ) -> list[Float32]:
-    """Encode clips of given lengths to latents ``[z, T, h, w]``, chunk by chunk."""
+    """Encode clips, each with its number of frames, to latents ``[z, T, h, w]``, chunk by chunk."""
     states: list[State] = [{} for _ in clips]
     latents: list[list[Float32]] = [[] for _ in clips]
     stride = config.vae.temporal_stride
@@ -165,8 +166,8 @@ def _chunks(name: str, length: int, stride: int) -> Iterator[tuple[int, int]]:
 
 
 def noise_shape(
-    run: ResolvedRun, given: Conditioning, config: ModelConfig
+    run: ResolvedRun, conditioning: Conditioning, config: ModelConfig
 ) -> tuple[int, int, int, int]:
     """Shape ``[C, T, h, w]`` of the latent that is denoised, references included."""
     channels, times, rows, columns = latent_shape(run.width, run.height, run.frames, config.vae)
-    return channels, times + given.references, rows, columns
+    return channels, times + conditioning.references, rows, columns

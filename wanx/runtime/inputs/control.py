@@ -1,74 +1,18 @@
-"""What VACE makes of a control video: its size, its frames, its two halves and its mask.
+"""Control input of VACE: sampled frames, the two halves of a control video, its mask.
 
 The formulas are those of VACE's reference; arrays are numpy and nothing here runs a network.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wanx.config.models import ModelConfig
-from wanx.errors import UsageError
-
-
-def control_shape(
-    frames: int, height: int, width: int, *, area: int, max_tokens: int, config: ModelConfig
-) -> tuple[int, int, int]:
-    """Size of the video that is made from a control video of any size.
-
-    With S = ``max_tokens`` and p = the pixels along the side of one token, in tokens:
-    a = min(S, area / p², ⌊h/p⌋⌊w/p⌋) per frame at most, T = min(⌊(n - 1) / t⌋ + 1, ⌊S/a⌋) latent
-    frames of t frames each, and a' = min(a, ⌊S/T⌋) per frame in the shape of the source:
-    rows = round(√(a'·h/w)), columns = ⌊a' / rows⌋.
-
-    Args:
-        frames: Number of frames of the control video, n.
-        height: Its pixels, h.
-        width: Its pixels, w.
-        area: Pixels of one frame at most: 1280·720, or 832·480.
-        max_tokens: Tokens of the whole video at most: 75,600 at 720P, 32,760 at 480P.
-        config: Strides of the VAE and size of a patch.
-
-    Returns:
-        (frames, height, width): t(T - 1) + 1 frames, p·rows and p·columns pixels.
-
-    Raises:
-        UsageError: The video has no frames, or a side is too short for one token.
-    """
-    patch_time, patch_height, patch_width = config.dit.patch_size
-    step = config.vae.temporal_stride * patch_time
-    token_height = config.vae.spatial_stride * patch_height
-    token_width = config.vae.spatial_stride * patch_width
-    if frames < 1:
-        raise UsageError(f"the control video has {frames} frames; give one that has any")
-    if height < token_height or width < token_width:
-        raise UsageError(
-            f"the control video is {width}x{height}; it must be {token_width}x{token_height} at "
-            f"least"
-        )
-    largest = min(
-        max_tokens,
-        area / (token_height * token_width),
-        (height // token_height) * (width // token_width),
-    )
-    times = min((frames - 1) // step + 1, int(max_tokens / largest))
-    tokens = min(largest, int(max_tokens / times))
-    rows = round(math.sqrt(tokens * (height / width)))
-    columns = int(tokens / rows) if rows else 0
-    if not columns:
-        raise UsageError(
-            f"the control video is {width}x{height}, too long and thin for {tokens:g} tokens a "
-            f"frame; crop it"
-        )
-    return step * (times - 1) + 1, token_height * rows, token_width * columns
-
 
 def sample_frames(times: NDArray[np.floating], count: int) -> list[int]:
-    """Numbers of the frames that are seen at ``count`` moments at equal distances.
+    """Choose the frames that are seen at ``count`` moments at equal distances.
 
     The first moment is 0, the last is the middle of the last frame, which is kept. A frame is seen
     from its beginning to its end inclusive, and the earlier of two that meet wins. Where no frame
@@ -80,7 +24,7 @@ def sample_frames(times: NDArray[np.floating], count: int) -> list[int]:
         count: Number of moments.
 
     Returns:
-        ``count`` numbers from 0 to n - 1, ascending.
+        ``count`` numbers of frames from 0 to n - 1, ascending.
     """
     starts, ends = times.astype(np.float32).T
     # A Python float, so that the moments are float64 as with NumPy 1, which the reference demands.

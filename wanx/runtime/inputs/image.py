@@ -1,4 +1,4 @@
-"""Reading images that somebody else made: few formats, a cap on the pixels, always 8-bit RGB."""
+"""Reader of images from anywhere: few formats, a cap on the pixels, always 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -142,18 +142,18 @@ def _read_header(file: BufferedReader, path: Path) -> ImageFile:
     for signature, plugin in signatures.items():
         if head.startswith(signature):
             return plugin(file, str(path))
-    found = f"it begins with {head!r}" if head else "it is empty"
-    raise CorruptInputError(f"{path} is not an image that can be read: {found}; use {_FORMATS}")
+    content = f"it begins with {head!r}" if head else "it is empty"
+    raise CorruptInputError(f"{path} is not an image that can be read: {content}; use {_FORMATS}")
 
 
 def _check(image: ImageFile, path: Path) -> None:
     """Refuse by the header alone what must not be decoded."""
     tags = getattr(image, "tag_v2", {})
     tile = int(tags.get(_TIFF_TILE_WIDTH, 1)), int(tags.get(_TIFF_TILE_LENGTH, 1))
-    for what, (width, height) in ("is", image.size), ("has tiles of", tile):
+    for verb, (width, height) in ("is", image.size), ("has tiles of", tile):
         if width * height > MAX_PIXELS:
             raise UsageError(
-                f"{path} {what} {width}x{height}, which is {width * height} pixels and more than "
+                f"{path} {verb} {width}x{height}, which is {width * height} pixels and more than "
                 f"the limit of {MAX_PIXELS}; use a smaller version of it"
             )
     if image.mode == "F":

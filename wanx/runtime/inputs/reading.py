@@ -1,4 +1,4 @@
-"""The images and videos that a run starts from, read before anything is computed."""
+"""Images and videos that a run starts from, read before anything is computed."""
 
 from __future__ import annotations
 
@@ -12,31 +12,23 @@ from wanx.config.models import Task
 from wanx.errors import UsageError
 from wanx.runtime.inputs.image import read_image
 from wanx.runtime.inputs.video_input import VideoInput, open_video
-from wanx.runtime.options import Picture, RunOptions
+from wanx.runtime.options import FLAGS, ImageInput, RunOptions
 
 Pixels = NDArray[np.uint8]
 
-_TAKEN: dict[Task, tuple[str, ...]] = {
+# The options of a run that some tasks only accept, and those that a task requires.
+ACCEPTED: dict[Task, tuple[str, ...]] = {
     "t2v": (),
     "i2v": ("image",),
     "flf2v": ("image", "last_image"),
     "vace": ("video", "mask", "references", "vace_scale"),
 }
-_NEEDED: dict[Task, tuple[str, ...]] = {"i2v": ("image",), "flf2v": ("image", "last_image")}
-# As the command line calls them.
-_FLAGS = {
-    "image": "--image",
-    "last_image": "--last-image",
-    "video": "--video",
-    "mask": "--mask",
-    "references": "--reference",
-    "vace_scale": "--vace-scale",
-}
+REQUIRED: dict[Task, tuple[str, ...]] = {"i2v": ("image",), "flf2v": ("image", "last_image")}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Inputs:
-    """What a run starts from; images are ``[H, W, 3]``, and what the task has not is None."""
+    """Images ``[H, W, 3]`` and videos that a run starts from; None where the task has none."""
 
     image: Pixels | None = None
     last_image: Pixels | None = None
@@ -46,24 +38,27 @@ class Inputs:
 
 
 def read_inputs(options: RunOptions, task: Task) -> Inputs:
-    """Read what the options name, if it is what the task takes.
+    """Read the images and videos that the options name, if the task accepts them.
 
     Raises:
         UsageError: something is missing, does not exist or is not for this task, or the mask has
             not as many frames as its video.
         CorruptInputError: a file is damaged.
     """
-    values = {name: getattr(options, name) for name in _FLAGS}
-    given = [n for n, value in values.items() if value is not None and not isinstance(value, tuple)]
-    if options.references:
-        given.append("references")
-    for name in given:
-        if name not in _TAKEN[task]:
-            takes = ", ".join(_FLAGS[taken] for taken in _TAKEN[task]) or "a prompt only"
-            raise UsageError(f"a bundle for {task} takes no {_FLAGS[name]}, it takes {takes}")
-    for name in _NEEDED.get(task, ()):
-        if name not in given:
-            raise UsageError(f"a bundle for {task} needs {_FLAGS[name]}; give an image")
+    names = dict.fromkeys(name for accepted in ACCEPTED.values() for name in accepted)
+    values = {name: getattr(options, name) for name in names}
+    present = [
+        name
+        for name, value in values.items()
+        if value is not None and not (isinstance(value, tuple) and not value)
+    ]
+    for name in present:
+        if name not in ACCEPTED[task]:
+            takes = ", ".join(FLAGS[accepted] for accepted in ACCEPTED[task]) or "a prompt only"
+            raise UsageError(f"a bundle for {task} takes no {FLAGS[name]}, it takes {takes}")
+    for name in REQUIRED.get(task, ()):
+        if name not in present:
+            raise UsageError(f"a bundle for {task} needs {FLAGS[name]}; give an image")
     if options.mask is not None and options.video is None:
         raise UsageError("--mask says what to draw anew in a video; give --video too")
     video, mask = (
@@ -85,14 +80,14 @@ def read_inputs(options: RunOptions, task: Task) -> Inputs:
     )
 
 
-def _pixels(picture: Picture | None) -> Pixels | None:
-    if picture is None:
+def _pixels(image: ImageInput | None) -> Pixels | None:
+    if image is None:
         return None
-    if isinstance(picture, (str, os.PathLike)):
-        return read_image(picture)
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
+    if isinstance(image, (str, os.PathLike)):
+        return read_image(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise UsageError(
-            f"an image must be uint8 [height, width, 3], not {picture.dtype} "
-            f"{list(picture.shape)}; convert it to RGB"
+            f"an image must be uint8 [height, width, 3], not {image.dtype} "
+            f"{list(image.shape)}; convert it to RGB"
         )
-    return picture
+    return image

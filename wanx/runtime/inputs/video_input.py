@@ -1,4 +1,4 @@
-"""Read frames from a video that somebody else made, with caps and without trusting its name."""
+"""Reader of videos from anywhere, with caps and without trust in their names."""
 
 from __future__ import annotations
 
@@ -60,17 +60,17 @@ class VideoInput:
             UsageError: There is no such frame, or the file is gone.
             CorruptInputError: The file has changed since it was opened.
         """
-        places: dict[int, list[int]] = {}
-        for place, number in enumerate(ids):
+        positions: dict[int, list[int]] = {}
+        for position, number in enumerate(ids):
             if not 0 <= number < len(self.times):
                 raise UsageError(f"{self.path} has {len(self.times)} frames, so none is {number}")
-            places.setdefault(number, []).append(place)
+            positions.setdefault(number, []).append(position)
         pixels = np.empty((len(ids), height, width, 3), dtype=np.uint8)
         with _open(self.path) as (container, stream):
             for number, frame in enumerate(_decode(self.path, container, stream)):
-                if number in places:
-                    pixels[places.pop(number)] = cover(_upright(frame), height, width)
-                if not places:
+                if number in positions:
+                    pixels[positions.pop(number)] = cover(_upright(frame), height, width)
+                if not positions:
                     return pixels
         raise CorruptInputError(f"{self.path} has changed while it was read; run again")
 

@@ -1,4 +1,4 @@
-"""Decide before any computation whether the output can be written where the user wants it."""
+"""Checks, before any computation, that the output can be written where the user wants it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How frames become the bytes of a file: FFmpeg for videos, Pillow for images.
+"""Encoding of frames into the bytes of a file: FFmpeg for videos, Pillow for images.
 
 Colours are tagged as what they are, BT.709 primaries, transfer and matrix in limited range, so that
 players do not guess.
@@ -32,7 +32,7 @@ _YUV = (
 
 @dataclass(frozen=True, kw_only=True)
 class _Coding:
-    """How FFmpeg is to code one kind of file; ``worst_crf`` is the codec's coarsest quality."""
+    """Settings of FFmpeg for one kind of file; ``worst_crf`` is the codec's coarsest quality."""
 
     container: str
     codec: str
@@ -77,7 +77,7 @@ class MediaFile(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class MediaOptions:
-    """What is to be written; see ``wanx.runtime.output.video.VideoWriter``.
+    """Format, size and rate of a file to write; see ``wanx.runtime.output.video.VideoWriter``.
 
     Raises:
         UsageError: A value is outside what the format can hold.

@@ -1,4 +1,4 @@
-"""Watch decoded frames for the ways in which a broken model fails silently."""
+"""Checks of decoded frames for the ways in which a broken model fails silently."""
 
 from __future__ import annotations
 
@@ -88,13 +88,13 @@ class FrameCheck:
         mean = self._sum / self._pixels
         std = float(np.sqrt(np.maximum(self._squares / self._pixels - mean**2, 0)).max())
         if self._peak <= BLACK_LEVEL:
-            found = f"black: the brightest pixel is {self._peak} of 255"
+            fault = f"black: the brightest pixel is {self._peak} of 255"
         elif std < FLAT_STD:
-            found = f"one flat colour: its deviation is {std:.2f} of 255"
+            fault = f"one flat colour: its deviation is {std:.2f} of 255"
         elif self._frames > 1 and not self._moved:
-            found = f"frozen: all {self._frames} frames are identical"
+            fault = f"frozen: all {self._frames} frames are identical"
         else:
             return
         raise WanxError(
-            f"the video is {found}; try another seed, and check the bundle with `wanx verify`"
+            f"the video is {fault}; try another seed, and check the bundle with `wanx verify`"
         )

@@ -1,4 +1,4 @@
-"""What made a video, as one JSON object in the comment of the file."""
+"""Metadata that says how to make a video again: one JSON object in the comment of the file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _GIF_LOOP_SIZE = 19
 
 
 def to_comment(metadata: Mapping[str, str]) -> str:
-    """The comment that ``read_metadata`` turns back into ``metadata``; empty if that is empty.
+    """Make the comment that ``read_metadata`` turns back into ``metadata``; empty for nothing.
 
     Raises:
         UsageError: A value holds lone surrogates, which no container can store.
@@ -49,7 +49,7 @@ def insert_gif_comment(path: Path, comment: str) -> None:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Read what made a video or image; empty if the file does not say.
+    """Read the metadata of a video or image that wanx wrote; empty if it has none.
 
     Raises:
         UsageError: There is no such file, or its extension is unknown.
@@ -77,9 +77,9 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
             f"{path} cannot be read as {suffix[1:]}: {reason}; generate it again"
         ) from None
     try:
-        found = json.loads(comment)
+        metadata = json.loads(comment)
     except ValueError:
         return {}
-    if not isinstance(found, dict):
+    if not isinstance(metadata, dict):
         return {}
-    return {key: value for key, value in found.items() if isinstance(value, str)}
+    return {key: value for key, value in metadata.items() if isinstance(value, str)}

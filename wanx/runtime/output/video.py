@@ -1,4 +1,4 @@
-"""Write a video or an image while its frames are being decoded, all of it or nothing."""
+"""Writer of a video or an image while its frames are being decoded: all of it or nothing."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class VideoWriter:
     interrupt that file is gone, and whatever had the final name before is untouched.
 
     Args:
-        path: Where to write; see ``wanx.runtime.output.checks.check_output`` for what is refused.
+        path: Where to write; ``wanx.runtime.output.checks.check_output`` lists what is refused.
         width: Pixels; even for ``.mp4`` and ``.webm``.
         height: Pixels; even for ``.mp4`` and ``.webm``.
         fps: Frames per second, 1 to 120, for ``.gif`` at most 50.
         quality: 0 to 10, the scale of imageio: crf = (1 - quality / 10) of the codec's range, so 8
             is crf 10 for H.264 and 12 for VP9. Without effect on ``.gif`` and ``.png``.
-        metadata: What ``read_metadata`` gives back.
+        metadata: Stored in the file for ``read_metadata``.
 
     Raises:
         UsageError: An argument is out of range, or a second frame arrives for a ``.png``.

@@ -14,7 +14,7 @@ Branch = Literal["conditional", "unconditional"]
 
 
 def branches(scale: float) -> tuple[Branch, ...]:
-    """Say which predictions a guidance scale γ needs.
+    """Name the predictions that a guidance scale γ needs.
 
     Returns:
         Only the unconditional branch for γ = 0, only the conditional one for γ = 1, both otherwise.

@@ -1,12 +1,13 @@
-"""What runs a graph: the only part of the runtime that differs by backend."""
+"""Sessions: loaded graphs on a backend, the only part of the runtime that differs by target.
+
+Start with ``base.py`` and ``registry.py``.
+"""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 from wanx.bundle.reader import Bundle
-from wanx.errors import EnvironmentMismatchError
 from wanx.runtime.sessions.base import Session
+from wanx.runtime.sessions.registry import SessionOptions, load_component
 
 
 def open_session(
@@ -28,21 +29,6 @@ def open_session(
     Raises:
         WanxError: the backend cannot load the component.
     """
-    target = bundle.manifest.target
-    if target in bundle.manifest.components[component].engines:
-        if target == "aoti":
-            if find_spec("torch") is None:
-                raise EnvironmentMismatchError(
-                    f"the engines of {bundle.root} need PyTorch, which is not installed; "
-                    "pip install 'wanx[export]'"
-                )
-            from wanx.runtime.sessions.aoti.session import AotiSession
-
-            return AotiSession(bundle, component, threads=threads)
-        if target in ("rtx", "tensorrt"):
-            from wanx.runtime.sessions.tensorrt.session import TensorRTSession
-
-            return TensorRTSession(bundle, component, threads=threads, vram_budget=vram_budget)
-    from wanx.runtime.sessions.onnxruntime import OnnxRuntimeSession
-
-    return OnnxRuntimeSession(bundle, component, threads=threads)
+    return load_component(
+        bundle, component, SessionOptions(threads=threads, vram_budget=vram_budget)
+    )

@@ -1,4 +1,4 @@
-"""The contract of a session."""
+"""Interface of sessions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What sessions on compiled programs share, whatever compiled them."""
+"""Base of sessions on compiled programs, whatever compiled them."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wanx.bundle.engine_schedule import Plan
+from wanx.bundle.engine_schedule import EngineSchedule
 from wanx.errors import CorruptInputError, WanxError
 from wanx.runtime.sessions.base import Array, Session
 
-WARM_UPS = 2  # runs of a shape before it is recorded
-MOST_SHAPES = 4  # kept at a time, as each holds memory of its own
+RUNS_BEFORE_CAPTURE = 2  # runs of a shape before its CUDA graph is captured
+MAX_CACHED_SHAPES = 4  # kept at a time, as each holds memory of its own
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelTime:
-    """What a kernel, or a layer, took in all its calls.
+    """Time of a kernel, or a layer, in all its calls.
 
     Attributes:
-        program: that it belongs to; empty where the backend does not tell.
+        program: that it belongs to; empty where the backend does not say.
         name: as the backend calls it.
-        calls: how often it ran.
+        calls: number of them.
         seconds: all together.
     """
 
@@ -35,7 +35,7 @@ class KernelTime:
 
 
 class EngineSession(Session):
-    """A component as compiled programs, called in the order of a plan.
+    """A component as compiled programs, called in the order of a schedule.
 
     Attributes:
         component: its name.
@@ -47,24 +47,26 @@ class EngineSession(Session):
 
     @property
     @abstractmethod
-    def plan(self) -> Plan:
-        """What runs."""
+    def schedule(self) -> EngineSchedule:
+        """The programs and steps that run."""
 
     @abstractmethod
     def kernel_times(self, call: Callable[[], object]) -> list[KernelTime]:
         """Measure the kernels that ``call``, which runs this session, makes run.
 
-        What was recorded as one CUDA graph runs as single programs meanwhile, where only those tell
-        their kernels.
+        Meanwhile a captured CUDA graph runs as single programs, where only those report their
+        kernels.
         """
 
     def run_each(self, feeds: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
-        """Run on each of ``feeds``, as one batch where building found that to be faster."""
-        if len(feeds) < 2 or feeds[0]["tokens"].shape[1] > self.plan.batch_limit:
+        """Run on each of ``feeds``, as one batch where that was measured to be faster."""
+        if len(feeds) < 2 or feeds[0]["tokens"].shape[1] > self.schedule.max_batched_tokens:
             return super().run_each(feeds)
-        made = self.run({name: np.concatenate([feed[name] for feed in feeds]) for name in feeds[0]})
+        batch = self.run(
+            {name: np.concatenate([feed[name] for feed in feeds]) for name in feeds[0]}
+        )
         return [
-            {name: value[index : index + 1] for name, value in made.items()}
+            {name: value[index : index + 1] for name, value in batch.items()}
             for index in range(len(feeds))
         ]
 
@@ -88,30 +90,30 @@ class EngineSession(Session):
             ) from error
 
 
-def last_use(plan: Plan, outputs: Iterable[str]) -> list[list[str]]:
-    """After which step each value is needed no more; ``outputs`` are needed to the end."""
-    last: dict[str, int] = {}
-    for number, step in enumerate(plan.steps):
-        last |= dict.fromkeys((*step.inputs, *step.outputs), number)
+def dead_after_step(schedule: EngineSchedule, outputs: Iterable[str]) -> list[list[str]]:
+    """Liveness: values that can be freed after each step; ``outputs`` never."""
+    last_use: dict[str, int] = {}
+    for number, step in enumerate(schedule.steps):
+        last_use |= dict.fromkeys((*step.inputs, *step.outputs), number)
     kept = set(outputs)
     return [
-        [name for name, place in last.items() if place == number and name not in kept]
-        for number in range(len(plan.steps))
+        [name for name, last in last_use.items() if last == number and name not in kept]
+        for number in range(len(schedule.steps))
     ]
 
 
 def missing_weight(component: str, name: str) -> CorruptInputError:
-    """The error for a weight that a plan reads and the bundle lacks."""
+    """Error for a weight that a schedule reads and the bundle lacks."""
     return CorruptInputError(
         f"the weights of {component} lack {name!r}, which its engine reads; export it again"
     )
 
 
 def misshaped_weight(
-    component: str, name: str, found: Sequence[object], wanted: Sequence[object]
+    component: str, name: str, actual: Sequence[object], expected: Sequence[object]
 ) -> CorruptInputError:
-    """The error for a weight that is not what the engine was built for."""
+    """Error for a weight that is not what the engine was built for."""
     return CorruptInputError(
-        f"{name!r} is {list(found)} in the weights of {component}, its engine wants "
-        f"{list(wanted)}; export it again"
+        f"{name!r} is {list(actual)} in the weights of {component}, its engine wants "
+        f"{list(expected)}; export it again"
     )

@@ -83,7 +83,7 @@ def _saturates() -> bool:
 
 
 def folds(record: Component) -> bool:
-    """Whether a component's constants are to be folded; see :func:`create_session`.
+    """Decide if a component's constants are folded; see :func:`create_session`.
 
     Integer products need their scales folded; what is left in 16 bits is small then.
     """

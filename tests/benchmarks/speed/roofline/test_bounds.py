@@ -26,7 +26,7 @@ from wanx.bundle.reader import Bundle
 from wanx.config.models import PRESETS
 from wanx.exporter.components import component_specs, dit_spec
 from wanx.exporter.export import _trace
-from wanx.exporter.graph.attach import attach
+from wanx.exporter.graph.attach import attach_weights
 from wanx.files.safetensors import TensorRef
 
 Bundles = Callable[[str, str], Bundle]
@@ -118,7 +118,7 @@ def test_full_size_costs_what_is_published(tmp_path: Path) -> None:
         )
         for name, shape in shapes.items()
     }  # fmt: skip
-    attach(model, weights, tmp_path)
+    attach_weights(model, weights, tmp_path)
     graph = tmp_path / "dit.onnx"
     graph.write_bytes(ir.serde.serialize_model(model).SerializeToString())
     for tokens, petaflop, share in ((32_760, 3.36, 0.52), (75_600, 13.05, 0.72)):

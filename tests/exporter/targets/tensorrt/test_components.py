@@ -16,9 +16,10 @@ from wanx.config.models import PRESETS
 from wanx.exporter.components import text_encoder_spec
 from wanx.exporter.quantization.quantized_spec import quantized_spec
 from wanx.exporter.quantization.recipe import text_recipe
-from wanx.exporter.targets.tensorrt import target
-from wanx.exporter.targets.tensorrt.flavour import Flavour
+from wanx.exporter.partition.partition import partition
+from wanx.exporter.targets.tensorrt.gpus import TensorRTTarget
 from wanx.exporter.targets.tensorrt.ranges import ranges
+from wanx.exporter.targets.tensorrt.target import TensorRTBuilder
 tiny = PRESETS["tiny"]
 text = text_encoder_spec(tiny.text_encoder)
 plugins = ("RMSNormRope", "GeluQuantize")
@@ -32,10 +33,11 @@ found = {}
 for name, (spec, chosen) in jobs.items():
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "engines"
-        flavour = Flavour(target="rtx", sms=(89, 120))
-        plan = target.build(spec, torch.bfloat16, flavour, ranges(tiny), folder, chosen)
-        assert plan.device == "sm89+sm120"
-        found[name] = {n: dict(program.layers) for n, program in plan.programs.items()}
+        target = TensorRTTarget(name="rtx", sms=(89, 120))
+        builder = TensorRTBuilder(target=target, ranges=ranges(tiny), plugins=chosen)
+        schedule = builder.build(spec.name, partition(spec, torch.bfloat16), folder)
+        assert schedule.device == "sm89+sm120"
+        found[name] = {n: dict(program.layers) for n, program in schedule.programs.items()}
 """
 
 

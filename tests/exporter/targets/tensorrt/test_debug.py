@@ -24,9 +24,9 @@ from wanx.bundle.golden_steps import GOLDEN, read_golden
 from wanx.bundle.reader import Bundle, open_bundle
 from wanx.errors import UsageError
 from wanx.exporter.components import dit_spec
-from wanx.exporter.partition.partition import cut
-from wanx.exporter.partition.stateless import Functional
-from wanx.exporter.targets.tensorrt.comparable import comparable
+from wanx.exporter.partition.partition import partition
+from wanx.exporter.partition.stateless import StatelessSegment
+from wanx.exporter.targets.tensorrt.comparable import with_layer_outputs
 from wanx.exporter.targets.tensorrt.debug import INPUTS, REFERENCE, commands, write_step
 from wanx.exporter.targets.tensorrt.graph import segment_graph
 from wanx.exporter.targets.tensorrt.target import count_layers
@@ -152,11 +152,11 @@ def debug_graph(
     kind: str, dtype: torch.dtype
 ) -> tuple[onnx.ModelProto, dict[str, np.ndarray], np.ndarray]:
     """The graph of a block, inputs for it, and what PyTorch makes of them."""
-    parts = cut(spec_of(SMALL, kind), dtype)
+    parts = partition(spec_of(SMALL, kind), dtype)
     segment = parts.segments["block"]
     values = values_of(segment, {"B": 1, "L": 32})
     with torch.inference_mode():
-        (wanted,) = Functional(segment, torch.device("cpu"))(*values)
+        (wanted,) = StatelessSegment(segment, torch.device("cpu"))(*values)
     count = len(segment.inputs)
     inputs = {
         item.name: value.float().numpy()
@@ -164,7 +164,7 @@ def debug_graph(
     }
     weights = tensors_of(segment, values[count:])
     batched = ["x", "modulation", "text"]
-    graph = comparable(segment_graph(segment, parts.axes), weights, inputs, batched)
+    graph = with_layer_outputs(segment_graph(segment, parts.axes), weights, inputs, batched)
     return graph, inputs, wanted.numpy()
 
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from tests.support.paths import ROOT
 from tests.support.plugins import CASES, Case, ListeningDriver
-from wanx.bundle.plugin_kernel import CarriedKernel, Integer, Real, carried_kernel
+from wanx.bundle.plugin_kernel import Integer, PluginKernel, Real, read_plugin_kernel
 from wanx.errors import EnvironmentMismatchError, WanxError
-from wanx.exporter.targets.tensorrt.kernels import Recording, carry
+from wanx.exporter.targets.tensorrt.kernels import LaunchCapture, compile_plugin_kernel
 from wanx.exporter.targets.tensorrt.ops import OPS, Spec
-from wanx.kernels.launch import recorded
+from wanx.kernels.launch import capture_launches
 from wanx.runtime.sessions.tensorrt.launch import HIDDEN, Launcher
 
 SMS = (89, 120)
@@ -38,7 +38,7 @@ kernels.compile_for = kept
 for index, name in enumerate(names):
     case = CASES[name]
     ptx.clear()
-    carried = kernels.carry(case.op, case.inputs, case.attributes, sms)
+    carried = kernels.compile_plugin_kernel(case.op, case.inputs, case.attributes, sms)
     for part, data in zip(("description", "code"), carried.fields()):
         (folder / f"{index}.{part}").write_bytes(data)
     (folder / f"{index}.ptx").write_text(json.dumps(ptx))
@@ -46,7 +46,7 @@ for index, name in enumerate(names):
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[CarriedKernel, Any]]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[PluginKernel, Any]]:
     """Each case and the PTX of its kernels; another process, since here kernels are interpreted."""
     folder = tmp_path_factory.mktemp("kernels")
     environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
@@ -61,7 +61,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Carrie
     for index, name in enumerate(CASES):
         parts = [(folder / f"{index}.{part}").read_bytes() for part in ("description", "code")]
         ptx = json.loads((folder / f"{index}.ptx").read_text())
-        found[name] = carried_kernel(*parts), ptx
+        found[name] = read_plugin_kernel(*parts), ptx
     return found
 
 
@@ -72,7 +72,7 @@ def launched(case: Case, sm: int, shapes: Sequence[tuple[int, ...]]) -> tuple[An
         for shape, spec in zip(shapes, case.inputs, strict=True)
     ]
     calls: list[tuple[Any, ...]] = []
-    with recorded(lambda *call: calls.append(call), sm):
+    with capture_launches(lambda *call: calls.append(call), sm):
         outputs = OPS[case.op].run(*tensors, **case.attributes)
     ((_, grid, values, meta),) = calls
     return grid, values, meta, [*tensors, *outputs]
@@ -82,20 +82,20 @@ def launched(case: Case, sm: int, shapes: Sequence[tuple[int, ...]]) -> tuple[An
 @pytest.mark.parametrize("name", CASES)
 def test_a_description_says_what_a_launch_does(name: str, sm: int) -> None:
     case = CASES[name]
-    recording = Recording(case.op, case.inputs, case.attributes, sm)
+    capture = LaunchCapture(case.op, case.inputs, case.attributes, sm)
     variant = {
         "sm": sm, "function": "f", "size": 4, "warps": 4, "shared": 0,
-        "arguments": [a.model_dump() for a in recording.arguments], "grid": recording.grid,
+        "arguments": [a.model_dump() for a in capture.arguments], "grid": capture.grid,
     }  # fmt: skip
     text = json.dumps(
         {
             "op": case.op,
-            "inputs": [value.model_dump() for value in recording.inputs],
-            "outputs": [value.model_dump() for value in recording.outputs],
+            "inputs": [value.model_dump() for value in capture.inputs],
+            "outputs": [value.model_dump() for value in capture.outputs],
             "variants": [variant],
         }
     )
-    description = carried_kernel(text.encode(), b"\x7fELF").description
+    description = read_plugin_kernel(text.encode(), b"\x7fELF").description
     (described,) = description.variants
     for batch in (1, 2, 3, 7):
         for length in (1, 2, 15, 16, 17, 512, 1021, 32760, 75600):
@@ -128,10 +128,10 @@ def test_a_part_of_a_tensor_has_its_offset(monkeypatch: pytest.MonkeyPatch) -> N
     rope = CASES["rope"]
     inputs = (Spec(torch.bfloat16, ("B", "L", 4608)), *rope.inputs[2:])
     monkeypatch.setitem(OPS, "Packed", type(OPS["RMSNormRope"])(run=run, unsupported_reason=None))
-    recording = Recording("Packed", inputs, rope.attributes, 89)
-    q, k = (argument.model_dump() for argument in recording.arguments[:2])
+    capture = LaunchCapture("Packed", inputs, rope.attributes, 89)
+    q, k = (argument.model_dump() for argument in capture.arguments[:2])
     assert (q, k) == ({"tensor": 0, "offset": 0}, {"tensor": 0, "offset": 2 * 1536})
-    assert [a.integer for a in recording.arguments if isinstance(a, Integer)][2] == (4608,)
+    assert [a.integer for a in capture.arguments if isinstance(a, Integer)][2] == (4608,)
 
 
 def parameters(ptx: str) -> list[str]:
@@ -146,7 +146,7 @@ SIZES = {"u64": 8, "u32": 4, "f32": 4, "b64": 8, "b32": 4}
 @pytest.mark.parametrize("sm", SMS)
 @pytest.mark.parametrize("name", CASES)
 def test_the_launcher_does_what_triton_does(
-    name: str, sm: int, compiled: dict[str, tuple[CarriedKernel, Any]]
+    name: str, sm: int, compiled: dict[str, tuple[PluginKernel, Any]]
 ) -> None:
     case, (kernel, ptx) = CASES[name], compiled[name]
     sizes = [SIZES[kind] for kind in parameters(ptx[SMS.index(sm)])]
@@ -183,7 +183,7 @@ def test_the_launcher_does_what_triton_does(
 
 
 def test_loads_are_as_wide_as_tritons_own(
-    compiled: dict[str, tuple[CarriedKernel, Any]],
+    compiled: dict[str, tuple[PluginKernel, Any]],
 ) -> None:
     """Addresses and strides are known to be multiples of 16, whatever the length."""
     for name in ("rope", "rope of 40 heads", "gelu, fp8"):
@@ -194,7 +194,7 @@ def test_loads_are_as_wide_as_tritons_own(
 def test_a_gpu_without_the_format_is_refused() -> None:
     case = CASES["gelu, fp8"]
     with pytest.raises(EnvironmentMismatchError, match="needs sm89 or newer, not sm86"):
-        carry(case.op, case.inputs, case.attributes, [86])
+        compile_plugin_kernel(case.op, case.inputs, case.attributes, [86])
 
 
 def test_a_kernel_that_does_not_compile_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,5 +204,5 @@ def test_a_kernel_that_does_not_compile_is_one_line(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("wanx.exporter.targets.tensorrt.kernels.compile_for", broken)
     case = CASES["rope"]
     with pytest.raises(WanxError, match="cannot compile RMSNormRope for sm89") as caught:
-        carry(case.op, case.inputs, case.attributes, [89])
+        compile_plugin_kernel(case.op, case.inputs, case.attributes, [89])
     assert "\n" not in str(caught.value)

@@ -10,9 +10,9 @@ import pytest
 
 from tests.support.plugins import CASES, Case
 from tests.support.rtx_builds import model_of, needs_rtx, run
-from wanx.bundle.plugin_kernel import CarriedKernel, Description, Value, Variant
+from wanx.bundle.plugin_kernel import Description, PluginKernel, Value, Variant
 from wanx.exporter.targets.tensorrt import nodes
-from wanx.exporter.targets.tensorrt.nodes import use_plugins
+from wanx.exporter.targets.tensorrt.nodes import Replaced, plugin_notes, use_plugins
 from wanx.kernels.registry import DOMAIN
 
 BLOCK = """
@@ -23,28 +23,28 @@ import onnx.inliner
 from tests.support.eightbit import SMALL
 from wanx.config.models import PRESETS
 from wanx.exporter.components import dit_spec
-from wanx.exporter.partition.partition import cut
-from wanx.exporter.partition.stateless import arguments, export_segment
+from wanx.exporter.partition.partition import partition
+from wanx.exporter.partition.stateless import example_arguments, export_segment
 from wanx.exporter.quantization.quantized_spec import quantized_spec
 from wanx.exporter.quantization.recipe import Recipe, dit_candidates
 from wanx.exporter.quantization.scheme import SCHEMES, QuantizeOptions
-from wanx.exporter.targets.tensorrt.forms import FORMS
+from wanx.exporter.targets.tensorrt.forms import FUNCTION_BODIES
 from wanx.kernels.registry import ONNX_FUNCTIONS, OpsAsNodes
 
 config = replace(PRESETS["t2v-1.3B"].dit, num_layers=1)
 layers_8bit, _ = dit_candidates(config, QuantizeOptions())
 recipe = Recipe(scheme=SCHEMES["fp8"], options=QuantizeOptions(), layers=dict.fromkeys(layers_8bit, 0.1))
-parts = cut(quantized_spec(dit_spec(config), recipe), torch.bfloat16)
+parts = partition(quantized_spec(dit_spec(config), recipe), torch.bfloat16)
 segment, cpu = parts.segments["block"], torch.device("cpu")
 with OpsAsNodes():
     program = export_segment(segment, parts.axes, cpu)
 names = [*(i.name for i in segment.inputs), *(f"weight.{n}" for n, _ in segment.parameters)]
 with FakeTensorMode(allow_non_fake_inputs=True):
     exported = torch.onnx.export(
-        program, arguments(segment, parts.axes, cpu), dynamo=True, optimize=False,
+        program, example_arguments(segment, parts.axes, cpu), dynamo=True, optimize=False,
         opset_version=23, input_names=names, output_names=["x_out"], verbose=False,
     ).model.clone
-functions = ONNX_FUNCTIONS | FORMS
+functions = ONNX_FUNCTIONS | FUNCTION_BODIES
 found = {}
 for plugins in ((), ("RMSNormRope", "GeluQuantize")):
     model = exported()
@@ -71,7 +71,7 @@ for plugins in ((), ("RMSNormRope", "GeluQuantize")):
     plan, problem = build(ir.serde.deserialize_model(proto), lambda n: not n.startswith("rope_"))
     assert plan, (problem, log.lines[-5:])
     found[",".join(plugins)] = {
-        "plugins": replaced.plugins, "left": replaced.left, "layers": layers(),
+        "plugins": replaced.plugins, "unsupported": replaced.unsupported, "layers": layers(),
         "functions": [plan.count(name) for name in (b"_rms_norm_rope_kernel", b"_quantize_kernel")],
     }
 """  # noqa: E501
@@ -83,7 +83,7 @@ def test_a_whole_block_is_built_around_plugins() -> None:
     plain, plugged = found[""], found["RMSNormRope,GeluQuantize"]
     assert plain["plugins"] == {}
     assert plugged["plugins"] == {"RMSNormRope": 1, "GeluQuantize": 1}
-    assert plugged["left"] == {}
+    assert plugged["unsupported"] == {}
     assert plain["functions"] == [0, 0]
     assert min(plugged["functions"]) > 0
 
@@ -101,18 +101,21 @@ def test_a_whole_block_is_built_around_plugins() -> None:
 
 
 def test_nodes_without_a_kernel_keep_their_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nodes, "carry", lambda *_: pytest.fail("nothing to carry"))
+    monkeypatch.setattr(nodes, "compile_plugin_kernel", lambda *_: pytest.fail("nothing to carry"))
     rope = CASES["rope"]
     narrow = Case(rope.op, rope.inputs, {"num_heads": 64, "eps": 1e-6})
     model = model_of(narrow)
     replaced = use_plugins(model, {"RMSNormRope"}, [89])
     assert replaced.plugins == {}
-    assert "no power of two" in replaced.left["RMSNormRope"]
+    ((reason, count),) = replaced.unsupported["RMSNormRope"].items()
+    assert "no power of two" in reason
+    assert count == 1
     assert [node.op_type for node in model.graph] == ["RMSNormRope"]
     assert len(model.functions) == 1
     untold = model_of(rope)
     untold.graph.inputs[0].shape = None
-    assert "does not tell" in use_plugins(untold, {"RMSNormRope"}, [89]).left["RMSNormRope"]
+    (reason,) = use_plugins(untold, {"RMSNormRope"}, [89]).unsupported["RMSNormRope"]
+    assert "does not tell" in reason
     assert use_plugins(model_of(rope), set(), [89]).plugins == {}
     with pytest.raises(KeyError, match="no plug-in for Foo"):
         use_plugins(model_of(rope), {"Foo"}, [89])
@@ -121,17 +124,23 @@ def test_nodes_without_a_kernel_keep_their_bodies(monkeypatch: pytest.MonkeyPatc
 def test_one_kernel_is_compiled_for_equal_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     value = Value(dtype="bf16", shape=("a",))
     variant = Variant(
-        sm=89, function="f", size=4, warps=1, shared=0, arguments=(), grid=((1,), (1,), (1,))
+        sm=89,
+        function="f",
+        size=4,
+        warps=1,
+        shared=0,
+        example_arguments=(),
+        grid=((1,), (1,), (1,)),
     )
     description = Description(op="f", inputs=(value,), outputs=(value,), variants=(variant,))
-    kernel = CarriedKernel(description=description, code=b"\x7fELF")
+    kernel = PluginKernel(description=description, code=b"\x7fELF")
     asked: list[tuple[Any, ...]] = []
 
-    def carry(*arguments: Any) -> CarriedKernel:
+    def compile_plugin_kernel(*arguments: Any) -> PluginKernel:
         asked.append(arguments)
         return kernel
 
-    monkeypatch.setattr(nodes, "carry", carry)
+    monkeypatch.setattr(nodes, "compile_plugin_kernel", compile_plugin_kernel)
     model = model_of(CASES["rope"])
     (first,) = model.graph
     second = ir.Node(
@@ -149,3 +158,18 @@ def test_one_kernel_is_compiled_for_equal_nodes(monkeypatch: pytest.MonkeyPatch)
     held = node.attributes["code"].value
     assert np.array_equal(held.numpy(), np.frombuffer(b"\x7fELF", np.int8))
     assert '"op":"f"' in node.attributes["description"].value
+
+
+def test_nodes_are_counted_over_all_graphs() -> None:
+    graphs = [
+        Replaced(plugins={"RMSNormRope": 2}, unsupported={"GeluQuantize": {"x is wide": 1}}),
+        Replaced(
+            plugins={"RMSNormRope": 1},
+            unsupported={"GeluQuantize": {"x is wide": 2, "x is int8": 1}, "Other": {"no": 1}},
+        ),
+    ]
+    assert plugin_notes(("RMSNormRope", "GeluQuantize", "AdaLNQuantize"), graphs) == [
+        "plug-in RMSNormRope: takes 3 of 3 nodes",
+        "plug-in GeluQuantize: takes 0 of 4 nodes, not those where x is wide (3); x is int8 (1)",
+        "plug-in AdaLNQuantize: takes 0 of 0 nodes",
+    ]

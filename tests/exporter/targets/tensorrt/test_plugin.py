@@ -13,14 +13,14 @@ from tests.support.plugins import CASES
 from tests.support.rtx_builds import needs_rtx, run
 
 CARRIED = """
-from wanx.bundle.plugin_kernel import carried_kernel
+from wanx.bundle.plugin_kernel import read_plugin_kernel
 made = {}
 for name, case in CASES.items():
     model = model_of(case)
     use_plugins(model, {case.op}, [89, 120])
     (node,) = model.graph
     fields = node.attributes["description"].value.encode(), node.attributes["code"].value.tobytes()
-    kernel = carried_kernel(*fields)
+    kernel = read_plugin_kernel(*fields)
     plan, problem = build(model, lambda name: name not in ("in4", "in5"))
     assert plan, (name, problem, log.lines[-5:])
     carried = [plan.count(kernel.variant_for(sm)[1]) for sm in (89, 120)]
@@ -52,12 +52,12 @@ RUN_TIME = """
 from types import SimpleNamespace
 import numpy as np
 from tests.support.plugins import ListeningDriver
-from wanx.exporter.targets.tensorrt.kernels import carry
-from wanx.runtime.sessions import tensorrt_launch
+from wanx.exporter.targets.tensorrt.kernels import compile_plugin_kernel
+from wanx.runtime.sessions.tensorrt import launch
 case = CASES["gelu, fp8"]
-kernel = carry(case.op, case.inputs, case.attributes, [89])
+kernel = compile_plugin_kernel(case.op, case.inputs, case.attributes, [89])
 driver = ListeningDriver(89, [8] * 6)
-tensorrt_launch.cuda_driver = lambda: driver
+launch.cuda_driver = lambda: driver
 fields = trt.PluginFieldCollection([
     trt.PluginField(name, np.frombuffer(data, np.int8), kind)
     for name, data, kind in zip(

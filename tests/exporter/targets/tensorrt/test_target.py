@@ -25,7 +25,7 @@ from tests.support.onnx_runs import as_numpy
 from tests.support.tensorrt_segments import KINDS, spec_of, values_of
 from wanx.accuracy.metrics import cosine, psnr_db
 from wanx.builtin import builtin_bundle
-from wanx.bundle.engine_schedule import Plan, read_plan
+from wanx.bundle.engine_schedule import EngineSchedule, read_schedule
 from wanx.bundle.reader import open_bundle, verify_bundle
 from wanx.config.models import PRESETS
 from wanx.errors import UsageError, WanxError
@@ -36,16 +36,16 @@ from wanx.exporter.components import (
     vae_decoder_specs,
     vae_encoder_specs,
 )
-from wanx.exporter.partition.partition import cut
+from wanx.exporter.partition.partition import partition
 from wanx.exporter.partition.segments import Segment
-from wanx.exporter.partition.stateless import Functional
+from wanx.exporter.partition.stateless import StatelessSegment
 from wanx.exporter.quantization.quantized_spec import quantized_spec
 from wanx.exporter.quantization.recipe import text_recipe
-from wanx.exporter.targets.tensorrt import flavour as flavours
-from wanx.exporter.targets.tensorrt import target
+from wanx.exporter.targets.options import DEFAULT_OPTIONS
+from wanx.exporter.targets.tensorrt import gpus, target
 from wanx.exporter.targets.tensorrt.graph import OUTPUT, WEIGHT, segment_graph
 from wanx.exporter.targets.tensorrt.ranges import Range, ranges
-from wanx.exporter.targets.tensorrt.tuning import BY_ITSELF, Tuning
+from wanx.exporter.targets.tensorrt.target import TensorRTBuilder
 from wanx.exporter.targets.tensorrt.worker import build_engine, choose_gpus
 from wanx.models.vae import WanVAE
 from wanx.runtime.options import RunOptions
@@ -55,7 +55,7 @@ from wanx.runtime.sessions.tensorrt.library import import_tensorrt
 if find_spec("tensorrt_rtx") is None:
     pytest.skip("TensorRT-RTX is not installed", allow_module_level=True)
 trt = import_tensorrt("tensorrt_rtx")
-NEWER = flavours.Flavour(target="tensorrt", sms=(80,), newer=True)
+AMPERE_PLUS = gpus.TensorRTTarget(name="tensorrt", sms=(80,), ampere_plus=True)
 WIDE = replace(PRESETS["t2v-1.3B"].dit, num_layers=2)
 
 
@@ -102,7 +102,7 @@ def require_same(
     """Compare at other sizes than those that it was traced with."""
     values = values_of(segment, axes)
     with torch.inference_mode():
-        wanted = Functional(segment, torch.device("cpu"))(*values)
+        wanted = StatelessSegment(segment, torch.device("cpu"))(*values)
     for found, right in zip(run_graph(segment, traced, values), wanted, strict=True):
         assert found.shape == right.shape
         error = (found.double() - right.double()).norm()
@@ -112,7 +112,7 @@ def require_same(
 @pytest.mark.parametrize("kind", KINDS)
 def test_graphs_compute_what_their_segments_do(kind: str) -> None:
     """In fp32, since ONNX Runtime has no bf16. A few numbers fall to the other side in 8 bits."""
-    parts = cut(spec_of(SMALL, kind), torch.float32)
+    parts = partition(spec_of(SMALL, kind), torch.float32)
     for name, segment in parts.segments.items():
         exact = kind == "bf16" or name != "block"
         require_same(segment, parts.axes, {"B": 2, "L": 13}, 1e-5 if exact else 3e-3)
@@ -120,7 +120,7 @@ def test_graphs_compute_what_their_segments_do(kind: str) -> None:
 
 @pytest.mark.parametrize("task", ["i2v", "vace"])
 def test_graphs_of_other_tasks(task: str) -> None:
-    parts = cut(dit_spec(TASKS[task][2]), torch.float32)
+    parts = partition(dit_spec(TASKS[task][2]), torch.float32)
     for segment in parts.segments.values():
         require_same(segment, parts.axes, {"B": 1, "L": 11}, 1e-5)
 
@@ -128,7 +128,7 @@ def test_graphs_of_other_tasks(task: str) -> None:
 def test_graphs_of_encoders() -> None:
     quantised = quantized_spec(text_encoder_spec(OUR_T5), text_recipe(OUR_T5))
     for spec in (text_encoder_spec(OUR_T5), quantised, image_encoder_spec(OUR_CLIP)):
-        parts = cut(spec, torch.float32)
+        parts = partition(spec, torch.float32)
         for segment in parts.segments.values():
             require_same(segment, parts.axes, {"n": 7}, 1e-5)
 
@@ -136,7 +136,7 @@ def test_graphs_of_encoders() -> None:
 def test_graphs_of_the_vae() -> None:
     config = PRESETS["tiny"].vae
     for spec in (vae_encoder_specs(config)[0], vae_decoder_specs(config)[1]):
-        parts = cut(spec, torch.float32)
+        parts = partition(spec, torch.float32)
         (segment,) = parts.segments.values()
         require_same(segment, parts.axes, {"h": 3, "w": 5}, 1e-4)
 
@@ -144,11 +144,11 @@ def test_graphs_of_the_vae() -> None:
 def test_the_vae_in_bf16() -> None:
     """Every convolution is one kernel in bf16, and so is what is kept from chunk to chunk."""
     spec = vae_decoder_specs(PRESETS["tiny"].vae)[1]
-    parts = cut(spec, torch.bfloat16)
+    parts = partition(spec, torch.bfloat16)
     (segment,) = parts.segments.values()
     assert {item.dtype for item in segment.inputs} == {torch.float32, torch.bfloat16}
-    assert parts.types["latent"] == "F32"
-    assert {kind for name, kind in parts.types.items() if name != "latent"} == {"BF16"}
+    assert parts.input_dtypes["latent"] == "F32"
+    assert {kind for name, kind in parts.input_dtypes.items() if name != "latent"} == {"BF16"}
     _, found = layers_of(segment, parts.axes, (89,), ranges(PRESETS["tiny"]))
     convolutions = {n: c for n, c in found.items() if n.startswith(("conv", "corr"))}
     module = segment.module
@@ -197,7 +197,7 @@ def test_the_vae_in_bf16_draws_the_same_frames() -> None:
 @pytest.mark.parametrize("sms", [(89,), (89, 120)])
 def test_a_block_of_full_size(kind: str, layers: dict[str, int], sms: tuple[int, ...]) -> None:
     """q, k and v are one product; nothing but the listed ones multiplies."""
-    parts = cut(spec_of(WIDE, kind), torch.bfloat16)
+    parts = partition(spec_of(WIDE, kind), torch.bfloat16)
     sizes = ranges(PRESETS["t2v-1.3B"], fp8_attention=kind == "attention")
     segment = parts.segments["block"]
     engine, found = layers_of(segment, parts.axes, sms, sizes)
@@ -214,20 +214,20 @@ def test_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = wanx.build(root, target="rtx:sm89,sm120")
     assert bundle.manifest.target == "rtx"
     for name, component in bundle.manifest.components.items():
-        plan = read_plan(root / component.engines["rtx"])
-        assert plan.device == "sm89+sm120"
-        assert plan.compiler == f"tensorrt_rtx {trt.__version__}"
-        inputs = {n for step in plan.steps for n in step.inputs}
+        schedule = read_schedule(root / component.engines["rtx"])
+        assert schedule.device == "sm89+sm120"
+        assert schedule.compiler == f"tensorrt_rtx {trt.__version__}"
+        inputs = {n for step in schedule.steps for n in step.inputs}
         assert set(component.inputs) <= inputs, name
-        assert plan.types.keys() == set(component.inputs)
+        assert schedule.input_dtypes.keys() == set(component.inputs)
     assert {c.problem for c in verify_bundle(root)} == {None}
 
-    def build(*given: Any) -> None:
-        built.append(given)
+    def build(builder: TensorRTBuilder, *_: Any) -> None:
+        built.append(builder)
         raise WanxError("stop")
 
-    built: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(target, "build", build)
+    built: list[TensorRTBuilder] = []
+    monkeypatch.setattr(TensorRTBuilder, "build", build)
     assert wanx.build(root, target="rtx:sm120,sm89").hash == bundle.hash
     assert not built
     with pytest.raises(WanxError, match="stop"):
@@ -236,30 +236,31 @@ def test_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(WanxError, match="stop"):
         wanx.build(root, target="rtx:sm89", **options, workspace=1 << 28, opt_level=1)
     default, asked = built
-    assert default[5:7] == ((), BY_ITSELF)
-    assert asked[3]["L"] == Range(least=1, usual=2 * 3 * 5, most=2 * 3 * 5)
-    assert asked[5:7] == (("GeluQuantize",), Tuning(workspace=1 << 28, opt_level=1))
+    assert (default.plugins, default.options) == ((), DEFAULT_OPTIONS)
+    assert asked.ranges["L"] == Range(min=1, opt=2 * 3 * 5, max=2 * 3 * 5)
+    assert asked.plugins == ("GeluQuantize",)
+    assert (asked.options.workspace, asked.options.opt_level) == (1 << 28, 1)
     assert open_bundle(root).hash == bundle.hash
     assert wanx.build(root, target="cpu").manifest.target == "cpu"
 
 
 def test_attention_that_is_taken_apart_is_refused() -> None:
-    parts = cut(spec_of(WIDE, "attention"), torch.bfloat16)
+    parts = partition(spec_of(WIDE, "attention"), torch.bfloat16)
     # From one token on; few at most, since it would hold all of their scores.
-    sizes = {**ranges(PRESETS["t2v-1.3B"]), "L": Range(least=1, usual=512, most=1024)}
+    sizes = {**ranges(PRESETS["t2v-1.3B"]), "L": Range(min=1, opt=512, max=1024)}
     segment = parts.segments["block"]
     _, layers = layers_of(segment, parts.axes, (89,), sizes)
     with pytest.raises(WanxError, match="did not become one kernel"):
         target.require_layers(segment, layers)
 
 
-def build_with_worker(second: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+def build_with_worker(second: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> EngineSchedule:
     """Build with a worker that does something else instead of its second engine."""
     script = folder / "worker_that_ends.py"
     script.write_text(
         "import errno, json, os, sys\n"
         "from pathlib import Path\n"
-        "from wanx.exporter.targets import tensorrt_worker as worker\n"
+        "from wanx.exporter.targets.tensorrt import worker\n"
         "whole, calls = worker.build_engine, []\n"
         "def build(*arguments):\n"
         "    calls.append(1)\n"
@@ -269,12 +270,13 @@ def build_with_worker(second: str, folder: Path, monkeypatch: pytest.MonkeyPatch
         "worker.build_engine = build\n"
         "worker.main()\n"
     )
-    monkeypatch.setattr(target.tensorrt_worker, "__name__", "worker_that_ends")
+    monkeypatch.setattr(target.worker, "__name__", "worker_that_ends")
     monkeypatch.setenv("PYTHONPATH", str(folder))
-    return target.build(
-        dit_spec(PRESETS["tiny"].dit), torch.bfloat16, flavours.Flavour(target="rtx", sms=(89,)),
-        ranges(PRESETS["tiny"]), folder / "engines",
-    )  # fmt: skip
+    builder = TensorRTBuilder(
+        target=gpus.TensorRTTarget(name="rtx", sms=(89,)), ranges=ranges(PRESETS["tiny"])
+    )
+    parts = partition(dit_spec(PRESETS["tiny"].dit), torch.bfloat16)
+    return builder.build("dit", parts, folder / "engines")
 
 
 def test_a_process_that_ends_is_told_by_name(
@@ -301,7 +303,7 @@ def test_what_tensorrt_does_not_read() -> None:
 
 
 def test_products_that_are_not_8_bit_are_refused() -> None:
-    segment = cut(spec_of(SMALL, "fp8"), torch.float32).segments["block"]
+    segment = partition(spec_of(SMALL, "fp8"), torch.float32).segments["block"]
     with pytest.raises(WanxError, match="2 of 8 FP8 layers became FP8 products"):
         target.require_layers(segment, {"gemm BFloat16": 6, "gemm FP8": 2})
 
@@ -317,9 +319,9 @@ def test_products_that_are_not_8_bit_are_refused() -> None:
     ],
 )
 def test_targets(target: str, sms: tuple[int, ...], device: str) -> None:
-    flavour = flavours.parse_target(target)
-    assert flavour is not None
-    assert (flavour.sms, flavour.device) == (sms, device)
+    parsed = gpus.parse_target(target)
+    assert parsed is not None
+    assert (parsed.sms, parsed.device) == (sms, device)
 
 
 def test_the_gpu_that_builds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,64 +329,64 @@ def test_the_gpu_that_builds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     built = {
-        target: flavours.for_this_machine(parsed).device
+        target: gpus.for_this_machine(parsed).device
         for target in ("rtx", "rtx:sm120", "tensorrt", "tensorrt:sm80+")
-        if (parsed := flavours.parse_target(target)) is not None
+        if (parsed := gpus.parse_target(target)) is not None
     }
     assert built == {
         "rtx": "sm90", "rtx:sm120": "sm120", "tensorrt": "sm90", "tensorrt:sm80+": "sm80+"
     }  # fmt: skip
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     with pytest.raises(UsageError, match=r"a GPU of sm80\+ has to build for it, .* is sm75"):
-        flavours.for_this_machine(NEWER)
+        gpus.for_this_machine(AMPERE_PLUS)
 
 
 def test_gpus_of_the_builder() -> None:
     """What full TensorRT, which RTX takes no level from, is told; what comes of it needs a GPU."""
     full = SimpleNamespace(hardware_compatibility_level=None)
-    choose_gpus(trt, full, (90,), newer=False)
+    choose_gpus(trt, full, (90,), ampere_plus=False)
     assert full.hardware_compatibility_level is None
-    choose_gpus(trt, full, (80,), newer=True)
+    choose_gpus(trt, full, (80,), ampere_plus=True)
     assert full.hardware_compatibility_level == trt.HardwareCompatibilityLevel.AMPERE_PLUS
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
     config = builder.create_builder_config()
-    choose_gpus(trt, config, (89, 120), newer=False)
+    choose_gpus(trt, config, (89, 120), ampere_plus=False)
     capabilities = [config.get_compute_capability(place) for place in range(2)]
     assert capabilities == [trt.ComputeCapability.SM89, trt.ComputeCapability.SM120]
 
 
 @pytest.mark.parametrize("target", ["cpu", "aoti", "rt", "rtxx:sm89"])
 def test_other_targets(target: str) -> None:
-    assert flavours.parse_target(target) is None
+    assert gpus.parse_target(target) is None
 
 
 @pytest.mark.parametrize(
     ("act", "words"),
     [
         (
-            lambda: flavours.parse_target("rtx:sm90"),
+            lambda: gpus.parse_target("rtx:sm90"),
             "does not build for sm90; choose from sm75,",
         ),
-        (lambda: flavours.parse_target("tensorrt:sm89"), "follows, or write tensorrt:sm80.+ for"),
-        (lambda: flavours.for_this_machine(NEWER), "for this machine's GPU, and PyTorch finds"),
+        (lambda: gpus.parse_target("tensorrt:sm89"), "follows, or write tensorrt:sm80.+ for"),
+        (lambda: gpus.for_this_machine(AMPERE_PLUS), "for this machine's GPU, and PyTorch finds"),
         (
-            lambda: flavours.require_precision(NEWER, "fp8"),
+            lambda: gpus.require_precision(AMPERE_PLUS, "fp8"),
             "sm80 has no FP8; choose --precision int8, or sm89 or newer",
         ),
         (
-            lambda: flavours.require_plugins(NEWER, ("GeluQuantize",)),
+            lambda: gpus.require_plugins(AMPERE_PLUS, ("GeluQuantize",)),
             "plug-ins hold kernels for GPUs by name; leave --plugins out, or sm80.+",
         ),
         (
-            lambda: flavours.require_precision(flavours.Flavour(target="rtx", sms=(86,)), "fp8"),
+            lambda: gpus.require_precision(gpus.TensorRTTarget(name="rtx", sms=(86,)), "fp8"),
             "sm86 has no FP8; choose --precision int8, or sm89 or newer",
         ),
         (
-            lambda: flavours.require_precision(flavours.Flavour(target="rtx", sms=(75,)), "bf16"),
+            lambda: gpus.require_precision(gpus.TensorRTTarget(name="rtx", sms=(75,)), "bf16"),
             "sm75 has no bf16, which engines compute in; choose sm80 or newer",
         ),
         (
-            lambda: flavours.for_this_machine(flavours.Flavour(target="rtx")),
+            lambda: gpus.for_this_machine(gpus.TensorRTTarget(name="rtx")),
             "PyTorch finds none; name one, as in rtx:sm89",
         ),
     ],
@@ -401,13 +403,13 @@ def test_sizes_that_are_covered() -> None:
     config = PRESETS["t2v-14B"]
     every = ranges(config)
     # 81 frames are 21 latent ones; a token is 16 pixels wide and high.
-    assert every["L"].most == 21 * 45 * 80
-    assert (every["h"].most, every["w"].most) == (160, 160)
+    assert every["L"].max == 21 * 45 * 80
+    assert (every["h"].max, every["w"].max) == (160, 160)
     asked = ranges(config, sizes=[(832, 480), (480, 1280)], frames=17, fp8_attention=True)
-    assert asked["L"] == Range(least=32, usual=5 * 30 * 52, most=5 * 80 * 30)
-    assert asked["h"] == Range(least=1, usual=60, most=160)
-    assert asked["w"] == Range(least=1, usual=104, most=104)
-    assert asked["B"] == Range(least=1, usual=1, most=2)
+    assert asked["L"] == Range(min=32, opt=5 * 30 * 52, max=5 * 80 * 30)
+    assert asked["h"] == Range(min=1, opt=60, max=160)
+    assert asked["w"] == Range(min=1, opt=104, max=104)
+    assert asked["B"] == Range(min=1, opt=1, max=2)
     with pytest.raises(UsageError, match="--frames 0: a video has 1 or more"):
         ranges(config, frames=0)
     with pytest.raises(UsageError, match="--sizes 832x8: sides are 16 pixels or more"):
@@ -419,10 +421,10 @@ def test_sizes_that_are_covered() -> None:
     [("auto", ()), ("none", ()), ("RMSNormRope,GeluQuantize", ("RMSNormRope", "GeluQuantize"))],
 )
 def test_plug_ins(asked: str, names: tuple[str, ...]) -> None:
-    assert flavours.parse_plugins(asked) == names
+    assert gpus.parse_plugins(asked) == names
 
 
 @pytest.mark.parametrize("asked", ["RMSNorm", "", "RMSNormRope,"])
 def test_plug_ins_that_there_are_not(asked: str) -> None:
     with pytest.raises(UsageError, match=r"choose auto, none, or from .*RMSNormRope,"):
-        flavours.parse_plugins(asked)
+        gpus.parse_plugins(asked)

@@ -16,10 +16,10 @@ import torch
 import wanx
 from wanx.benchmarks.accuracy.compare import CompareOptions, compare
 from wanx.benchmarks.speed.suite import BenchOptions
-from wanx.bundle.engine_schedule import PLAN, Plan, read_plan
+from wanx.bundle.engine_schedule import SCHEDULE, EngineSchedule, read_schedule
 from wanx.bundle.publish import record_files, write_manifest
 from wanx.bundle.reader import Bundle, open_bundle
-from wanx.bundle.trust import note_built
+from wanx.bundle.trust import mark_trusted
 from wanx.errors import CorruptInputError, EnvironmentMismatchError
 from wanx.exporter.calibration.options import CalibrationOptions
 from wanx.runtime.options import RunOptions
@@ -74,16 +74,16 @@ def relative(found: np.ndarray, wanted: np.ndarray) -> float:
 def test_it_is_what_the_export_says(compiled: Bundle) -> None:
     assert compiled.manifest.target == "aoti"
     for name, component in compiled.manifest.components.items():
-        plan = read_plan(compiled.root / component.engines["aoti"])
-        assert plan.device == ("cpu" if not torch.cuda.is_available() else plan.device)
+        schedule = read_schedule(compiled.root / component.engines["aoti"])
+        assert schedule.device == ("cpu" if not torch.cuda.is_available() else schedule.device)
         assert isinstance(open_session(on_cpu(compiled), name), Session)
-    plan = read_plan(compiled.root / compiled.manifest.components["dit"].engines["aoti"])
-    types = {w.dtype for program in plan.programs.values() for w in program.weights}
+    schedule = read_schedule(compiled.root / compiled.manifest.components["dit"].engines["aoti"])
+    types = {w.dtype for program in schedule.programs.values() for w in program.weights}
     assert "F8_E4M3" in types
     packages = sum(p.stat().st_size for p in (compiled.root / "engines").rglob("dit/*.pt2"))
     weights = (compiled.root / "weights" / "dit.safetensors").stat().st_size
     assert weights > 8e5
-    assert packages < 5e6 * len(plan.programs)
+    assert packages < 5e6 * len(schedule.programs)
 
 
 @pytest.mark.parametrize("grid", [(5, 4, 4), (1, 3, 4), (2, 5, 3)])
@@ -106,9 +106,9 @@ def test_two_branches_at_once_are_each_alone(compiled: Bundle) -> None:
         alone = [session.run(feed)["velocity"] for feed in feeds]
         apart = relative(alone[0], alone[1])
         assert apart > 0.1
-        plan = session._engine.plan
+        schedule = session._runner.schedule
         for limit in (0, 1000):
-            session._engine.plan = plan.model_copy(update={"batch_limit": limit})
+            session._runner.schedule = schedule.model_copy(update={"max_batched_tokens": limit})
             for found, wanted in zip(session.run_each(feeds), alone, strict=True):
                 assert found["velocity"].shape == wanted.shape
                 assert relative(found["velocity"], wanted) < apart / 4
@@ -158,7 +158,7 @@ def test_a_benchmark_of_programs(compiled: Bundle, tmp_path: Path) -> None:
 def test_every_network_at_every_step(compiled: Bundle, tmp_path: Path) -> None:
     """Teacher-forced: free-running videos diverge with the processor's rounding of bf16."""
     # Building measures which limit is faster, and that is different from run to run.
-    compiled = changed(compiled, tmp_path / "b", batch_limit=0)
+    compiled = changed(compiled, tmp_path / "b", max_batched_tokens=0)
     options = CompareOptions(run=RunOptions(prompt=PROMPT, seed=3, steps=6), clips=False)
     comparison = compare(compiled, on_cpu(compiled), options)
     (run,) = comparison.runs
@@ -185,19 +185,19 @@ def test_building_again_builds_nothing(
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("compiled again")
 
-    monkeypatch.setattr("wanx.exporter.targets.aoti.build", fail)
+    monkeypatch.setattr("wanx.exporter.targets.aoti.AotiBuilder.build", fail)
     assert wanx.build(copy, target="aoti").manifest == compiled.manifest
 
 
 def changed(compiled: Bundle, folder: Path, **update: object) -> Bundle:
-    """A copy whose plan of the denoiser says something else, signed anew and built here."""
+    """A copy whose schedule of the denoiser says something else, signed anew and built here."""
     shutil.copytree(compiled.root, folder)
     engine = compiled.manifest.components["dit"].engines["aoti"]
-    plan = read_plan(folder / engine).model_copy(update=update)
-    (folder / engine).write_text(plan.model_dump_json())
+    schedule = read_schedule(folder / engine).model_copy(update=update)
+    (folder / engine).write_text(schedule.to_json())
     manifest = compiled.manifest.model_copy(update={"files": record_files(folder)})
     write_manifest(folder, manifest)
-    note_built(engine, manifest.files)
+    mark_trusted(engine, manifest.files)
     return open_bundle(folder)
 
 
@@ -231,15 +231,15 @@ def test_programs_from_elsewhere(
 
 
 def test_a_plan_that_wants_other_weights(compiled: Bundle, tmp_path: Path) -> None:
-    plan = read_plan(compiled.root / compiled.manifest.components["dit"].engines["aoti"])
-    steps = [s.model_copy(update={"prefix": s.prefix.replace("1", "9")}) for s in plan.steps]
+    schedule = read_schedule(compiled.root / compiled.manifest.components["dit"].engines["aoti"])
+    steps = [s.model_copy(update={"prefix": s.prefix.replace("1", "9")}) for s in schedule.steps]
     bundle = changed(compiled, tmp_path / "b", steps=tuple(steps))
     with pytest.raises(CorruptInputError, match=r"lack 'blocks.9.* export it again"):
         open_session(bundle, "dit")
 
 
 def test_without_pytorch(compiled: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wanx.runtime.sessions.find_spec", lambda _: None)
+    monkeypatch.setattr("wanx.runtime.sessions.registry.find_spec", lambda _: None)
     with pytest.raises(EnvironmentMismatchError, match=r"pip install 'wanx\[export\]'"):
         open_session(compiled, "dit")
 
@@ -249,8 +249,8 @@ def test_without_pytorch(compiled: Bundle, monkeypatch: pytest.MonkeyPatch) -> N
     [
         (lambda text: text.replace('"embed.pt2"', '"../embed.pt2"'), "file"),
         (lambda text: text.replace('"tokens"', '"tokins"', 1), "reads tokens, which nothing makes"),
-        (lambda text: text[:100], "not the plan of an engine"),
-        (lambda text: text.replace('"schema_version":1', '"schema_version":2'), "schema_version"),
+        (lambda text: text[:100], "not the schedule of an engine"),
+        (lambda text: text.replace('"schema_version": 1', '"schema_version": 2'), "schema_version"),
         (lambda text: text + " " * (8 << 20), "larger than"),
     ],
 )
@@ -258,8 +258,8 @@ def test_a_plan_that_no_build_writes(
     compiled: Bundle, tmp_path: Path, change: Any, words: str
 ) -> None:
     path = compiled.root / compiled.manifest.components["dit"].engines["aoti"]
-    plan = Plan.model_validate_json(path.read_bytes())
-    altered = tmp_path / PLAN
-    altered.write_text(change(plan.model_dump_json()))
+    schedule = EngineSchedule.model_validate_json(path.read_bytes())
+    altered = tmp_path / SCHEDULE
+    altered.write_text(change(schedule.to_json()))
     with pytest.raises(CorruptInputError, match=words):
-        read_plan(altered)
+        read_schedule(altered)

@@ -8,9 +8,9 @@ import pytest
 
 from tests.support.plugins import ListeningDriver
 from wanx.bundle.plugin_kernel import (
-    CarriedKernel,
     Description,
     Integer,
+    PluginKernel,
     Pointer,
     Real,
     Value,
@@ -23,7 +23,7 @@ CONTEXTS = itertools.count(1)
 ARGUMENTS = (8, 8, 4, 4, 8, 8)
 
 
-def kernel(shared: int = 0, sm: int = 89) -> CarriedKernel:
+def kernel(shared: int = 0, sm: int = 89) -> PluginKernel:
     value = Value(dtype="bf16", shape=("a", 64))
     variant = Variant(
         sm=sm, function="_kernel", size=8, warps=2, shared=shared,
@@ -32,7 +32,7 @@ def kernel(shared: int = 0, sm: int = 89) -> CarriedKernel:
         grid=(("a",), (2,), (1,)),
     )  # fmt: skip
     description = Description(op="Foo", inputs=(value,), outputs=(value,), variants=(variant,))
-    return CarriedKernel(description=description, code=b"\x7fELFcode")
+    return PluginKernel(description=description, code=b"\x7fELFcode")
 
 
 def driver(**changes: Any) -> ListeningDriver:

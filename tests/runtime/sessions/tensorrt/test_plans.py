@@ -17,10 +17,10 @@ import torch
 
 from tests.support.fake_gpu import FakeCuda, FakeTensorRT, Function, engine_file
 from wanx.builtin import builtin_bundle
-from wanx.bundle.engine_schedule import PLAN, Plan, Program
+from wanx.bundle.engine_schedule import SCHEDULE, EngineSchedule, Program
 from wanx.bundle.reader import Bundle, open_bundle
 from wanx.exporter.components import GraphInput, component_specs
-from wanx.exporter.partition.partition import cut
+from wanx.exporter.partition.partition import partition
 from wanx.exporter.partition.segments import STORED, Segment
 from wanx.exporter.targets.tensorrt.graph import segment_graph
 from wanx.runtime.pipeline import Pipeline
@@ -66,7 +66,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, dict[str,
     functions: dict[str, Function] = {}
     components = dict(bundle.manifest.components)
     for spec in component_specs(bundle.manifest.config):
-        parts = cut(spec, torch.float32)
+        parts = partition(spec, torch.float32)
         folder = root / "engines" / "fake" / spec.name
         folder.mkdir(parents=True)
         programs = {}
@@ -75,12 +75,13 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, dict[str,
             functions[key] = function_of(segment, parts.axes)
             write_engine(folder / f"{name}.engine", key, segment)
             programs[name] = Program(file=f"{name}.engine", weights=segment.weights)
-        plan = Plan(
-            compiler="tensorrt 99.0", device="sm89", types=parts.types, batched=parts.batched,
-            batch_limit=BATCH_LIMIT, programs=programs, steps=parts.steps,
+        schedule = EngineSchedule(
+            compiler="tensorrt 99.0", device="sm89", input_dtypes=parts.types,
+            batched=parts.batched,
+            max_batched_tokens=BATCH_LIMIT, programs=programs, steps=parts.steps,
         )  # fmt: skip
-        (folder / PLAN).write_text(plan.model_dump_json())
-        engines = {"tensorrt": f"engines/fake/{spec.name}/{PLAN}"}
+        (folder / SCHEDULE).write_text(schedule.to_json())
+        engines = {"tensorrt": f"engines/fake/{spec.name}/{SCHEDULE}"}
         components[spec.name] = components[spec.name].model_copy(update={"engines": engines})
     manifest = bundle.manifest.model_copy(update={"target": "tensorrt", "components": components})
     return dataclasses.replace(bundle, manifest=manifest), functions
@@ -92,7 +93,7 @@ def cuda(
 ) -> Iterator[FakeCuda]:
     fake = FakeCuda()
     trt = FakeTensorRT(fake, planned[1])
-    monkeypatch.setattr("wanx.runtime.sessions.device.cuda.SPARE", 0)
+    monkeypatch.setattr("wanx.runtime.sessions.device.cuda.RESERVED_BYTES", 0)
     monkeypatch.setenv("WANX_TRUST_ENGINES", "1")
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", fake)  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "tensorrt", trt)

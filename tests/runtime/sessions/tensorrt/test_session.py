@@ -15,7 +15,14 @@ import numpy as np
 import pytest
 
 from tests.support.fake_gpu import Diagnostics, FakeCuda, FakeTensorRT, engine_file
-from wanx.bundle.engine_schedule import PLAN, Plan, Program, Step, Weight, read_plan
+from wanx.bundle.engine_schedule import (
+    SCHEDULE,
+    EngineSchedule,
+    Program,
+    Step,
+    Weight,
+    read_schedule,
+)
 from wanx.errors import CorruptInputError, EnvironmentMismatchError, UsageError, WanxError
 from wanx.files.safetensors import SafetensorsWriter
 from wanx.runtime.sessions import open_session
@@ -57,7 +64,7 @@ TYPES = {"tokens": "F32", "timestep": "F32", "rope_cos": "F32"}
 BF16 = "BF16"
 
 
-def dit_plan(**changes: Any) -> Plan:
+def dit_schedule(**changes: Any) -> EngineSchedule:
     """Two equal blocks with a weight of two sources, between an entry and an end."""
     programs = {
         "embed": Program(
@@ -83,11 +90,11 @@ def dit_plan(**changes: Any) -> Plan:
         Step(program="block", prefix="blocks.1.", inputs=read, outputs=("x",)),
         Step(program="head", prefix="head.", inputs=("x",), outputs=("velocity",)),
     )
-    plan = Plan(
-        compiler=COMPILER, device="sm80+sm89", types=TYPES, batched=("tokens", "timestep"),
+    schedule = EngineSchedule(
+        compiler=COMPILER, device="sm80+sm89", input_dtypes=TYPES, batched=("tokens", "timestep"),
         programs=programs, steps=steps,
     )  # fmt: skip
-    return plan.model_copy(update=changes)
+    return schedule.model_copy(update=changes)
 
 
 def dit_engines(folder: Path) -> None:
@@ -147,13 +154,15 @@ def write_weights(path: Path, weights: dict[str, tuple[str, np.ndarray]]) -> Non
             writer.write(as_input(array, dtype).tobytes())  # type: ignore[arg-type]
 
 
-def make_bundle(folder: Path, plan: Plan, outputs: tuple[str, ...], name: str = "dit") -> Any:
+def make_bundle(
+    folder: Path, schedule: EngineSchedule, outputs: tuple[str, ...], name: str = "dit"
+) -> Any:
     place = folder / "engines" / name
     place.mkdir(parents=True)
     (folder / "weights").mkdir(exist_ok=True)
-    (place / PLAN).write_text(plan.model_dump_json())
+    (place / SCHEDULE).write_text(schedule.to_json())
     record = SimpleNamespace(
-        engines={"tensorrt": f"engines/{name}/{PLAN}"},
+        engines={"tensorrt": f"engines/{name}/{SCHEDULE}"},
         weights=(f"weights/{name}.safetensors",),
         outputs=outputs,
     )
@@ -163,14 +172,14 @@ def make_bundle(folder: Path, plan: Plan, outputs: tuple[str, ...], name: str = 
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Any:
-    found = make_bundle(tmp_path, dit_plan(), ("velocity",))
+    found = make_bundle(tmp_path, dit_schedule(), ("velocity",))
     dit_engines(tmp_path / "engines" / "dit")
     write_weights(tmp_path / "weights" / "dit.safetensors", dit_weights())
     return found
 
 
-def rewrite(bundle: Any, plan: Plan) -> None:
-    (bundle.root / "engines" / "dit" / PLAN).write_text(plan.model_dump_json())
+def rewrite(bundle: Any, schedule: EngineSchedule) -> None:
+    (bundle.root / "engines" / "dit" / SCHEDULE).write_text(schedule.to_json())
 
 
 @pytest.fixture
@@ -178,7 +187,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     fake = FakeCuda()
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", fake)  # type: ignore[arg-type]
     monkeypatch.setattr(weight_files, "STAGE", 64)
-    monkeypatch.setattr("wanx.runtime.sessions.device.cuda.SPARE", 0)
+    monkeypatch.setattr("wanx.runtime.sessions.device.cuda.RESERVED_BYTES", 0)
     monkeypatch.setenv("WANX_TRUST_ENGINES", "1")
     return fake
 
@@ -221,7 +230,7 @@ def rope(length: int, seed: int = 9) -> Arrays:
 
 
 def expected(given: Arrays) -> np.ndarray:
-    """The whole plan in numpy, with the weights as the engines take them."""
+    """The whole schedule in numpy, with the weights as the engines take them."""
     weights = {n: a for n, (_, a) in dit_weights().items()}
     x, time = embed(given["tokens"], given["timestep"], weights["embed.w"])
     for index in range(2):
@@ -268,7 +277,7 @@ def test_a_result_is_not_overwritten_by_the_next(
         np.testing.assert_array_equal(found, expected(feeds(7, seed) | rope(7)))
 
 
-def test_new_constants_keep_the_recording(bundle: Any, cuda: FakeCuda, trt: FakeTensorRT) -> None:
+def test_new_constants_keep_the_graph(bundle: Any, cuda: FakeCuda, trt: FakeTensorRT) -> None:
     with open_dit(bundle) as session:
         for seed in range(4):
             session.bind(rope(7, seed))
@@ -308,7 +317,7 @@ def test_two_at_once_are_each_alone(bundle: Any, cuda: FakeCuda, trt: FakeTensor
     given = [feeds(6, seed) for seed in (1, 2)]
     alone = [expected(feed | rope(6)) for feed in given]
     for limit, launches in ((0, 2), (6, 1), (5, 2)):
-        rewrite(bundle, dit_plan(batch_limit=limit))
+        rewrite(bundle, dit_schedule(max_batched_tokens=limit))
         trt.contexts.clear()
         with open_dit(bundle) as session:
             session.bind(rope(6))
@@ -337,7 +346,7 @@ def test_without_graphs(
 
 
 @pytest.mark.parametrize("cause", ["TensorRT", "capture", "instantiate"])
-def test_recording_fails(
+def test_capture_fails(
     bundle: Any, cuda: FakeCuda, trt: FakeTensorRT, caplog: pytest.LogCaptureFixture, cause: str
 ) -> None:
     """It is tried once, and said once; the programs go on one by one."""
@@ -353,7 +362,7 @@ def test_recording_fails(
     nothing_left(cuda)
 
 
-def test_a_launch_fails_while_recording(
+def test_a_launch_fails_during_capture(
     bundle: Any, cuda: FakeCuda, trt: FakeTensorRT, caplog: pytest.LogCaptureFixture
 ) -> None:
     with open_dit(bundle) as session:
@@ -379,14 +388,14 @@ def vae_bundle(folder: Path, name: str) -> Any:
         inputs: dict[str, Any] = {"latent": latent}
     else:
         inputs = {"latent": latent, "cache": ("BF16", latent[1])}
-    plan = Plan(
-        compiler=COMPILER, device="sm89", types={n: t for n, (t, _) in inputs.items()},
+    schedule = EngineSchedule(
+        compiler=COMPILER, device="sm89", input_dtypes={n: t for n, (t, _) in inputs.items()},
         programs={name: Program(file=f"{name}.engine", weights=())},
         steps=(
             Step(program=name, inputs=tuple(inputs), outputs=("video", "cache_next")),
         ),
     )  # fmt: skip
-    found = make_bundle(folder, plan, ("video", "cache_next"), name)
+    found = make_bundle(folder, schedule, ("video", "cache_next"), name)
     engine_file(
         folder / "engines" / name / f"{name}.engine",
         name,
@@ -417,8 +426,8 @@ def test_state_goes_from_run_to_run(tmp_path: Path, cuda: FakeCuda, trt: FakeTen
         # From the second run on there are two caches: one is read and the other written. The
         # first of them was there before, so that it is in no prediction.
         assert taken[1:] == [taken[1]] * 3
-        (place,) = session._engine._places.values()  # type: ignore[attr-defined]
-        assert cuda.device.used == 512 + place.walk.needed
+        (buffers,) = session._runner._buffers.values()  # type: ignore[attr-defined]
+        assert cuda.device.used == 512 + buffers.shapes.total_bytes
         assert "cudaStreamBeginCapture" not in cuda.calls
         stateless = session.run({"latent": latents[0]}, dict(state))
         assert stateless.keys() == {"video"}
@@ -513,7 +522,7 @@ def test_a_size_that_is_not_covered(bundle: Any, cuda: FakeCuda, trt: FakeTensor
 def test_engines_of_another_machine(
     bundle: Any, cuda: FakeCuda, trt: FakeTensorRT, update: dict[str, Any], words: str
 ) -> None:
-    rewrite(bundle, dit_plan(**update))
+    rewrite(bundle, dit_schedule(**update))
     with pytest.raises(EnvironmentMismatchError, match=words) as caught:
         open_dit(bundle)
     assert f"`wanx build {bundle.root} --target tensorrt`" in str(caught.value)
@@ -525,17 +534,17 @@ def test_engines_of_another_machine(
 def test_engines_for_this_machine_among_others(
     bundle: Any, cuda: FakeCuda, trt: FakeTensorRT, device: str
 ) -> None:
-    rewrite(bundle, dit_plan(device=device))
+    rewrite(bundle, dit_schedule(device=device))
     with open_dit(bundle) as session:
         assert session.run(feeds(7, 0) | rope(7))["velocity"].shape[1] == 7
 
 
 def test_rtx_is_told_for_which_gpu(bundle: Any, cuda: FakeCuda, trt: FakeTensorRT) -> None:
     bundle.manifest.target = "rtx"
-    bundle.manifest.components["dit"].engines["rtx"] = f"engines/dit/{PLAN}"
+    bundle.manifest.components["dit"].engines["rtx"] = f"engines/dit/{SCHEDULE}"
     with pytest.raises(CorruptInputError, match=r"for rtx were built by tensorrt 99\.0"):
         open_dit(bundle)
-    rewrite(bundle, dit_plan(device="sm120"))
+    rewrite(bundle, dit_schedule(device="sm120"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(
             sys.modules["wanx.runtime.sessions.tensorrt.session"].__dict__["MODULES"],
@@ -551,7 +560,7 @@ def test_rtx_is_told_for_which_gpu(bundle: Any, cuda: FakeCuda, trt: FakeTensorR
 
 
 def test_without_tensorrt(bundle: Any, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wanx.runtime.sessions.tensorrt.session.find_spec", lambda _: None)
+    monkeypatch.setattr("wanx.runtime.sessions.registry.find_spec", lambda _: None)
     with pytest.raises(EnvironmentMismatchError, match=r"pip install 'wanx\[tensorrt\]'"):
         open_dit(bundle)
 
@@ -674,7 +683,7 @@ def test_the_prediction_is_what_is_taken(
 ) -> None:
     said: list[int] = []
     with open_dit(bundle) as session:
-        engine = session._engine
+        engine = session._runner
         make_room = engine._make_room
 
         def remember(needed: int) -> None:
@@ -789,8 +798,8 @@ def test_engines_list_tensors_in_the_order_of_the_graph() -> None:
 
 
 def test_plans_of_engines_are_read(bundle: Any) -> None:
-    plan = read_plan(bundle.root / "engines" / "dit" / PLAN)
-    assert plan == dit_plan()
+    schedule = read_schedule(bundle.root / "engines" / "dit" / SCHEDULE)
+    assert schedule == dit_schedule()
 
 
 def test_layers_are_timed(bundle: Any, cuda: FakeCuda, trt: FakeTensorRT) -> None:
@@ -802,7 +811,7 @@ def test_layers_are_timed(bundle: Any, cuda: FakeCuda, trt: FakeTensorRT) -> Non
         found = session.kernel_times(lambda: answers.append(session.run(given)["velocity"]))
         np.testing.assert_array_equal(answers[0], expected)
         # Of a program that several steps run, the calls of all of them; the fake says 2 ms each.
-        calls = Counter(step.program for step in session.plan.steps)
+        calls = Counter(step.program for step in session.schedule.steps)
         assert {(t.program, t.name): t.calls for t in found} == {
             (program, layer): count
             for program, count in calls.items()

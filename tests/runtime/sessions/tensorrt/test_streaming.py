@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 
 from tests.support.fake_gpu import INVALID, OUT_OF_MEMORY, FakeCuda, FakeTensorRT, engine_file
-from wanx.bundle.engine_schedule import PLAN, Plan, Program, Step, Weight
-from wanx.commands.display.generation import memory_lines
+from wanx.bundle.engine_schedule import SCHEDULE, EngineSchedule, Program, Step, Weight
+from wanx.commands.display.generation import log_lines
 from wanx.errors import UsageError, WanxError
 from wanx.files.safetensors import SafetensorsWriter
 from wanx.runtime.sessions import open_session
 from wanx.runtime.sessions.device import weights
-from wanx.runtime.sessions.device.vram_budget import parse_vram_budget, require_streaming
+from wanx.runtime.sessions.device.vram_budget import parse_vram_budget
+from wanx.runtime.sessions.registry import require_streaming
 from wanx.runtime.sessions.tensorrt.session import TensorRTSession
 
 BLOCKS = 7
@@ -108,17 +109,17 @@ def bundle(tmp_path: Path) -> Any:
     ]
     first = Step(program="entry", prefix="entry.", inputs=("tokens",), outputs=("x", "unread"))
     last = Step(program="end", prefix="end.", inputs=("x",), outputs=("y",))
-    plan = Plan(
-        compiler="tensorrt 99.0", device="sm89", types={"tokens": "F32"}, programs=programs,
+    schedule = EngineSchedule(
+        compiler="tensorrt 99.0", device="sm89", input_dtypes={"tokens": "F32"}, programs=programs,
         steps=(first, *blocks, last),
     )  # fmt: skip
-    (folder / PLAN).write_text(plan.model_dump_json())
+    (folder / SCHEDULE).write_text(schedule.to_json())
     file, weights = tmp_path / "dit.safetensors", stored_weights()
     with SafetensorsWriter(file, [(n, "F32", a.shape) for n, a in weights.items()]) as writer:
         for array in weights.values():
             writer.write(array.tobytes())  # type: ignore[arg-type]
     record = SimpleNamespace(
-        engines={"tensorrt": f"engines/{PLAN}"}, weights=(file.name,), outputs=("y",)
+        engines={"tensorrt": f"engines/{SCHEDULE}"}, weights=(file.name,), outputs=("y",)
     )
     manifest = SimpleNamespace(target="tensorrt", components={"dit": record}, files={})
     return SimpleNamespace(root=tmp_path, manifest=manifest)
@@ -130,7 +131,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     trt = FakeTensorRT(fake, {f.__name__: f for f in (entry, block, end, grow)})
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", fake)  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
-    monkeypatch.setattr("wanx.runtime.sessions.device.cuda.SPARE", 0)
+    monkeypatch.setattr("wanx.runtime.sessions.device.cuda.RESERVED_BYTES", 0)
     monkeypatch.setattr(
         "wanx.runtime.sessions.tensorrt.session.import_tensorrt", lambda _, **__: trt
     )
@@ -189,7 +190,7 @@ def test_runs_are_as_without_streaming(
     with open_dit(bundle, budget) as session:
         for seed in range(5):
             check(session, 20, seed)
-        assert session._engine._weights.streamed == streamed
+        assert session._runner._weights.streamed == streamed
         assert cuda.device.peak == budget
         assert "cudaStreamBeginCapture" not in cuda.calls
         for length in (3, 20, 19):  # other shapes, at once or in the place of each other
@@ -202,7 +203,7 @@ def test_runs_are_as_without_streaming(
 def test_what_is_streamed_is_evenly_spread(bundle: Any, cuda: FakeCuda) -> None:
     for room in range(WEIGHTS - (BLOCKS - 2) * UNIT, WEIGHTS, UNIT):
         with open_dit(bundle, room) as session:
-            weights = session._engine._weights
+            weights = session._runner._weights
             steps = sorted(weights._pinned)
             assert len(steps) == weights.streamed == 2 + (WEIGHTS - room) // UNIT
             gaps = np.diff([*steps, steps[0] + BLOCKS])  # round to the next run
@@ -217,11 +218,11 @@ def test_a_larger_size_takes_the_place_of_weights(
     with open_dit(bundle, budget) as session, caplog.at_level(logging.INFO, "wanx.runtime"):
         for seed in range(4):
             check(session, 3, seed)
-        assert session._engine._weights.streamed == 0
+        assert session._runner._weights.streamed == 0
         assert "cudaGraphLaunch" in cuda.calls
         for seed in range(4):
             check(session, 150, seed)
-        assert session._engine._weights.streamed >= 3
+        assert session._runner._weights.streamed >= 3
         check(session, 3)
     assert cuda.device.peak <= budget
     nothing_left(cuda)
@@ -234,8 +235,8 @@ def test_an_output_that_nothing_reads(bundle: Any, cuda: FakeCuda) -> None:
     with open_dit(bundle, None) as session:
         for seed in range(4):
             check(session, 40, seed)
-        (place,) = session._engine._places.values()
-        assert cuda.device.used == WEIGHTS + place.walk.needed
+        (buffers,) = session._runner._buffers.values()
+        assert cuda.device.used == WEIGHTS + buffers.shapes.total_bytes
     nothing_left(cuda)
 
 
@@ -244,7 +245,7 @@ def test_what_is_free_is_the_budget(bundle: Any, cuda: FakeCuda) -> None:
     cuda.device.limit = WEIGHTS + beside - UNIT
     with open_dit(bundle, None) as session:
         check(session, 20)
-        assert session._engine._weights.streamed == 3
+        assert session._runner._weights.streamed == 3
     nothing_left(cuda)
 
 
@@ -330,11 +331,11 @@ def test_scratch_that_is_as_large_for_every_shape(bundle: Any, cuda: FakeCuda) -
     file = folder / "grow.engine"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"scratch": 4096}))
     steps = [Step(program="grow", inputs=(name,), outputs=("y",)) for name in ("x", "y", "y")]
-    plan = Plan(
-        compiler="tensorrt 99.0", device="sm89", types={"x": "F32"}, steps=tuple(steps),
+    schedule = EngineSchedule(
+        compiler="tensorrt 99.0", device="sm89", input_dtypes={"x": "F32"}, steps=tuple(steps),
         programs={"grow": Program(file=file.name, weights=())},
     )  # fmt: skip
-    (folder / PLAN).write_text(plan.model_dump_json())
+    (folder / SCHEDULE).write_text(schedule.to_json())
     with open_dit(bundle, None) as session:
         for seed in range(4):  # recorded and replayed, too
             given = tokens(3, seed)
@@ -369,7 +370,7 @@ def test_targets_without_streaming() -> None:
 def test_memory_is_said_once_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     log = logging.getLogger("wanx.runtime")
     for quiet, wanted in ((True, ""), (False, "dit: 1\n")):
-        with memory_lines(quiet):
+        with log_lines(quiet, "wanx.runtime"):
             for _ in range(2):
                 log.info("dit: %d", 1)
         log.info("after")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from wanx.benchmarks.speed.metrics import METRICS, amount, peak_bytes, speedup, spread
-from wanx.benchmarks.speed.results import Results, counted
+from wanx.benchmarks.speed.metrics import amount, metric_rows, peak_rows
+from wanx.benchmarks.speed.results import Results, pluralize
 
 
 def to_markdown(results: Results) -> str:
@@ -13,12 +13,12 @@ def to_markdown(results: Results) -> str:
         lines.append(f"**Incomplete:** {problem}\n")
     for index, case in enumerate(results.cases):
         guidance = "without guidance" if case.guide_scale == 1 else "with guidance"
-        amounts = f"{counted(case.tokens, 'token')}, {counted(case.steps, 'step')}"
+        amounts = f"{pluralize(case.tokens, 'token')}, {pluralize(case.steps, 'step')}"
         lines += [f"**{case.label}**, {amounts}, {guidance}", ""]
         lines += [*case_table(results, index), ""]
     lines += [f"{note}\n" for note in results.notes]
     lines += [
-        f"Medians of {counted(results.settings.repeat, 'round')} in processes of their own, "
+        f"Medians of {pluralize(results.settings.repeat, 'round')} in processes of their own, "
         "taking turns; "
         f"`step` leaves out the first {results.settings.warm_up} of each. "
         + "; ".join(f"{name} {value}" for name, value in results.environment.items())
@@ -41,24 +41,20 @@ def case_table(results: Results, case: int) -> list[str]:
         if index != baseline and several:
             head.append(f"times {results.subjects[baseline].label}")
     rows = [head, ["---"] * len(head)]
-    for metric in METRICS:
+    for metric, figures in metric_rows(results, case):
         cells = []
-        for index in subjects:
-            found = spread(results, metric, index, case)
-            text = amount(found.median) if found else "–"
-            if found and found.count > 1:
-                text += f" ({amount(found.p10)} to {amount(found.p90)})"
+        for index, (seconds, ratio) in enumerate(figures):
+            text = amount(seconds.median) if seconds else "–"
+            if seconds and seconds.count > 1:
+                text += f" ({amount(seconds.p10)} to {amount(seconds.p90)})"
             cells.append(text)
             if index != baseline and several:
-                ratio = speedup(results, metric, index, case)
                 cells.append(f"{ratio.median:.2f}" if ratio else "–")
-        if any(cell != "–" for cell in cells):
-            rows.append([metric.name, *cells])
-    peaks = [peak_bytes(results, index, case) for index in subjects]
-    for name in dict.fromkeys(name for found in peaks for name in found):
+        rows.append([metric.name, *cells])
+    for name, peaks in peak_rows(results, case):
         cells = []
-        for index in subjects:
-            cells.append(f"{peaks[index][name] / 1e9:.2f} GB" if name in peaks[index] else "–")
+        for index, peak in enumerate(peaks):
+            cells.append("–" if peak is None else f"{peak / 1e9:.2f} GB")
             if index != baseline and several:
                 cells.append("")
         rows.append([f"peak memory, {name}", *cells])

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wanx.benchmarks.report.html import fill, image_uri, require_packages
-from wanx.benchmarks.speed.metrics import METRICS, Metric, amount, peak_bytes, speedup, spread
-from wanx.benchmarks.speed.results import Results, counted
+from wanx.benchmarks.speed.metrics import METRICS, Spread, amount, metric_rows, peak_rows
+from wanx.benchmarks.speed.results import Results, pluralize
 from wanx.benchmarks.speed.roofline.bounds import fraction_text
 from wanx.benchmarks.speed.sweep import Sweep
 
@@ -53,7 +53,7 @@ def render(results: Results, stills: Stills | None = None) -> str:
         sweeps=[_sweep(results, item) for item in results.sweep],
         metrics=METRICS,
         bytes=size,
-        counted=counted,
+        pluralize=pluralize,
     )
 
 
@@ -93,27 +93,22 @@ def _case(results: Results, case: int, stills: Stills) -> dict[str, Any]:
 
 
 def _rows(results: Results, case: int) -> list[dict[str, Any]]:
-    subjects = range(len(results.subjects))
     rows: list[dict[str, Any]] = [
-        {"name": metric.name, "cells": [_cell(results, metric, i, case) for i in subjects]}
-        for metric in METRICS
+        {"name": metric.name, "cells": [_cell(*figure) for figure in figures]}
+        for metric, figures in metric_rows(results, case)
     ]
-    peaks = [peak_bytes(results, index, case) for index in subjects]
-    for name in dict.fromkeys(name for found in peaks for name in found):
-        cells = [
-            {"value": size(found[name]) if name in found else "–", "range": "", "ratio": ""}
-            for found in peaks
-        ]
+    for name, peaks in peak_rows(results, case):
+        values = ["–" if peak is None else size(peak) for peak in peaks]
+        cells = [{"value": value, "range": "", "ratio": ""} for value in values]
         rows.append({"name": f"peak memory, {name}", "cells": cells})
-    return [row for row in rows if any(cell["value"] != "–" for cell in row["cells"])]
+    return rows
 
 
-def _cell(results: Results, metric: Metric, subject: int, case: int) -> dict[str, str]:
-    found = spread(results, metric, subject, case)
-    ratio = speedup(results, metric, subject, case)
+def _cell(seconds: Spread | None, ratio: Spread | None) -> dict[str, str]:
+    several = seconds is not None and seconds.count > 1
     return {
-        "value": amount(found.median) if found else "–",
-        "range": f"{amount(found.p10)} to {amount(found.p90)}" if found and found.count > 1 else "",
+        "value": amount(seconds.median) if seconds else "–",
+        "range": f"{amount(seconds.p10)} to {amount(seconds.p90)}" if seconds and several else "",
         "ratio": f"{ratio.median:.2f}×" if ratio else "–",
     }
 
@@ -123,19 +118,19 @@ def _roofline(results: Results, number: int) -> dict[str, Any]:
 
     from wanx.benchmarks.speed.pages.roofline_plot import roofline_plot
 
-    found = results.rooflines[number]
-    case = f", {results.cases[found.case].label}" if len(results.cases) > 1 else ""
+    roofline = results.rooflines[number]
+    case = f", {results.cases[roofline.case].label}" if len(results.cases) > 1 else ""
     return {
-        "label": f"{results.subjects[found.subject].label}{case}",
-        "component": found.component,
-        "sentence": found.sentence,
-        "plot": Markup(roofline_plot(found, number)),
-        "caption": f"Parts of a {found.unit}; on the line they are as fast as can be.",
+        "label": f"{results.subjects[roofline.subject].label}{case}",
+        "component": roofline.component,
+        "sentence": roofline.sentence,
+        "plot": Markup(roofline_plot(roofline, number)),
+        "caption": f"Parts of a {roofline.unit}; on the line they are as fast as can be.",
         "parts": [
             {
                 "name": part.name,
                 "time": amount(part.seconds),
-                "share": _percent(part.seconds, found.seconds),
+                "share": _percent(part.seconds, roofline.seconds),
                 "flops": count(sum(part.flops.values()), "FLOP"),
                 "bytes": size(part.bytes),
                 "speed": count(sum(part.flops.values()) / part.seconds, "FLOP/s")
@@ -144,7 +139,7 @@ def _roofline(results: Results, number: int) -> dict[str, Any]:
                 "fraction": fraction_text(part.fraction),
                 "bound": part.bound if part.least_seconds else "–",
             }
-            for part in found.parts
+            for part in roofline.parts
         ],
         "operations": [
             {
@@ -154,13 +149,13 @@ def _roofline(results: Results, number: int) -> dict[str, Any]:
                 "calls": operation.calls,
                 "share": f"{operation.share:.1%}",
             }
-            for operation in found.operations
+            for operation in roofline.operations
         ],
         "ceilings": ", ".join(
-            f"{found.ceilings.high if kind == 'high' else kind} products {count(rate, 'FLOP/s')}"
-            for kind, rate in found.ceilings.flops.items()
+            f"{roofline.ceilings.high if kind == 'high' else kind} products {count(rate, 'FLOP/s')}"
+            for kind, rate in roofline.ceilings.flops.items()
         )
-        + f", copies {size(found.ceilings.bytes)}/s",
+        + f", copies {size(roofline.ceilings.bytes)}/s",
     }
 
 

@@ -29,18 +29,18 @@ def stage_plot(results: Results, case: int) -> str:
     ]
 
     def draw(axes: Axes) -> None:
-        places = np.arange(len(rows))
+        positions = np.arange(len(rows))
         left = np.zeros(len(rows))
         for number, name in enumerate(STAGES):
             widths = np.array([seconds[number] for _, seconds in rows])
             if widths.any():
-                axes.barh(places, widths, 0.6, left, color=COLORS[number], label=name)
+                axes.barh(positions, widths, 0.6, left, color=COLORS[number], label=name)
             left += widths
-        for place, end in zip(places, left, strict=True):
+        for position, end in zip(positions, left, strict=True):
             axes.annotate(
-                f"{end:.3g} s", (end, place), (4, 0), textcoords="offset points", va="center"
+                f"{end:.3g} s", (end, position), (4, 0), textcoords="offset points", va="center"
             )
-        axes.set_yticks(places, [plain(label, 28) for label, _ in rows])
+        axes.set_yticks(positions, [plain(label, 28) for label, _ in rows])
         axes.invert_yaxis()
         axes.margins(x=0.12)
         axes.grid(visible=False, axis="y")
@@ -58,8 +58,8 @@ def step_plot(results: Results, case: int) -> str:
 
         most = 1
         for index, subject in enumerate(results.subjects):
-            found = [stage_of(trial, "denoise") for trial in results.of(index, case)]
-            calls = np.array([stage.calls for stage in found if stage is not None])
+            stages = [stage_of(trial, "denoise") for trial in results.of(index, case)]
+            calls = np.array([stage.calls for stage in stages if stage is not None])
             if not calls.size:
                 continue
             most = max(most, calls.shape[1])

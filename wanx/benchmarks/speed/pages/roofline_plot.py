@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def roofline_plot(found: Roofline, number: int) -> str:
+def roofline_plot(roofline: Roofline, number: int) -> str:
     """Draw the ceilings and the parts; ``number`` tells the plots of one page apart.
 
     Parts without operations, which only move bytes, have no place in it; where the target gives no
     times of parts, the ceilings of the parts are drawn.
     """
-    shown = [part for part in found.parts if sum(part.flops.values()) and part.bytes]
+    shown = [part for part in roofline.parts if sum(part.flops.values()) and part.bytes]
 
     def draw(axes: Axes) -> None:
-        ceilings = found.ceilings
+        ceilings = roofline.ceilings
         intensities = [sum(part.flops.values()) / part.bytes for part in shown]
         low, high = min(intensities, default=1) / 3, max(intensities, default=1) * 3
         line = np.geomspace(low, high, 200)

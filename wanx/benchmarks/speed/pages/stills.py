@@ -17,15 +17,15 @@ from wanx.errors import WanxError
 
 def read_stills(results: Results, folder: Path) -> dict[tuple[int, int], tuple[Still, ...]]:
     """The first, middle and last frame of each subject's first video of each case."""
-    found = {}
+    stills = {}
     for subject in range(len(results.subjects)):
         for case in range(len(results.cases)):
             trials = results.of(subject, case)
             if trials:
                 path = folder / trial_name(subject, case, trials[0].round)
                 with suppress(WanxError):
-                    found[subject, case] = _read(path, results.cases[case].frames)
-    return found
+                    stills[subject, case] = _read(path, results.cases[case].frames)
+    return stills
 
 
 def read_frames(path: Path, numbers: Sequence[int], frames: int) -> NDArray[np.uint8]:

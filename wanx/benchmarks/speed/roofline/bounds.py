@@ -1,4 +1,4 @@
-"""How close each part of a component comes to what the machine can do.
+"""Time of each part of a component against the least that the machine allows.
 
 The ceiling of a part is the least time for its operations at the rate of a large product, or for
 its bytes at the rate of a copy, whichever is longer (Williams, Waterman and Patterson, "Roofline",
@@ -78,7 +78,7 @@ class Roofline:
 
     @property
     def sentence(self) -> str:
-        """What matters most, in a sentence."""
+        """The finding that matters most, in a sentence."""
         whole = f"{fraction_text(self.least_seconds / self.seconds)} of the ceiling in all"
         gap = self.largest_gap
         if gap is None or gap.seconds is None or gap.fraction is None:

@@ -1,4 +1,4 @@
-"""What this machine can do at most: large matrix products and copies, measured.
+"""Ceilings of this machine: large matrix products and copies, measured.
 
 On the processor the products are those of ONNX Runtime, which is what runs the graphs there: fp32,
 and int8 in the form that quantised graphs have. On a GPU they are those of PyTorch.

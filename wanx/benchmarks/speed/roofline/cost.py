@@ -1,4 +1,4 @@
-"""What a graph costs, counted in the graph itself: operations, and bytes that have to move.
+"""Cost of a graph, counted in the graph itself: operations, and bytes that have to move.
 
 Operations are two for each multiply-add of a product, a convolution or attention; nothing else is
 counted. Bytes are those of an ideal implementation: each node, a ``wanx`` function being one node,
@@ -16,8 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanx.benchmarks.speed.roofline.parts import Origins, dimensions, label_in, name_nodes, parts_of
+from wanx.benchmarks.speed.roofline.parts import (
+    WeightTracer,
+    dimensions,
+    label_in,
+    name_nodes,
+    parts_of,
+)
 from wanx.benchmarks.speed.roofline.shapes import Shapes, inferred
+from wanx.config.number_formats import QUANTIZED
 
 if TYPE_CHECKING:
     from onnx import NodeProto
@@ -31,12 +38,12 @@ _PRODUCTS_BY_NAME = ("QuantLinear", "WeightOnlyLinear")
 _ARITHMETIC = {
     *("Add", "Sub", "Mul", "Div", "Gelu", "Sigmoid", "Tanh", "Clip", "QuantizeLinear", "Erf"),
 }
-_EIGHT_BIT = {"int8": "int8", "float8_e4m3fn": "fp8"}
+_QUANTIZED = {row.onnx: row.name for row in QUANTIZED}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartCost:
-    """What a part of a model costs in one run of its graph.
+    """Cost of a part of a model in one run of its graph.
 
     Attributes:
         part: its name; see :mod:`wanx.benchmarks.speed.roofline.parts`.
@@ -73,13 +80,10 @@ def component_cost(graph: Path, sizes: Mapping[str, int]) -> tuple[PartCost, ...
                     axis.dim_value = dimensions(sizes, axis.dim_param)
                 except KeyError:
                     axis.ClearField("dim_param")
-    origins = Origins(model)
-    stored = {
-        weight.name: onnx.helper.tensor_dtype_to_np_dtype(weight.data_type).name
-        for weight in model.graph.initializer
-    }
+    tracer = WeightTracer(model)
+    stored = {weight.name: weight.data_type for weight in model.graph.initializer}
     labels = [
-        f"{part}|{_kind(node, origins, stored)}"
+        f"{part}|{_kind(node, tracer, stored)}"
         for part, node in zip(parts_of(model), model.graph.node, strict=True)
     ]
     operations = [node.op_type for node in model.graph.node]
@@ -94,7 +98,7 @@ def component_cost(graph: Path, sizes: Mapping[str, int]) -> tuple[PartCost, ...
             flops[part][kind] += count
     fused: set[str] = set()
     for node, operation in zip(model.graph.node, operations, strict=True):
-        moved[_split(node)[0]] += _bytes(node, operation, shapes, origins, fused)
+        moved[_split(node)[0]] += _bytes(node, operation, shapes, tracer, fused)
     costs = [
         PartCost(part=part, flops=dict(flops[part]), bytes=moved[part])
         for part in dict.fromkeys([*flops, *moved])
@@ -103,12 +107,12 @@ def component_cost(graph: Path, sizes: Mapping[str, int]) -> tuple[PartCost, ...
     return tuple(sorted(costs, key=lambda cost: (-sum(cost.flops.values()), -cost.bytes)))
 
 
-def _kind(node: NodeProto, origins: Origins, stored: Mapping[str, str]) -> str:
+def _kind(node: NodeProto, tracer: WeightTracer, stored: Mapping[str, int]) -> str:
     """The type that a product is done in; only the quantised ones differ from the rest."""
-    weight = origins.matrix_of(node)
+    weight = tracer.matrix_of(node)
     if weight is None or not node.op_type.startswith("QuantLinear"):
         return "high"
-    return _EIGHT_BIT.get(stored[weight], "high")
+    return _QUANTIZED.get(stored[weight], "high")
 
 
 def _split(node: NodeProto) -> tuple[str, str]:
@@ -150,24 +154,24 @@ def _attention_flops(node: NodeProto, shapes: Shapes) -> float:
 
 
 def _bytes(
-    node: NodeProto, operation: str, shapes: Shapes, origins: Origins, fused: set[str]
+    node: NodeProto, operation: str, shapes: Shapes, tracer: WeightTracer, fused: set[str]
 ) -> float:
-    """What a node has to move; ``fused`` collects what the epilogue of a product makes."""
-    made = [value for value in node.output if value]
-    taken = [value for value in node.input if value]
+    """Bytes that a node has to move; ``fused`` collects what the epilogue of a product makes."""
+    outputs = [value for value in node.output if value]
+    inputs = [value for value in node.input if value]
     if operation in _FREE:
-        if fused & set(taken):
-            fused.update(made)
+        if fused & set(inputs):
+            fused.update(outputs)
         return 0.0
-    if operation in _ARITHMETIC and fused & set(taken):
-        others = {origins.weights.get(value, value) for value in set(taken) - fused}
-        fused.update(made)
+    if operation in _ARITHMETIC and fused & set(inputs):
+        others = {tracer.weights.get(value, value) for value in set(inputs) - fused}
+        fused.update(outputs)
         return sum(shapes.bytes(value) for value in others)
     if operation in _PRODUCTS or operation.startswith(_PRODUCTS_BY_NAME):
-        fused.update(made)
-    weights = {origins.weights[value] for value in taken if value in origins.weights}
+        fused.update(outputs)
+    weights = {tracer.weights[value] for value in inputs if value in tracer.weights}
     if operation in ("Gather", "GatherND", "GatherElements"):
         weights = set()  # reads no more of a table than it gives
     moved = sum(shapes.bytes(name) for name in weights)
-    moved += sum(shapes.bytes(value) for value in set(taken) if value not in origins.weights)
-    return moved + sum(shapes.bytes(value) for value in made)
+    moved += sum(shapes.bytes(value) for value in set(inputs) if value not in tracer.weights)
+    return moved + sum(shapes.bytes(value) for value in outputs)

@@ -1,4 +1,4 @@
-"""Which part of a model each node of a graph belongs to, in the field's words.
+"""Parts of a model that the nodes of its graph belong to, in the field's words.
 
 Nodes of exported graphs have no names; weights do. A product belongs to the part whose weight it
 reads. Attention reads none, and belongs to the weights that its inputs come from.
@@ -31,8 +31,8 @@ _BY_WEIGHT = (
 _NAME = re.compile(r"(?:_inlfunc_)?(.*?)#")
 
 
-class Origins:
-    """Where the values of a graph come from.
+class WeightTracer:
+    """Traces the values of a graph to the weights that they come from.
 
     Attributes:
         weights: by value, the weight that it is, or is a view of.
@@ -69,8 +69,8 @@ class Origins:
 
 def parts_of(model: ModelProto) -> list[str]:
     """The part of each node of a graph."""
-    origins = Origins(model)
-    return [_part(node, origins) for node in model.graph.node]
+    tracer = WeightTracer(model)
+    return [_part(node, tracer) for node in model.graph.node]
 
 
 def name_nodes(model: ModelProto, labels: Sequence[str]) -> None:
@@ -95,26 +95,26 @@ def name_nodes(model: ModelProto, labels: Sequence[str]) -> None:
 
 def label_in(name: str) -> str | None:
     """The label in the name of a node that :func:`name_nodes` named; None for other names."""
-    found = _NAME.match(name)
-    return found[1] if found else None
+    match = _NAME.match(name)
+    return match[1] if match else None
 
 
-def _part(node: NodeProto, origins: Origins) -> str:
+def _part(node: NodeProto, tracer: WeightTracer) -> str:
     if _ATTENTION.search(node.op_type):
-        return _attention(node, origins)
+        return _attention(node, tracer)
     if node.op_type not in _PRODUCTS:
         return REST
-    weight = origins.matrix_of(node)
+    weight = tracer.matrix_of(node)
     if weight is None:
-        return _attention(node, origins) if node.op_type == "MatMul" else REST
+        return _attention(node, tracer) if node.op_type == "MatMul" else REST
     for pattern, part in _BY_WEIGHT:
         if pattern.search(weight):
             return part
     return CONVOLUTIONS if node.op_type == "Conv" else EMBEDDINGS
 
 
-def _attention(node: NodeProto, origins: Origins) -> str:
-    for weight in origins.upstream(node):
+def _attention(node: NodeProto, tracer: WeightTracer) -> str:
+    for weight in tracer.upstream(node):
         if "self_attn." in weight:
             return SELF_ATTENTION
         if "cross_attn." in weight:

@@ -1,4 +1,4 @@
-"""Where the time of a component goes, by part of the model and by operation.
+"""Profile of a component by part of the model and by operation.
 
 ONNX Runtime writes what each node took. It renames and fuses nodes, so they are found
 by the part in the name that they were given (:mod:`wanx.benchmarks.speed.roofline.parts`) or by
@@ -35,7 +35,7 @@ _MOST_RUNS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
-    """What the nodes of one kind, in one part and of one shape, took in a run.
+    """Time of the nodes of one kind, in one part and of one shape.
 
     Attributes:
         name: of the operation, as ONNX Runtime calls it.
@@ -54,7 +54,7 @@ class Operation:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Where the time of a component goes.
+    """Shares of a component's time.
 
     Attributes:
         parts: share of the time of all nodes, by part; they add up to 1. Empty for engines.

@@ -81,7 +81,7 @@ def _fold(model: ModelProto, known: dict[str, NDArray[Any]]) -> bool:
     import numpy as np
     import onnx
 
-    shapes, found = Shapes(model), False
+    shapes, folded = Shapes(model), False
     opsets = {opset.domain: opset.version for opset in model.opset_import}
     for node in model.graph.node:
         (name, *others) = node.output
@@ -106,8 +106,8 @@ def _fold(model: ModelProto, known: dict[str, NDArray[Any]]) -> bool:
                 "Constant", [], [name], name=node.name, value=onnx.numpy_helper.from_array(value)
             )
             node.CopyFrom(constant)
-            found = True
-    return found
+            folded = True
+    return folded
 
 
 def _evaluate(

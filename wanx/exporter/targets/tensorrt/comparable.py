@@ -1,4 +1,4 @@
-"""The graph of a segment, changed so that what its layers make can be compared across runtimes."""
+"""Graph of a segment with the outputs of its layers, for comparison across runtimes."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from collections.abc import Collection, Mapping, Sequence
 import onnx
 from onnx import TensorProto, helper
 
+from wanx.config.number_formats import FLOATS
 from wanx.exporter.targets.tensorrt.graph import OUTPUT, WEIGHT
 from wanx.runtime.sessions.base import Array
 
 BATCH = "B"
 _RESHAPING = ("Cast", "CastLike", "DequantizeLinear", "Reshape", "Transpose", "Unsqueeze")
-_HIGHS = (TensorProto.BFLOAT16, TensorProto.FLOAT16)
+_HIGHS = tuple(row.onnx for row in FLOATS if row.bits == 16)
 
 
-def comparable(
+def with_layer_outputs(
     graph: onnx.ModelProto,
     weights: Mapping[str, TensorProto],
     inputs: Mapping[str, Array],
     batched: Collection[str] = (),
 ) -> onnx.ModelProto:
-    """Put the weights inside; take and give fp32; give what every layer makes.
+    """Embed the weights; make inputs and outputs fp32; add the output of every layer.
 
     Args:
         graph: from :func:`segment_graph`; changed in place.
@@ -31,8 +32,8 @@ def comparable(
     """
     body = graph.graph
     layers = layer_outputs(body.node)
-    given = {item.name: item.type.tensor_type.elem_type for item in body.input}
-    wanted = layers | {item.name.removeprefix(OUTPUT): item.name for item in body.output}
+    dtypes = {item.name: item.type.tensor_type.elem_type for item in body.input}
+    outputs = layers | {item.name.removeprefix(OUTPUT): item.name for item in body.output}
     for field in ("input", "output"):
         body.ClearField(field)
     for name, tensor in weights.items():
@@ -40,7 +41,7 @@ def comparable(
         body.initializer.append(tensor)
     before = []
     for name, array in inputs.items():
-        kind = given[name]
+        kind = dtypes[name]
         if kind in _HIGHS:
             before.append(helper.make_node("Cast", [name], [f"{name}.in"], to=kind))
             for node in body.node:
@@ -51,16 +52,16 @@ def comparable(
     nodes = [*before, *body.node]
     body.ClearField("node")
     body.node.extend(nodes)
-    for name, value in wanted.items():
+    for name, value in outputs.items():
         body.node.append(helper.make_node("Cast", [value], [f"{name}.out"], to=TensorProto.FLOAT))
         body.output.append(helper.make_tensor_value_info(f"{name}.out", TensorProto.FLOAT, None))
     return graph
 
 
 def layer_outputs(nodes: Sequence[onnx.NodeProto]) -> dict[str, str]:
-    """The value that each layer with a weight makes, by the layer's name in the model."""
+    """Map each layer with a weight, by its name in the model, to its output value."""
     weights: dict[str, str] = {}  # by value
-    found: dict[str, str] = {}
+    outputs: dict[str, str] = {}
     for node in nodes:
         read = [weights.get(name, name.removeprefix(WEIGHT)) for name in node.input]
         held = [
@@ -75,5 +76,5 @@ def layer_outputs(nodes: Sequence[onnx.NodeProto]) -> dict[str, str]:
         if node.op_type in _RESHAPING and read[0] in held:
             weights[node.output[0]] = read[0]
         elif product or bias:
-            found[held[0].rpartition(".")[0]] = node.output[0]
-    return found
+            outputs[held[0].rpartition(".")[0]] = node.output[0]
+    return outputs

@@ -1,10 +1,10 @@
-"""One step of a component, ready to be compared between ONNX Runtime and TensorRT.
+"""Step of a component as graphs to compare between ONNX Runtime and TensorRT.
 
     python -m wanx.exporter.targets.tensorrt.debug BUNDLE --step blocks.3 -o debug
 
 Two graphs are written with the weights of the step inside, and the numbers that a run brings to
-it: ``engine.onnx`` as TensorRT is given it, and ``reference.onnx``, the same in fp32. What each
-linear and convolution makes is an output of both, in fp32 and under its name in the model.
+it: ``engine.onnx`` as TensorRT parses it, and ``reference.onnx``, the same in fp32. The output of
+each linear and convolution is an output of both, in fp32 and under its name in the model.
 Polygraphy runs and compares them; docs/tensorrt.md has an example.
 """
 
@@ -23,20 +23,20 @@ import onnxruntime
 import torch
 from onnx import TensorProto
 
-from wanx.builtin import find_bundle, is_builtin
-from wanx.bundle.engine_schedule import Plan, Program
+from wanx.builtin import open_named
+from wanx.bundle.engine_schedule import EngineSchedule, Program
 from wanx.bundle.golden_steps import GOLDEN, read_golden
-from wanx.bundle.reader import Bundle, open_bundle
+from wanx.bundle.reader import Bundle
 from wanx.errors import EnvironmentMismatchError, UsageError, WanxError
-from wanx.exporter.build import as_stored
 from wanx.exporter.components import ComponentSpec, component_specs
 from wanx.exporter.graph.attach import IR_TYPES
-from wanx.exporter.partition.partition import cut
-from wanx.exporter.partition.segments import Cut, Segment
-from wanx.exporter.targets.tensorrt.comparable import BATCH, comparable
+from wanx.exporter.partition.partition import partition
+from wanx.exporter.partition.segments import Partition, Segment
+from wanx.exporter.quantization.quantized_spec import quantized_like_bundle
+from wanx.exporter.targets.tensorrt.comparable import BATCH, with_layer_outputs
 from wanx.exporter.targets.tensorrt.graph import OUTPUT, WEIGHT, segment_graph
 from wanx.runtime.sessions.base import Array
-from wanx.runtime.sessions.device.weight_files import StepWeights, copy_to_host, lay_out
+from wanx.runtime.sessions.device.weight_files import StepWeights, copy_to_host, plan_weights
 
 ENGINE, REFERENCE, INPUTS = "engine.onnx", "reference.onnx", "inputs.json"
 
@@ -65,8 +65,8 @@ def write_step(bundle: Bundle, component: str, step: str, folder: Path) -> Path:
     specs = {spec.name: spec for spec in component_specs(bundle.manifest.config)}
     if component not in specs:
         raise UsageError(f"--component {component}: there is none; choose {', '.join(specs)}")
-    spec = as_stored(specs[component], bundle.root, bundle.manifest)
-    parts, high = cut(spec, torch.float32), cut(spec, torch.bfloat16)
+    spec = quantized_like_bundle(specs[component], bundle.root, bundle.manifest)
+    parts, high = partition(spec, torch.float32), partition(spec, torch.bfloat16)
     names = [each.prefix.rstrip(".") or each.program for each in parts.steps]
     if step not in names:
         raise UsageError(f"--step {step}: there is none; choose from {', '.join(names)}")
@@ -80,7 +80,7 @@ def write_step(bundle: Bundle, component: str, step: str, folder: Path) -> Path:
         segment = cuts.segments[program]
         weights = _weights(_layout(bundle, spec, cuts)[number], segment)
         batched = [item.name for item in segment.inputs if item.shape[:1] == (BATCH,)]
-        compared = comparable(segment_graph(segment, cuts.axes), weights, inputs, batched)
+        compared = with_layer_outputs(segment_graph(segment, cuts.axes), weights, inputs, batched)
         onnx.save_model(
             compared, folder / file, save_as_external_data=True, location=f"{file}.data"
         )
@@ -88,37 +88,43 @@ def write_step(bundle: Bundle, component: str, step: str, folder: Path) -> Path:
     return folder
 
 
-def _layout(bundle: Bundle, spec: ComponentSpec, parts: Cut) -> list[StepWeights]:
-    """Where the weights of each step lie in the bundle."""
+def _layout(bundle: Bundle, spec: ComponentSpec, parts: Partition) -> list[StepWeights]:
+    """Lay out the weights of each step."""
     programs = {
         name: Program(file=f"{name}.engine", weights=segment.weights)
         for name, segment in parts.segments.items()
     }
-    plan = Plan(
-        compiler="none", device="cpu", types=parts.types, programs=programs, steps=parts.steps
+    schedule = EngineSchedule(
+        compiler="none",
+        device="cpu",
+        input_dtypes=parts.input_dtypes,
+        programs=programs,
+        steps=parts.steps,
     )
     files = [bundle.root / file for file in bundle.manifest.components[spec.name].weights]
-    return lay_out(plan, files, spec.name)
+    return plan_weights(schedule, files, spec.name)
 
 
 def _weights(step: StepWeights, segment: Segment) -> dict[str, TensorProto]:
     memory = np.empty(max(1, step.size), np.uint8)
     copy_to_host(step, memory.ctypes.data)
-    found = {}
+    weights = {}
     for (name, parameter), weight, offset in zip(
         segment.parameters, segment.weights, step.offsets, strict=True
     ):
         size = parameter.numel() * parameter.element_size()
-        found[name] = TensorProto(
+        weights[name] = TensorProto(
             data_type=int(IR_TYPES[weight.dtype]),
             dims=weight.shape,
             raw_data=memory[offset : offset + size].tobytes(),
         )
-    return found
+    return weights
 
 
-def _inputs_of(bundle: Bundle, spec: ComponentSpec, parts: Cut, number: int) -> dict[str, Array]:
-    """Run all steps before, in fp32 on the processor; what the step is given then."""
+def _inputs_of(
+    bundle: Bundle, spec: ComponentSpec, parts: Partition, number: int
+) -> dict[str, Array]:
+    """Compute the step's inputs, by running all earlier steps in fp32 in ONNX Runtime."""
     values = _feeds(bundle, spec)
     layout = _layout(bundle, spec, parts)
     sessions: dict[str, onnxruntime.InferenceSession] = {}
@@ -130,32 +136,32 @@ def _inputs_of(bundle: Bundle, spec: ComponentSpec, parts: Cut, number: int) -> 
                 model, providers=["CPUExecutionProvider"]
             )
         names = [item.name for item in segment.inputs]
-        given = {n: _value(values[of]) for n, of in zip(names, step.inputs, strict=True)}
+        feeds = {n: _value(values[of]) for n, of in zip(names, step.inputs, strict=True)}
         for name, tensor in _weights(stored, segment).items():
-            given[f"{WEIGHT}{name}"] = _stored_value(tensor)
-        wanted = [f"{OUTPUT}{name}" for name in segment.outputs]
-        made = sessions[step.program].run_with_ort_values(wanted, given)
-        values |= {n: v.numpy() for n, v in zip(step.outputs, made, strict=True)}
+            feeds[f"{WEIGHT}{name}"] = _stored_value(tensor)
+        outputs = [f"{OUTPUT}{name}" for name in segment.outputs]
+        results = sessions[step.program].run_with_ort_values(outputs, feeds)
+        values |= {n: v.numpy() for n, v in zip(step.outputs, results, strict=True)}
     step = parts.steps[number]
     names = [item.name for item in parts.segments[step.program].inputs]
     return {name: values[of] for name, of in zip(names, step.inputs, strict=True)}
 
 
 def _feeds(bundle: Bundle, spec: ComponentSpec) -> dict[str, Array]:
-    """Of the denoiser, those of a step of a real run; of others noise, and ids of tokens."""
+    """Inputs of a component: a golden step's for the denoiser, else noise and token ids."""
     if spec.name == "dit" and (bundle.root / GOLDEN).exists():
-        *_, (_, _, feeds) = read_golden(bundle.root / GOLDEN).samples()
-        return dict(feeds)
+        *_, (_, _, inputs) = read_golden(bundle.root / GOLDEN).samples()
+        return dict(inputs)
     generator = np.random.default_rng(0)
-    found: dict[str, Array] = {}
+    feeds: dict[str, Array] = {}
     for item in (*spec.inputs, *spec.caches):
         shape = tuple(item.example(spec.axes, "meta").shape)
         if item.dtype == torch.int64:
-            most = bundle.manifest.config.text_encoder.vocab_size
-            found[item.name] = generator.integers(0, most, shape)
+            vocabulary = bundle.manifest.config.text_encoder.vocab_size
+            feeds[item.name] = generator.integers(0, vocabulary, shape)
         else:
-            found[item.name] = generator.standard_normal(shape, np.float32)
-    return found
+            feeds[item.name] = generator.standard_normal(shape, np.float32)
+    return feeds
 
 
 def _value(array: Array) -> onnxruntime.OrtValue:
@@ -171,24 +177,24 @@ def _stored_value(tensor: TensorProto) -> onnxruntime.OrtValue:
 
 
 def commands(folder: Path, target: str) -> list[str]:
-    """What to run next, of Polygraphy.
+    """Commands of Polygraphy to run next.
 
     Args:
         folder: from :func:`write_step`.
         target: ``rtx`` or ``tensorrt``.
     """
-    reference, engine, inputs, wanted = (
-        str(folder / name) for name in (REFERENCE, ENGINE, INPUTS, "wanted.json")
+    reference, engine, inputs, saved_outputs = (
+        str(folder / name) for name in (REFERENCE, ENGINE, INPUTS, "reference-outputs.json")
     )
     rtx = "POLYGRAPHY_USE_TENSORRT_RTX=1 " if target == "rtx" else ""
     first = ["polygraphy", "run", reference, "--onnxrt"]
     second = ["polygraphy", "run", engine, "--trt"]
     threshold = ["--compare", "cosine_similarity", "--cosine-similarity-threshold", "0.999"]
-    given = ["--load-inputs", inputs]
+    load = ["--load-inputs", inputs]
     profile = _profile(onnx.load(engine, load_external_data=False))
     return [
-        shlex.join([*first, *given, "--save-outputs", wanted]),
-        rtx + shlex.join([*second, *given, "--load-outputs", wanted, *threshold, *profile]),
+        shlex.join([*first, *load, "--save-outputs", saved_outputs]),
+        rtx + shlex.join([*second, *load, "--load-outputs", saved_outputs, *threshold, *profile]),
     ]
 
 
@@ -216,15 +222,14 @@ def main() -> None:
     parser.add_argument("--step", default="blocks.0", help="such as embed; blocks.0 unless given")
     parser.add_argument("--target", choices=("rtx", "tensorrt"), default="rtx", help="rtx or other")
     parser.add_argument("-o", "--output", type=Path, default=Path("debug"), help="a new folder")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     try:
-        place = find_bundle(asked.bundle)
-        bundle = open_bundle(place, allow_hard_links=is_builtin(place))
-        folder = write_step(bundle, asked.component, asked.step, asked.output)
+        bundle = open_named(arguments.bundle)
+        folder = write_step(bundle, arguments.component, arguments.step, arguments.output)
     except (WanxError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 1))
-    print("\n".join(commands(folder, asked.target)))
+    print("\n".join(commands(folder, arguments.target)))
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ from typing import Any
 from onnxscript import OnnxFunction, script
 from onnxscript import opset23 as op
 
+from wanx.config.number_formats import FP8
 from wanx.kernels.registry import DOMAIN
 
-WEIGHT_SCALE = 1 / 448
+WEIGHT_SCALE = 1 / FP8.largest
 
 
 @script(DOMAIN, default_opset=op)
@@ -133,8 +134,8 @@ def Attention(q, k, v, num_heads: int, scale: float):  # type: ignore[no-untyped
 
 # There is no fused attention in fp32, nor for a head as wide as that of the VAE, and the operator
 # is refused rather than taken apart.
-UNFUSED: dict[str, OnnxFunction[..., Any]] = {Attention.name: Attention}
-FORMS: dict[str, OnnxFunction[..., Any]] = {
+DECOMPOSED: dict[str, OnnxFunction[..., Any]] = {Attention.name: Attention}
+FUNCTION_BODIES: dict[str, OnnxFunction[..., Any]] = {
     function.name: function
     for function in (
         QuantLinear,

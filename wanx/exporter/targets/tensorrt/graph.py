@@ -1,4 +1,4 @@
-"""A segment as the ONNX graph that TensorRT is given: weights are inputs, scales are factors."""
+"""ONNX graph of a segment for TensorRT: weights are inputs, scales are factors."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import onnx.inliner
 import onnx_ir as ir
 import torch
 
-from wanx.exporter.graph.trace import OPSET, quiet
+from wanx.exporter.graph.trace import OPSET, quiet_exporters
 from wanx.exporter.partition.segments import Segment
-from wanx.exporter.partition.stateless import arguments, export_segment
-from wanx.exporter.targets.tensorrt.forms import FORMS, UNFUSED
-from wanx.exporter.targets.tensorrt.nodes import use_plugins
+from wanx.exporter.partition.stateless import example_arguments, export_segment
+from wanx.exporter.targets.tensorrt.forms import DECOMPOSED, FUNCTION_BODIES
+from wanx.exporter.targets.tensorrt.nodes import Replaced, use_plugins
 from wanx.kernels.registry import ONNX_FUNCTIONS, OpsAsNodes
 from wanx.models.vae import WanVAE
 
@@ -22,13 +22,7 @@ WEIGHT = "weight."  # goes before the names of inputs that are weights
 OUTPUT = "out."  # before those of outputs, since a program may give what it takes
 
 
-def segment_graph(
-    segment: Segment,
-    axes: Mapping[str, int],
-    *,
-    plugins: Collection[str] = (),
-    sms: Sequence[int] = (),
-) -> onnx.ModelProto:
+def segment_graph(segment: Segment, axes: Mapping[str, int]) -> onnx.ModelProto:
     """Trace a segment into standard ONNX operators.
 
     Its inputs are those of the segment and then ``weight.<name>`` for each parameter, its outputs
@@ -37,16 +31,32 @@ def segment_graph(
     Args:
         segment: from :func:`wanx.exporter.partition.partition.cut`.
         axes: sizes to trace with.
-        plugins: functions whose nodes become plug-ins with our kernels instead.
-        sms: the GPUs that those are compiled for.
     """
-    place = torch.device("cpu")
-    with quiet(), OpsAsNodes():
-        program = export_segment(segment, axes, place)
-    with quiet(), torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+    graph, _ = graph_with_plugins(segment, axes, (), ())
+    return graph
+
+
+def graph_with_plugins(
+    segment: Segment, axes: Mapping[str, int], plugins: Collection[str], sms: Sequence[int]
+) -> tuple[onnx.ModelProto, Replaced]:
+    """Trace a segment as :func:`segment_graph` does, and replace nodes by plug-ins.
+
+    Args:
+        segment: from :func:`wanx.exporter.partition.partition.cut`.
+        axes: sizes to trace with.
+        plugins: functions whose nodes become plug-ins with our kernels.
+        sms: the GPUs that those are compiled for.
+
+    Returns:
+        The graph, and the counts of nodes that were replaced and left.
+    """
+    device = torch.device("cpu")
+    with quiet_exporters(), OpsAsNodes():
+        program = export_segment(segment, axes, device)
+    with quiet_exporters(), torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         exported = torch.onnx.export(
             program,
-            arguments(segment, axes, place),
+            example_arguments(segment, axes, device),
             dynamo=True,
             optimize=False,
             opset_version=OPSET,
@@ -61,17 +71,17 @@ def segment_graph(
     model = exported.model
     _scales_as_factors(model)
     types = {parameter.dtype for _, parameter in segment.parameters}
-    unfused = types == {torch.float32} or isinstance(segment.module, WanVAE)
-    forms = ONNX_FUNCTIONS | FORMS | (UNFUSED if unfused else {})
+    decompose = types == {torch.float32} or isinstance(segment.module, WanVAE)
+    functions = ONNX_FUNCTIONS | FUNCTION_BODIES | (DECOMPOSED if decompose else {})
     used = {node.op_type for node in model.graph if node.domain == "wanx"}
     for name in sorted(used):
-        function = forms[name]
-        body = ir.serde.deserialize_function(function.to_function_proto())
+        body = ir.serde.deserialize_function(functions[name].to_function_proto())
         model.functions[body.identifier()] = body
+    replaced = Replaced(plugins={}, unsupported={})
     if plugins:
-        use_plugins(model, plugins, sms, forms)
+        replaced = use_plugins(model, plugins, sms, functions)
     proto = onnx.inliner.inline_local_functions(_unnamed(ir.to_proto(model)))
-    return _unnamed(proto)
+    return _unnamed(proto), replaced
 
 
 def _scales_as_factors(model: ir.Model) -> None:
@@ -90,7 +100,7 @@ def _scales_as_factors(model: ir.Model) -> None:
 
 
 def _unnamed(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Without names of nodes, which the parser wants to be different in all functions."""
+    """Clear the names of nodes, which the parser wants to be different in all functions."""
     for function in model.functions:
         for node in function.node:
             node.ClearField("name")

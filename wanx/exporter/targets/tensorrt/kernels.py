@@ -1,7 +1,7 @@
-"""Our Triton kernels as a TensorRT plan carries them: compiled for each GPU, and described.
+"""Triton kernels for TensorRT plans: compiled for each GPU, with a description of the launch.
 
-How a kernel is launched is not written down a second time: the function that launches it runs once
-for each GPU, on tensors with symbolic sizes and without memory, and what it asks for is kept.
+The launch is not written down a second time: the function that launches the kernel runs once for
+each GPU, on tensors with symbolic sizes and without memory, and what it asks for is captured.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from wanx.bundle.plugin_kernel import (
     Argument,
-    CarriedKernel,
     Description,
-    ElementType,
     Expression,
     Integer,
+    PluginKernel,
     Pointer,
     Real,
     Token,
@@ -33,23 +32,17 @@ from wanx.bundle.plugin_kernel import (
 from wanx.errors import EnvironmentMismatchError, WanxError
 from wanx.exporter.targets.tensorrt.ops import OPS, Spec
 from wanx.kernels.aot_compile import compile_for, record
-from wanx.kernels.launch import launch, recorded
+from wanx.kernels.launch import capture_launches, launch
+from wanx.kernels.number_formats import FORMATS
 
-ELEMENTS: dict[torch.dtype, ElementType] = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float8_e4m3fn: "fp8",
-    torch.int8: "int8",
-    torch.int32: "int32",
-}
+ELEMENTS = {dtype: row.name for dtype, row in FORMATS.items() if row.triton}
 _ALIGNED = 16
 _LIKELY = 1013  # stands for a size that is not known
 
 
-def carry(
+def compile_plugin_kernel(
     op: str, inputs: Sequence[Spec], attributes: Mapping[str, Any], sms: Sequence[int]
-) -> CarriedKernel:
+) -> PluginKernel:
     """Compile and describe the kernel of a node.
 
     Args:
@@ -62,18 +55,18 @@ def carry(
         EnvironmentMismatchError: a GPU lacks a number format of the kernel.
         WanxError: the kernel does not compile, or needs what a plan does not carry.
     """
-    found = [Recording(op, inputs, attributes, sm) for sm in sms]
-    made = [recording.compiled() for recording in found]
+    captures = [LaunchCapture(op, inputs, attributes, sm) for sm in sms]
+    compiled = [capture.compiled() for capture in captures]
     description = Description(
         op=op,
-        inputs=found[0].inputs,
-        outputs=found[0].outputs,
-        variants=tuple(variant for variant, _ in made),
+        inputs=captures[0].inputs,
+        outputs=captures[0].outputs,
+        variants=tuple(variant for variant, _ in compiled),
     )
-    return CarriedKernel(description=description, code=b"".join(code for _, code in made))
+    return PluginKernel(description=description, code=b"".join(code for _, code in compiled))
 
 
-class Recording:
+class LaunchCapture:
     """The one launch of a node on a GPU.
 
     Attributes:
@@ -95,7 +88,7 @@ class Recording:
                 torch.empty([sizes.get(n, n) for n in spec.shape], dtype=spec.dtype)  # type: ignore[arg-type]
                 for spec in inputs
             ]
-            with recorded(lambda *launched: launches.append(launched), sm):
+            with capture_launches(lambda *launched: launches.append(launched), sm):
                 results = OPS[op].run(*tensors, **attributes)
         (self._launch,) = launches
         self._tensors = (*tensors, *results)
@@ -107,12 +100,12 @@ class Recording:
             size, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
         )
         self._symbols[symbol] = name
-        made = self._env.create_symintnode(symbol, hint=size, source=source)
-        assert isinstance(made, SymInt)
-        return made
+        axis = self._env.create_symintnode(symbol, hint=size, source=source)
+        assert isinstance(axis, SymInt)
+        return axis
 
     def compiled(self) -> tuple[Variant, bytes]:
-        """The kernel as a plan describes it, and its binary."""
+        """Compile the kernel; return its description and its binary."""
         kernel, _, values, meta = self._launch
         # Alignment is taken for granted only where it holds at every size.
         typical = [self._factor(v) if isinstance(v, SymInt) else v for v in values]
@@ -183,14 +176,14 @@ class Recording:
         return Pointer(tensor=storages.index(tensor.untyped_storage()._cdata), offset=offset)
 
     def _factor(self, value: SymInt) -> int:
-        """A number that is a multiple of 16 if ``value`` always is."""
+        """Return a number that is a multiple of 16 if ``value`` always is."""
         return int(value.node.expr.as_coeff_Mul()[0]) if value.node.expr.is_Mul else 1
 
     def _tokens(self, size: int | SymInt) -> tuple[Token, ...]:
         return (size,) if isinstance(size, int) else tuple(self._postfix(size.node.expr))
 
     def _postfix(self, expression: Any) -> list[Token]:
-        """An expression of SymPy in the notation of plans."""
+        """Translate an expression of SymPy to postfix notation."""
         if expression.is_Integer:
             return [int(expression)]
         if expression.is_Symbol:

@@ -1,7 +1,8 @@
-"""Nodes of the domain ``wanx`` replaced by the TensorRT plug-in that carries our kernels."""
+"""Replacement of ``wanx`` nodes by the TensorRT plug-in that holds our kernels."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,19 +12,14 @@ import onnx_ir as ir
 import torch
 from onnxscript import OnnxFunction
 
-from wanx.bundle.plugin_kernel import CarriedKernel
-from wanx.exporter.targets.tensorrt.kernels import carry
+from wanx.bundle.plugin_kernel import PluginKernel
+from wanx.config.number_formats import WEIGHTS
+from wanx.exporter.targets.tensorrt.kernels import compile_plugin_kernel
 from wanx.exporter.targets.tensorrt.ops import OPS, Spec
 from wanx.kernels.registry import DOMAIN, ONNX_FUNCTIONS
 from wanx.runtime.sessions.tensorrt.plugin import CODE, DESCRIPTION, PLUGIN
 
-_TYPES = {
-    ir.DataType.FLOAT: torch.float32,
-    ir.DataType.BFLOAT16: torch.bfloat16,
-    ir.DataType.FLOAT16: torch.float16,
-    ir.DataType.FLOAT8E4M3FN: torch.float8_e4m3fn,
-    ir.DataType.INT8: torch.int8,
-}
+_TYPES = {ir.DataType(row.onnx): getattr(torch, row.torch) for row in WEIGHTS}
 # TensorRT runs the product best itself, and leaves what follows it.
 _SPLIT = "QuantLinearGeluQuantize"
 _PARTS = ("QuantLinear", "GeluQuantize")
@@ -31,15 +27,15 @@ _PARTS = ("QuantLinear", "GeluQuantize")
 
 @dataclass(frozen=True, kw_only=True)
 class Replaced:
-    """What became of the nodes.
+    """Counts of the nodes of a graph, by type.
 
     Attributes:
-        plugins: how many nodes of each type are plug-ins now.
-        left: why nodes of a type keep their bodies, by type.
+        plugins: nodes that are plug-ins now.
+        unsupported: nodes that keep their bodies, by the reason.
     """
 
     plugins: dict[str, int]
-    left: dict[str, str]
+    unsupported: dict[str, dict[str, int]]
 
 
 def use_plugins(
@@ -60,44 +56,45 @@ def use_plugins(
 
     Raises:
         KeyError: there is no kernel for a type.
-        WanxError: as :func:`wanx.exporter.targets.tensorrt.kernels.carry`.
+        WanxError: as :func:`wanx.exporter.targets.tensorrt.kernels.compile_plugin_kernel`.
     """
     if unknown := set(ops) - OPS.keys():
         raise KeyError(f"no plug-in for {', '.join(sorted(unknown))}")
     if _PARTS[1] in ops:
         _take_apart(model, functions)
-    made: dict[str, CarriedKernel] = {}
+    kernels: dict[str, PluginKernel] = {}
     counts: dict[str, int] = {}
-    left: dict[str, str] = {}
+    unsupported: dict[str, dict[str, int]] = {}
     for node in _nodes(model, ops):
         inputs, attributes = _specs(node), {n: a.value for n, a in node.attributes.items()}
         reason = _unsupported(node.op_type, inputs, attributes)
         if reason is not None:
-            left[node.op_type] = reason
+            reasons = unsupported.setdefault(node.op_type, {})
+            reasons[reason] = reasons.get(reason, 0) + 1
             continue
         assert not any(spec is None for spec in inputs)
-        given = [spec for spec in inputs if spec is not None]
-        key = repr((node.op_type, given, sorted(attributes.items())))
-        if key not in made:
-            made[key] = carry(node.op_type, given, attributes, sms)
-        _replace(node, [_plugin_node(node, made[key])])
+        specs = [spec for spec in inputs if spec is not None]
+        key = repr((node.op_type, specs, sorted(attributes.items())))
+        if key not in kernels:
+            kernels[key] = compile_plugin_kernel(node.op_type, specs, attributes, sms)
+        _replace(node, [_plugin_node(node, kernels[key])])
         counts[node.op_type] = counts.get(node.op_type, 0) + 1
     _drop_unused(model)
-    return Replaced(plugins=counts, left=left)
+    return Replaced(plugins=counts, unsupported=unsupported)
 
 
 def _nodes(model: ir.Model, types: Iterable[str]) -> list[ir.Node]:
-    wanted = set(types)
-    return [n for n in model.graph if n.domain == DOMAIN.domain and n.op_type in wanted]
+    op_types = set(types)
+    return [n for n in model.graph if n.domain == DOMAIN.domain and n.op_type in op_types]
 
 
 def _unsupported(
     op: str, inputs: Sequence[Spec | None], attributes: Mapping[str, Any]
 ) -> str | None:
-    given = [spec for spec in inputs if spec is not None]
-    if len(given) < len(inputs):
+    specs = [spec for spec in inputs if spec is not None]
+    if len(specs) < len(inputs):
         return "the graph does not tell the type or the shape of an input"
-    return OPS[op].unsupported_reason(given, attributes)
+    return OPS[op].unsupported_reason(specs, attributes)
 
 
 def _specs(node: ir.Node) -> list[Spec | None]:
@@ -115,7 +112,7 @@ def _spec(value: ir.Value | None) -> Spec | None:
     return Spec(_TYPES[value.dtype], shape)
 
 
-def _plugin_node(node: ir.Node, kernel: CarriedKernel) -> ir.Node:
+def _plugin_node(node: ir.Node, kernel: PluginKernel) -> ir.Node:
     description, code = kernel.fields()
     return ir.Node(
         DOMAIN.domain,
@@ -131,12 +128,12 @@ def _plugin_node(node: ir.Node, kernel: CarriedKernel) -> ir.Node:
 
 
 def _replace(old: ir.Node, new: Sequence[ir.Node]) -> None:
-    """Put nodes in the place of one, whose outputs the last of them makes."""
-    graph, made = old.graph, new[-1].outputs
+    """Replace a node by several, the last of which computes its outputs."""
+    graph, outputs = old.graph, new[-1].outputs
     assert isinstance(graph, ir.Graph)
-    for before, after in zip(old.outputs, made, strict=True):
+    for before, after in zip(old.outputs, outputs, strict=True):
         after.name, after.type, after.shape = before.name, before.type, before.shape
-    ir.convenience.replace_nodes_and_values(graph, old, [old], new, old.outputs, made)
+    ir.convenience.replace_nodes_and_values(graph, old, [old], new, old.outputs, outputs)
 
 
 def _take_apart(model: ir.Model, functions: Mapping[str, OnnxFunction[..., Any]]) -> None:
@@ -165,3 +162,22 @@ def _drop_unused(model: ir.Model) -> None:
             return
         for key in unused:
             del model.functions[key]
+
+
+def plugin_notes(plugins: Iterable[str], graphs: Sequence[Replaced]) -> list[str]:
+    """Say of each plug-in how many nodes of some graphs it took, and why others were left.
+
+    Blocks that share an engine are one graph.
+    """
+    notes = []
+    for name in plugins:
+        reasons: Counter[str] = Counter()
+        for graph in graphs:
+            reasons.update(graph.unsupported.get(name, {}))
+        taken = sum(graph.plugins.get(name, 0) for graph in graphs)
+        note = f"plug-in {name}: takes {taken} of {taken + reasons.total()} nodes"
+        if reasons:
+            details = "; ".join(f"{reason} ({count})" for reason, count in reasons.items())
+            note += f", not those where {details}"
+        notes.append(note)
+    return notes

@@ -1,4 +1,4 @@
-"""Which nodes of a graph a TensorRT plug-in can take over, and how their kernels are launched."""
+"""Table of the nodes that a TensorRT plug-in can take over, and their launchers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wanx.kernels.adaln import LARGEST_DIM, launch_adaln
+from wanx.kernels.adaln import MAX_DIM, launch_adaln
 from wanx.kernels.launch import FLOATS
 from wanx.kernels.quantize import LARGEST_ROW, launch_quantize
 from wanx.kernels.registry import ONNX_TYPES
@@ -28,11 +28,11 @@ class Spec:
 
 @dataclass(frozen=True, kw_only=True)
 class Op:
-    """How a ``wanx`` node of a graph is launched.
+    """Launcher of a ``wanx`` node of a graph.
 
     Attributes:
         run: launches the kernel on the node's inputs and attributes, and gives the node's outputs.
-        unsupported_reason: why it could not, for these inputs and attributes, or None.
+        unsupported_reason: says why it cannot, for inputs and attributes; None where it can.
     """
 
     run: Callable[..., tuple[Tensor, ...]]
@@ -47,8 +47,8 @@ def _rms_norm_rope(
     q: Tensor, k: Tensor, *others: Tensor, num_heads: int, eps: float
 ) -> tuple[Tensor, ...]:
     q_weight, k_weight, cos, sin, *scales = others
-    given = (scales[0], scales[1]) if scales else None
-    return launch_rms_norm_rope(q, k, q_weight, k_weight, cos, sin, num_heads, eps, given)
+    pair = (scales[0], scales[1]) if scales else None
+    return launch_rms_norm_rope(q, k, q_weight, k_weight, cos, sin, num_heads, eps, pair)
 
 
 def _unsupported_rope(inputs: Sequence[Spec], attributes: Mapping[str, Any]) -> str | None:
@@ -88,8 +88,8 @@ def _unsupported_gelu(inputs: Sequence[Spec], attributes: Mapping[str, Any]) -> 
 def _adaln_quantize(
     x: Tensor, scale: Tensor, shift: Tensor, q_scale: Tensor, *, eps: float, dtype: int
 ) -> tuple[Tensor, ...]:
-    made = launch_adaln(x, scale, shift, eps, dtype=_TORCH_TYPES[dtype], q_scale=q_scale)
-    return made[1:2]
+    outputs = launch_adaln(x, scale, shift, eps, dtype=_TORCH_TYPES[dtype], q_scale=q_scale)
+    return outputs[1:2]
 
 
 def _unsupported_adaln(inputs: Sequence[Spec], attributes: Mapping[str, Any]) -> str | None:
@@ -97,7 +97,7 @@ def _unsupported_adaln(inputs: Sequence[Spec], attributes: Mapping[str, Any]) ->
     dim = x.shape[-1]
     if x.dtype not in FLOATS or not _are_scales([q_scale]):
         return f"x is {x.dtype}, and its scale {q_scale.dtype} {list(q_scale.shape)}"
-    if len(x.shape) != 3 or not isinstance(dim, int) or dim > LARGEST_DIM:
+    if len(x.shape) != 3 or not isinstance(dim, int) or dim > MAX_DIM:
         return f"x is {list(x.shape)}"
     for modulation in modulations:
         if modulation.shape not in ((1, 1, dim), (x.shape[0], 1, dim)):

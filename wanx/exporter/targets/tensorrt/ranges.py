@@ -1,4 +1,4 @@
-"""The sizes that engines cover, from the videos that a model makes."""
+"""Ranges of the dynamic axes of engines, from the videos that a model makes."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from wanx.config.models import ModelConfig
 from wanx.errors import UsageError
 
 # 81 frames of 1280x720, the largest videos of Wan2.1; smaller models have smaller limits.
-MOST_TOKENS = 75_600
-LARGEST_SIDE = 1280
-LEAST_SIDE = 16  # a token
-# With a smaller least size TensorRT-RTX 1.7 takes FP8 attention apart: with 16, but not with 32.
+MAX_TOKENS = 75_600
+MAX_SIDE = 1280
+MIN_SIDE = 16  # a token
+# With a smaller min size TensorRT-RTX 1.7 takes FP8 attention apart: with 16, but not with 32.
 FP8_TOKENS = 32
 _SMALL_DIM = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """Sizes of a dynamic axis: from ``least`` to ``most``, and fastest at ``usual``."""
+    """Sizes of a dynamic axis: from ``min`` to ``max``, and fastest at ``opt``."""
 
-    least: int
-    usual: int
-    most: int
+    min: int
+    opt: int
+    max: int
 
 
 def ranges(
@@ -33,7 +33,7 @@ def ranges(
     sizes: Sequence[tuple[int, int]] = (),
     frames: int | None = None,
 ) -> Mapping[str, Range]:
-    """The range of each dynamic axis.
+    """Compute the range of each dynamic axis.
 
     Args:
         config: of the model.
@@ -50,26 +50,26 @@ def ranges(
     """
     if frames is not None and frames < 1:
         raise UsageError(f"--frames {frames}: a video has 1 or more")
-    if small := [size for size in sizes if min(size) < LEAST_SIDE]:
+    if small := [size for size in sizes if min(size) < MIN_SIDE]:
         width, height = small[0]
-        raise UsageError(f"--sizes {width}x{height}: sides are {LEAST_SIDE} pixels or more")
+        raise UsageError(f"--sizes {width}x{height}: sides are {MIN_SIDE} pixels or more")
     defaults, stride = config.defaults, config.vae.spatial_stride
     longest = frames or defaults.frames
     cells = [(h // stride, w // stride) for w, h in sizes or [(defaults.width, defaults.height)]]
     tokens = [_tokens(config, longest, h, w) for h, w in cells]
-    (height, width), most = cells[0], max(tokens)
+    (height, width), most_tokens = cells[0], max(tokens)
     tallest, widest = (max(sides) for sides in zip(*cells, strict=True))
     if not sizes:
         tiny = config.dit.dim < _SMALL_DIM
-        most = 4 * most if tiny else max(most, MOST_TOKENS)
-        side = 2 * max(height, width) if tiny else LARGEST_SIDE // stride
+        most_tokens = 4 * most_tokens if tiny else max(most_tokens, MAX_TOKENS)
+        side = 2 * max(height, width) if tiny else MAX_SIDE // stride
         tallest, widest = max(tallest, side), max(widest, side)
     return {
-        "L": Range(least=FP8_TOKENS if fp8_attention else 1, usual=tokens[0], most=most),
-        "B": Range(least=1, usual=1, most=2),
-        "n": Range(least=1, usual=64, most=config.dit.text_len),
-        "h": Range(least=1, usual=height, most=tallest),
-        "w": Range(least=1, usual=width, most=widest),
+        "L": Range(min=FP8_TOKENS if fp8_attention else 1, opt=tokens[0], max=most_tokens),
+        "B": Range(min=1, opt=1, max=2),
+        "n": Range(min=1, opt=64, max=config.dit.text_len),
+        "h": Range(min=1, opt=height, max=tallest),
+        "w": Range(min=1, opt=width, max=widest),
     }
 
 

@@ -1,6 +1,6 @@
 """The targets ``rtx`` and ``tensorrt``: engines of the segments of each component.
 
-Both flavours of TensorRT share this code; what one of them lacks is found by looking. TensorRT-RTX
+Both TensorRTs share this code; what one of them lacks is found by looking. TensorRT-RTX
 builds for GPUs that this machine need not have.
 """
 
@@ -15,109 +15,165 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from wanx.bundle.engine_schedule import PLAN, Plan, Program
+from wanx.bundle.engine_schedule import SCHEDULE, EngineSchedule, Program
+from wanx.bundle.manifest import Component, Manifest
+from wanx.config.number_formats import QUANTIZED
 from wanx.errors import WanxError
-from wanx.exporter.components import ComponentSpec
-from wanx.exporter.partition.partition import cut
-from wanx.exporter.partition.segments import Segment
+from wanx.exporter.partition.segments import Partition, Segment
+from wanx.exporter.targets.base import Builder, OnFraction, no_fraction
+from wanx.exporter.targets.options import DEFAULT_OPTIONS, BuilderOptions
 from wanx.exporter.targets.tensorrt import worker
-from wanx.exporter.targets.tensorrt.flavour import Flavour
-from wanx.exporter.targets.tensorrt.graph import segment_graph
-from wanx.exporter.targets.tensorrt.ranges import Range
-from wanx.exporter.targets.tensorrt.tuning import BY_ITSELF, Tuning
+from wanx.exporter.targets.tensorrt.gpus import (
+    TensorRTTarget,
+    for_this_machine,
+    parse_plugins,
+    require_plugins,
+    require_precision,
+)
+from wanx.exporter.targets.tensorrt.graph import graph_with_plugins
+from wanx.exporter.targets.tensorrt.nodes import Replaced, plugin_notes
+from wanx.exporter.targets.tensorrt.ranges import Range, ranges
 from wanx.exporter.targets.tensorrt.worker import DISK_FULL, REQUEST
-from wanx.interruption import undone_by_interrupt
-from wanx.models.quantized import DynamicQuantLinear, QuantAttend, QuantLinear
+from wanx.interruption import cleanup_on_sigint
+from wanx.kernels.number_formats import FORMATS
+from wanx.models.quantized import DynamicQuantLinear, QuantAttentionOp, QuantLinear
 from wanx.runtime.sessions.tensorrt.library import MODULES
 
 _EIGHT_BIT = (QuantLinear, DynamicQuantLinear)  # weight and input
 
 
-def build(
-    spec: ComponentSpec,
-    dtype: torch.dtype,
-    flavour: Flavour,
-    ranges: Mapping[str, Range],
-    folder: Path,
-    plugins: Collection[str] = (),
-    tuning: Tuning = BY_ITSELF,
-    tell: Callable[[float], None] = lambda done: None,
-) -> Plan:
-    """Build the engines of a component.
-
-    Args:
-        spec: as it is, or with 8-bit layers.
-        dtype: that it computes in.
-        flavour: which TensorRT, and for which GPUs.
-        ranges: of each dynamic axis.
-        folder: a new one for the engines and the plan.
-        plugins: functions that our kernels run, as :func:`parse_plugins` reads them.
-        tuning: options of the builder.
-        tell: told how much is done, from 0 to 1.
+def prepare(target: TensorRTTarget, manifest: Manifest, options: BuilderOptions) -> TensorRTBuilder:
+    """Make the builder for a bundle.
 
     Raises:
         EnvironmentMismatchError: this TensorRT is not installed.
-        OSError: the disk is full.
-        WanxError: an engine does not build, or is not what was asked for.
+        UsageError: an option is out of range, or the GPU lacks the bundle's precision.
     """
-    flavour.module()
-    parts = cut(spec, dtype)
-    folder.mkdir(parents=True)
-    programs = {}
-    with tempfile.TemporaryDirectory(dir=folder) as name:
-        place = Path(name)
-        for segment_name, segment in parts.segments.items():
-            graph = segment_graph(segment, parts.axes, plugins=plugins, sms=flavour.sms)
-            (place / f"{segment_name}.onnx").write_bytes(graph.SerializeToString())
-        jobs = {n: shapes_of(segment, ranges) for n, segment in parts.segments.items()}
-        request = {
-            "module": MODULES[flavour.target], "sms": flavour.sms, "newer": flavour.newer,
-            "plugins": bool(plugins), "tuning": asdict(tuning), "jobs": jobs,
-        }  # fmt: skip
-        words = _work(place, request, tell)
-        for segment_name, segment in parts.segments.items():
-            try:
-                layers = count_layers(_result(place / f"{segment_name}.json", words))
-                require_layers(segment, layers)
-            except WanxError as error:
-                raise WanxError(f"cannot build {segment_name} of {spec.name}: {error}") from error
-            file = f"{segment_name}.engine"
-            shutil.move(place / file, folder / file)
-            programs[segment_name] = Program(file=file, weights=segment.weights, layers=layers)
-    plan = Plan(
-        compiler=flavour.compiler(),
-        device=flavour.device,
-        types=parts.types,
-        batched=parts.batched,
-        programs=programs,
-        steps=parts.steps,
+    require_precision(target, manifest.precision)
+    target = for_this_machine(target)
+    recipe = manifest.components["dit"].quantization
+    covered = ranges(
+        manifest.config,
+        fp8_attention=recipe is not None and recipe.attention == "fp8",
+        sizes=options.sizes,
+        frames=options.frames,
     )
-    (folder / PLAN).write_text(plan.model_dump_json(indent=1), encoding="utf-8")
-    return plan
+    plugins = parse_plugins(options.plugins)
+    require_plugins(target, plugins)
+    return TensorRTBuilder(target=target, ranges=covered, plugins=plugins, options=options)
+
+
+@dataclass(kw_only=True)
+class TensorRTBuilder(Builder):
+    """Builder of engines with one of the two TensorRTs.
+
+    Attributes:
+        target: it, and the GPUs.
+        ranges: of each dynamic axis.
+        plugins: functions that our kernels run.
+        options: of the builder.
+    """
+
+    target: TensorRTTarget
+    ranges: Mapping[str, Range]
+    plugins: tuple[str, ...] = ()
+    options: BuilderOptions = DEFAULT_OPTIONS
+    _replaced: list[Replaced] = field(default_factory=list)
+
+    @property
+    def device(self) -> str:
+        """The GPUs, such as ``sm89+sm120``."""
+        return self.target.device
+
+    @property
+    def fingerprint(self) -> str:
+        """TensorRT, its version, and the options that make other engines."""
+        sizes = repr(sorted(self.ranges.items()))
+        words = [self.target.compiler(), *self.plugins, sizes, self.options.builder_key]
+        return " ".join(filter(None, words))
+
+    def compute_dtype(self, group: str, component: Component) -> torch.dtype:
+        """Return bf16, which every component computes in around its 8-bit layers."""
+        return torch.bfloat16
+
+    def build(
+        self, component: str, parts: Partition, folder: Path, on_fraction: OnFraction = no_fraction
+    ) -> EngineSchedule:
+        """Build the engines of a component; see :meth:`Builder.build`.
+
+        Raises:
+            EnvironmentMismatchError: this TensorRT is not installed.
+            OSError: the disk is full.
+            WanxError: an engine does not build, or is not what was asked for.
+        """
+        self.target.module()
+        folder.mkdir(parents=True)
+        programs = {}
+        with tempfile.TemporaryDirectory(dir=folder) as name:
+            temporary = Path(name)
+            for segment_name, segment in parts.segments.items():
+                graph, replaced = graph_with_plugins(
+                    segment, parts.axes, self.plugins, self.target.sms
+                )
+                self._replaced.append(replaced)
+                (temporary / f"{segment_name}.onnx").write_bytes(graph.SerializeToString())
+            jobs = {n: shapes_of(segment, self.ranges) for n, segment in parts.segments.items()}
+            request = {
+                "module": MODULES[self.target.name], "sms": self.target.sms,
+                "ampere_plus": self.target.ampere_plus, "plugins": bool(self.plugins),
+                "options": asdict(self.options), "jobs": jobs,
+            }  # fmt: skip
+            last_words = _work(temporary, request, on_fraction)
+            for segment_name, segment in parts.segments.items():
+                try:
+                    lines = _result(temporary / f"{segment_name}.json", last_words)
+                    layers = count_layers(lines)
+                    require_layers(segment, layers)
+                except WanxError as error:
+                    raise WanxError(
+                        f"cannot build {segment_name} of {component}: {error}"
+                    ) from error
+                file = f"{segment_name}.engine"
+                shutil.move(temporary / file, folder / file)
+                programs[segment_name] = Program(file=file, weights=segment.weights, layers=layers)
+        schedule = EngineSchedule(
+            compiler=self.target.compiler(),
+            device=self.target.device,
+            input_dtypes=parts.input_dtypes,
+            batched=parts.batched,
+            programs=programs,
+            steps=parts.steps,
+        )
+        (folder / SCHEDULE).write_text(schedule.to_json(), encoding="utf-8")
+        return schedule
+
+    def notes(self) -> list[str]:
+        """Return a line for each plug-in: how many nodes it took, and why others were left."""
+        return plugin_notes(self.plugins, self._replaced)
 
 
 def shapes_of(segment: Segment, ranges: Mapping[str, Range]) -> dict[str, list[list[int]]]:
-    """Least, usual and largest shape of each input that has dynamic axes."""
-    found = {}
-    for item in segment.inputs:
-        if any(isinstance(size, str) for size in item.shape):
-            found[item.name] = [
-                list(item.example({n: getattr(r, which) for n, r in ranges.items()}, "meta").shape)
-                for which in ("least", "usual", "most")
-            ]
-    return found
+    """Compute the min, opt and max shape of each input that has dynamic axes."""
+    return {
+        item.name: [
+            list(item.example({n: getattr(r, bound) for n, r in ranges.items()}, "meta").shape)
+            for bound in ("min", "opt", "max")
+        ]
+        for item in segment.inputs
+        if any(isinstance(size, str) for size in item.shape)
+    }
 
 
-def _work(folder: Path, request: Mapping[str, Any], tell: Callable[[float], None]) -> str:
-    """Build all graphs in ``folder`` in a process that TensorRT may end; return its last words.
+def _work(folder: Path, request: Mapping[str, Any], on_fraction: OnFraction) -> str:
+    """Build all graphs in ``folder`` in a process that TensorRT may end; return its last line.
 
     Raises:
         OSError: the disk is full.
@@ -128,38 +184,40 @@ def _work(folder: Path, request: Mapping[str, Any], tell: Callable[[float], None
     with log.open("wb") as errors, subprocess.Popen(
         [sys.executable, "-m", worker.__name__, str(folder)],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True,
-    ) as child, undone_by_interrupt(child.kill):  # fmt: skip
+    ) as child, cleanup_on_sigint(child.kill):  # fmt: skip
         try:
             assert child.stdout is not None
             for line in child.stdout:
                 with suppress(ValueError):  # TensorRT itself may print
                     name, done = json.loads(line)
-                    tell((jobs.index(name) + done) / len(jobs))
+                    on_fraction((jobs.index(name) + done) / len(jobs))
         except BaseException:
             child.kill()
             raise
     if child.returncode in DISK_FULL:
         raise OSError(child.returncode, os.strerror(child.returncode), str(folder))
-    said = (log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+    last = (log.read_text(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
     if child.returncode < 0:
-        return f"signal {signal.Signals(-child.returncode).name}: {said:.200}"
-    return f"exit code {child.returncode}: {said:.200}"
+        return f"signal {signal.Signals(-child.returncode).name}: {last:.200}"
+    return f"exit code {child.returncode}: {last:.200}"
 
 
-def _result(path: Path, words: str) -> list[str]:
-    """What became of one graph: the lines that list the layers of its engine."""
+def _result(path: Path, last_words: str) -> list[str]:
+    """Read the result of one graph: the log lines that list the layers of its engine."""
     if not path.exists():
-        raise WanxError(f"TensorRT ended its process ({words}); report this, or leave memory free")
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if "error" in found:
-        raise WanxError(found["error"])
-    lines: list[str] = found["lines"]
+        raise WanxError(
+            f"TensorRT ended its process ({last_words}); report this, or leave memory free"
+        )
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if "error" in result:
+        raise WanxError(result["error"])
+    lines: list[str] = result["lines"]
     return lines
 
 
 _LAYER = re.compile(r"Name: (\S+), LayerType: (\w+), Inputs: \[(.*?)\], Constants:")
 _TYPE = re.compile(r"Datatype: (\w+)")
-# What moves no data, or only waits.
+# Layers that move no data, or only wait.
 _SILENT = ("signal", "wait", "shape_call", "reformat_free")
 
 
@@ -169,7 +227,7 @@ def count_layers(log: Sequence[str]) -> dict[str, int]:
     Products are told by the type of their first operand: ``gemm FP8``, ``attention BFloat16``;
     TensorRT calls convolutions ``correlation``.
     """
-    found: Counter[str] = Counter()
+    layers: Counter[str] = Counter()
     for line in log:
         for name, kind, inputs in _LAYER.findall(line):
             types = _TYPE.findall(inputs)
@@ -179,8 +237,8 @@ def count_layers(log: Sequence[str]) -> dict[str, int]:
                 kind = "attention"
             elif kind not in ("gemm", "conv", "correlation"):
                 types = []
-            found[" ".join([kind, *types[:1]])] += 1
-    return dict(sorted(found.items()))
+            layers[" ".join([kind, *types[:1]])] += 1
+    return dict(sorted(layers.items()))
 
 
 def require_layers(segment: Segment, layers: Mapping[str, int]) -> None:
@@ -190,18 +248,19 @@ def require_layers(segment: Segment, layers: Mapping[str, int]) -> None:
         WanxError: says how many there are.
     """
     modules = list(segment.module.modules())
-    attends = [module for module in modules if isinstance(module, QuantAttend)]
+    attends = [module for module in modules if isinstance(module, QuantAttentionOp)]
     if layers.get("attention FP8", 0) < len(attends):
         raise WanxError(
             "its attention in FP8 did not become one kernel, and would hold all weights of softmax "
-            "at once; export with --attention high"
+            "at once; export with --attention none"
         )
     layers_8bit = [module for module in modules if isinstance(module, _EIGHT_BIT)]
-    for dtype, called in ((torch.float8_e4m3fn, "FP8"), (torch.int8, "Int8")):
-        wanted = sum(layer.weight.dtype == dtype for layer in layers_8bit)
+    for row in QUANTIZED:
+        called = row.tensorrt_layer
+        expected = sum(FORMATS[layer.weight.dtype] == row for layer in layers_8bit)
         built = layers.get(f"gemm {called}", 0)
-        if built < wanted:
+        if built < expected:
             raise WanxError(
-                f"{built} of {wanted} {called} layers became {called} products "
+                f"{built} of {expected} {called} layers became {called} products "
                 f"({', '.join(f'{count} {kind}' for kind, count in layers.items())})"
             )

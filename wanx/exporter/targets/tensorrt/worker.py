@@ -1,10 +1,10 @@
-"""Builds engines from graphs in a folder, in a process of its own, which TensorRT may end.
+"""Worker process, which TensorRT may end, that builds engines from graphs in a folder.
 
     python -m wanx.exporter.targets.tensorrt.worker FOLDER
 
-``request.json`` there says what to build, and stdout how far it is. Of each job ``NAME.onnx`` is
-read; ``NAME.engine`` is written, and then ``NAME.json``: the layers as TensorRT lists them, or why
-there is no engine.
+``request.json`` there lists the jobs, and stdout reports progress. Of each job ``NAME.onnx`` is
+read; ``NAME.engine`` is written, and then ``NAME.json``: the layers as TensorRT lists them, or the
+error.
 """
 
 from __future__ import annotations
@@ -18,13 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from wanx.errors import WanxError
-from wanx.exporter.targets.tensorrt.tuning import (
-    BY_ITSELF,
-    TimingCache,
-    Tuning,
-    apply_tuning,
-    monitor,
-)
+from wanx.exporter.targets.base import OnFraction, no_fraction
+from wanx.exporter.targets.options import DEFAULT_OPTIONS, BuilderOptions
+from wanx.exporter.targets.tensorrt.progress import progress_monitor
+from wanx.exporter.targets.tensorrt.timing_cache import TimingCache
 from wanx.runtime.sessions.tensorrt.library import MODULES, import_tensorrt
 from wanx.runtime.sessions.tensorrt.plugin import register
 
@@ -39,20 +36,20 @@ def build_engine(
     graph: bytes,
     shapes: Shapes,
     sms: Sequence[int],
-    newer: bool = False,
-    tuning: Tuning = BY_ITSELF,
-    tell: Callable[[float], None] = lambda done: None,
+    ampere_plus: bool = False,
+    options: BuilderOptions = DEFAULT_OPTIONS,
+    on_fraction: OnFraction = no_fraction,
 ) -> tuple[bytes, list[str]]:
     """Build one engine.
 
     Args:
         trt: the module.
         graph: in ONNX.
-        shapes: least, usual and largest shape of each input with dynamic axes.
-        sms: GPUs to build for, where this flavour can choose.
-        newer: whether for all from SM80 on, which full TensorRT can.
-        tuning: options of the builder.
-        tell: told how much is done, from 0 to 1, where this flavour tells.
+        shapes: min, opt and max shape of each input with dynamic axes.
+        sms: GPUs to build for, where this TensorRT can choose.
+        ampere_plus: one engine for all GPUs from SM80 on, which full TensorRT can build.
+        options: of the builder.
+        on_fraction: told how much is done, where this TensorRT reports it.
 
     Returns:
         The plan, and the lines of TensorRT's log that list layers.
@@ -72,18 +69,18 @@ def build_engine(
     _set(trt, "BuilderFlag", "REQUIRE_USER_ALLOCATION", config.set_flag)
     resize = partial(_enable, config)
     _set(trt, "PreviewFeature", "RUNTIME_ACTIVATION_RESIZE_10_10", resize)
-    choose_gpus(trt, config, sms, newer)
+    choose_gpus(trt, config, sms, ampere_plus)
     profile = builder.create_optimization_profile()
-    for name, (least, usual, most) in shapes.items():
-        profile.set_shape(name, tuple(least), tuple(usual), tuple(most))
+    for name, (smallest, optimal, largest) in shapes.items():
+        profile.set_shape(name, tuple(smallest), tuple(optimal), tuple(largest))
     config.add_optimization_profile(profile)
-    apply_tuning(trt, config, tuning)
+    apply_options(trt, config, options)
     if hasattr(config, "progress_monitor"):
-        watcher = monitor(trt, tell)  # the configuration keeps no reference
+        watcher = progress_monitor(trt, on_fraction)  # the configuration keeps no reference
         config.progress_monitor = watcher
     cache = None
     if trt.__name__ == MODULES["tensorrt"]:
-        kinds = "-".join(map(str, sms)) + ("+" if newer else "")
+        kinds = "-".join(map(str, sms)) + ("+" if ampere_plus else "")
         cache = TimingCache(config, f"{trt.__version__}-{kinds}")
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -93,25 +90,39 @@ def build_engine(
     return bytes(plan), [line for text in log.lines for line in text.splitlines() if LAYER in line]
 
 
-def choose_gpus(trt: Any, config: Any, sms: Sequence[int], newer: bool) -> None:
-    """Tell a builder's configuration, which is for the GPU of this machine by itself.
+def apply_options(trt: Any, config: Any, options: BuilderOptions) -> None:
+    """Set a builder's configuration.
+
+    Raises:
+        WanxError: this TensorRT has no levels, and one was asked for.
+    """
+    if options.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
+    if options.opt_level is not None:
+        if not hasattr(config, "builder_optimization_level"):
+            raise WanxError("this TensorRT has no levels of optimisation; leave --opt-level out")
+        config.builder_optimization_level = options.opt_level
+
+
+def choose_gpus(trt: Any, config: Any, sms: Sequence[int], ampere_plus: bool) -> None:
+    """Set the compute capabilities; by default, those of this machine's GPU.
 
     Args:
         trt: the module.
         config: of the builder.
-        sms: GPUs to build for, where this flavour can choose.
-        newer: whether for all from SM80 on, which full TensorRT can.
+        sms: GPUs to build for, where this TensorRT can choose.
+        ampere_plus: one engine for all GPUs from SM80 on, which full TensorRT can build.
     """
-    if newer:
+    if ampere_plus:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     elif sms and hasattr(config, "num_compute_capabilities"):
         config.num_compute_capabilities = len(sms)
-        for place, sm in enumerate(sms):
-            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), place)
+        for index, sm in enumerate(sms):
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), index)
 
 
 def _set(trt: Any, kind: str, name: str, call: Callable[[Any], object]) -> None:
-    """Turn on what this flavour has of that name."""
+    """Enable a feature where this TensorRT has it."""
     if hasattr(getattr(trt, kind, None), name):
         call(getattr(getattr(trt, kind), name))
 
@@ -122,7 +133,7 @@ def _enable(config: Any, feature: Any) -> None:
 
 def _log(trt: Any) -> Any:
     class Log(trt.ILogger):  # type: ignore[misc]
-        """Keeps what TensorRT says."""
+        """Messages of TensorRT."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -140,12 +151,12 @@ def _log(trt: Any) -> Any:
     return Log()
 
 
-def _tell(name: str, done: float) -> None:
+def _print_fraction(name: str, done: float) -> None:
     print(json.dumps([name, done]), flush=True)
 
 
 def main() -> None:
-    """Build what a folder asks for."""
+    """Build the jobs of a folder."""
     try:
         _build_all(Path(sys.argv[1]))
     except OSError as error:
@@ -159,20 +170,20 @@ def _build_all(folder: Path) -> None:
     trt = import_tensorrt(request["module"])
     if request["plugins"]:
         register(trt)
-    tuning = Tuning(**request["tuning"])
+    options = BuilderOptions(**request["options"])
     for name, shapes in request["jobs"].items():
-        found: dict[str, Any]
+        result: dict[str, Any]
         try:
             graph = (folder / f"{name}.onnx").read_bytes()
-            tell = partial(_tell, name)
+            on_fraction = partial(_print_fraction, name)
             engine, lines = build_engine(
-                trt, graph, shapes, request["sms"], request["newer"], tuning, tell
+                trt, graph, shapes, request["sms"], request["ampere_plus"], options, on_fraction
             )
             (folder / f"{name}.engine").write_bytes(engine)
-            found = {"lines": lines}
+            result = {"lines": lines}
         except WanxError as error:
-            found = {"error": str(error)}
-        (folder / f"{name}.json").write_text(json.dumps(found), encoding="utf-8")
+            result = {"error": str(error)}
+        (folder / f"{name}.json").write_text(json.dumps(result), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Sessions on AOTInductor packages; with :mod:`.aoti_engine` all of the runtime that needs PyTorch.
+"""Sessions on AOTInductor packages; with ``engine.py`` all of the runtime that needs PyTorch.
 
 Weights go from the bundle's files to the device once, and stay there.
 """
@@ -16,11 +16,11 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from wanx.bundle.engine_schedule import Plan, Step, Weight, read_plan
+from wanx.bundle.engine_schedule import EngineSchedule, Step, Weight, read_schedule
 from wanx.bundle.reader import Bundle
 from wanx.bundle.trust import require_trusted
 from wanx.errors import EnvironmentMismatchError
-from wanx.runtime.sessions.aoti.engine import TYPES, Engine
+from wanx.runtime.sessions.aoti.engine import TYPES, ScheduleRunner
 from wanx.runtime.sessions.base import NEXT, Array, State
 from wanx.runtime.sessions.engine_session import (
     EngineSession,
@@ -42,18 +42,18 @@ class AotiSession(EngineSession):
 
         Raises:
             EnvironmentMismatchError: it was compiled for or on another machine.
-            CorruptInputError: plan and weights do not fit together.
+            CorruptInputError: schedule and weights do not fit together.
             WanxError: the device has too little memory.
         """
         record = bundle.manifest.components[component]
         path = bundle.root / record.engines[TARGET]
         self.component = component
-        plan = read_plan(path)
-        _require_machine(plan, bundle)
+        schedule = read_schedule(path)
+        _require_machine(schedule, bundle)
         require_trusted(bundle, component, TARGET)
-        if threads is not None and plan.device == "cpu":
+        if threads is not None and schedule.device == "cpu":
             torch.set_num_threads(threads)
-        device = "cpu" if plan.device == "cpu" else "cuda"
+        device = "cpu" if schedule.device == "cpu" else "cuda"
         self._constants: dict[str, Tensor] = {}
         with self._explained(), ExitStack() as stack:
             opened = [
@@ -61,32 +61,32 @@ class AotiSession(EngineSession):
                 for f in record.weights
             ]
             files = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
-            self._engine = Engine(
-                plan, path.parent, record.outputs, lambda s, w: self._weight(files, s, w)
+            self._runner = ScheduleRunner(
+                schedule, path.parent, record.outputs, lambda s, w: self._weight(files, s, w)
             )
 
     @property
-    def plan(self) -> Plan:
-        """What runs."""
-        return self._engine.plan
+    def schedule(self) -> EngineSchedule:
+        """The programs and steps that run."""
+        return self._runner.schedule
 
     def bind(self, constants: Mapping[str, Array]) -> None:
         """Copy the arrays to the device."""
         self._constants |= {name: self._tensor(name, array) for name, array in constants.items()}
-        self._engine.forget()
+        self._runner.drop_graphs()
 
     def run(self, feeds: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
         """Run the programs; see :meth:`Session.run`."""
         with self._explained():
-            given = {name: self._tensor(name, array) for name, array in feeds.items()}
-            values = self._constants | given
+            inputs = {name: self._tensor(name, array) for name, array in feeds.items()}
+            values = self._constants | inputs
             if state is None:
-                made = self._engine.run(values, changing=given.keys())
+                results = self._runner.run(values, changing=inputs.keys())
             else:
-                known = self._engine.plan.types
-                made = self._engine.run(values | {n: v for n, v in state.items() if n in known})
+                known = self._runner.schedule.input_dtypes
+                results = self._runner.run(values | {n: v for n, v in state.items() if n in known})
             outputs = {}
-            for name, value in made.items():
+            for name, value in results.items():
                 if state is not None and name.endswith(NEXT):
                     state[name.removesuffix(NEXT)] = value
                 else:
@@ -95,12 +95,12 @@ class AotiSession(EngineSession):
 
     def kernel_times(self, call: Callable[[], object]) -> list[KernelTime]:
         """Measure with PyTorch's profiler: kernels on a GPU, operators on the processor."""
-        on_gpu = self._engine.device.type == "cuda"
+        on_gpu = self._runner.device.type == "cuda"
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-        with profile(activities=kinds) as found:
+        with profile(activities=kinds) as profiler:
             call()
         times = []
-        for event in found.key_averages():
+        for event in profiler.key_averages():
             spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
             if spent and (not on_gpu or event.device_type.name != "CPU"):
                 times.append(
@@ -111,11 +111,11 @@ class AotiSession(EngineSession):
     def close(self) -> None:
         """Free programs and weights."""
         self._constants.clear()
-        self._engine.close()
+        self._runner.close()
 
     def _tensor(self, name: str, array: Array) -> Tensor:
         value = torch.from_numpy(np.ascontiguousarray(array))
-        return value.to(self._engine.device, TYPES[self._engine.plan.types[name]])
+        return value.to(self._runner.device, TYPES[self._runner.schedule.input_dtypes[name]])
 
     def _weight(self, files: Mapping[str, Any], step: Step, weight: Weight) -> Tensor:
         names = [f"{step.prefix}{source}" for source in weight.sources]
@@ -128,23 +128,23 @@ class AotiSession(EngineSession):
         return whole.reshape(weight.shape)
 
 
-def _require_machine(plan: Plan, bundle: Bundle) -> None:
+def _require_machine(schedule: EngineSchedule, bundle: Bundle) -> None:
     """Refuse what was compiled for another GPU, or by another PyTorch.
 
     Raises:
         EnvironmentMismatchError: says how to build it for this machine.
     """
-    found = "cpu"
+    here = "cpu"
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
-        found = f"sm{major}{minor}"
+        here = f"sm{major}{minor}"
     compiler = f"torch {torch.__version__}"
     problem = None
-    if plan.compiler != compiler:
-        problem = f"by {plan.compiler}, and this is {compiler}"
-    elif plan.device not in ("cpu", found):
-        here = "has no GPU that PyTorch can use" if found == "cpu" else f"has {found}"
-        problem = f"for {plan.device}, and this machine {here}"
+    if schedule.compiler != compiler:
+        problem = f"by {schedule.compiler}, and this is {compiler}"
+    elif schedule.device not in ("cpu", here):
+        gpu = "has no GPU that PyTorch can use" if here == "cpu" else f"has {here}"
+        problem = f"for {schedule.device}, and this machine {gpu}"
     if problem:
         raise EnvironmentMismatchError(
             f"the engines of {bundle.root} were built {problem}: run `wanx build {bundle.root} "

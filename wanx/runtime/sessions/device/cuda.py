@@ -1,4 +1,4 @@
-"""CUDA's runtime through cuda-python: memory, copies, streams, and graphs of what they did.
+"""CUDA's runtime through cuda-python: memory, copies, streams, events and graphs.
 
 cuda-python is imported when it is asked for, since only sessions on a GPU need it.
 """
@@ -10,12 +10,14 @@ from typing import Any
 
 from wanx.errors import EnvironmentMismatchError
 
-SPARE = 256 << 20  # bytes for what CUDA and TensorRT load while they run, which nobody predicts
-_taken: dict[int, int] = {}  # bytes by address: of the process, as state outlives its session
+RESERVED_BYTES = (
+    256 << 20
+)  # bytes for what CUDA and TensorRT load while they run, which nobody predicts
+_allocated: dict[int, int] = {}  # bytes by address: of the process, as state outlives its session
 
 
 class CudaError(Exception):
-    """What CUDA answers to a call that fails."""
+    """A call of CUDA that failed."""
 
 
 class Cuda:
@@ -44,7 +46,7 @@ class Cuda:
             self.close_stream(stream)
 
     def open_stream(self) -> Any:
-        """Another stream, whose work runs beside that of the others."""
+        """Open another stream, whose work runs beside that of the others."""
         return self._call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
 
     def close_stream(self, stream: Any) -> None:
@@ -72,27 +74,27 @@ class Cuda:
 
     def available_memory(self) -> int:
         """Bytes of it that may be allocated: some are kept free, and there may be a budget."""
-        free = self.free_memory() - SPARE
-        left = free if self._budget is None else self._budget - sum(_taken.values())
+        free = self.free_memory() - RESERVED_BYTES
+        left = free if self._budget is None else self._budget - sum(_allocated.values())
         return max(0, min(free, left))
 
     def allocate(self, size: int) -> int:
-        """Memory of the GPU."""
+        """Allocate memory of the GPU."""
         address = int(self._call("cudaMalloc", size))
-        _taken[address] = size
+        _allocated[address] = size
         return address
 
     def free(self, address: int) -> None:
-        """Give memory of the GPU back; waits for everything that runs."""
-        _taken.pop(address)
+        """Free memory of the GPU; waits for everything that runs."""
+        _allocated.pop(address)
         self._release("cudaFree", address)
 
     def allocate_pinned(self, size: int) -> int:
-        """Memory of the host that the GPU copies from and to while the host goes on."""
+        """Allocate page-locked host memory, which is copied while the host goes on."""
         return int(self._call("cudaMallocHost", size))
 
     def free_pinned(self, address: int) -> None:
-        """Give such memory back."""
+        """Free page-locked host memory."""
         self._release("cudaFreeHost", address)
 
     def to_device(self, device: int, host: int, size: int, stream: Any = None) -> None:
@@ -105,58 +107,58 @@ class Cuda:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call("cudaMemcpyAsync", host, device, size, kind, self.stream)
 
-    def wait(self, stream: Any = None) -> None:
+    def synchronize(self, stream: Any = None) -> None:
         """Wait until everything in the stream is done."""
         self._call("cudaStreamSynchronize", self._or_ours(stream))
 
-    def event(self) -> Any:
-        """A mark to set in a stream."""
+    def create_event(self) -> Any:
+        """Create an event."""
         return self._call("cudaEventCreate")
 
-    def mark(self, event: Any, stream: Any = None) -> None:
-        """Set the mark after what is in the stream now."""
+    def record_event(self, event: Any, stream: Any = None) -> None:
+        """Record ``event`` in ``stream`` (cudaEventRecord)."""
         self._call("cudaEventRecord", event, self._or_ours(stream))
 
-    def hold(self, event: Any, stream: Any = None) -> None:
-        """Let what comes next in the stream wait for the mark, as it is set now, in another."""
+    def wait_event(self, event: Any, stream: Any = None) -> None:
+        """Make ``stream`` wait for ``event`` (cudaStreamWaitEvent)."""
         self._call("cudaStreamWaitEvent", self._or_ours(stream), event, 0)
 
-    def wait_for(self, event: Any) -> None:
-        """Wait until the stream has passed the mark; one that was never set is passed."""
+    def synchronize_event(self, event: Any) -> None:
+        """Wait on the host until ``event`` has occurred; one never recorded has."""
         self._call("cudaEventSynchronize", event)
 
     def close_event(self, event: Any) -> None:
-        """Free a mark."""
+        """Free an event."""
         self._release("cudaEventDestroy", event)
 
-    def begin_recording(self) -> None:
-        """From now on keep what is put into the stream instead of doing it."""
+    def begin_capture(self) -> None:
+        """Begin stream capture."""
         # Other threads may go on allocating meanwhile.
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", self.stream, mode)
 
-    def end_recording(self) -> Any:
-        """Stop, and make what was kept ready to be done again and again."""
+    def end_capture(self) -> Any:
+        """End stream capture and instantiate the graph."""
         graph = self._call("cudaStreamEndCapture", self.stream)
         try:
             return self._call("cudaGraphInstantiate", graph, 0)
         finally:
             self._release("cudaGraphDestroy", graph)
 
-    def drop_recording(self) -> None:
-        """Stop, and forget what was kept; nothing is raised, as this follows another failure."""
+    def abort_capture(self) -> None:
+        """End stream capture without a graph; raises nothing, as it follows a failure."""
         _, graph = self._cuda.cudaStreamEndCapture(self.stream)
         if graph is not None and int(graph):
             self._release("cudaGraphDestroy", graph)
         self._cuda.cudaGetLastError()
 
-    def replay(self, recording: Any) -> None:
-        """Queue everything that was recorded."""
-        self._call("cudaGraphLaunch", recording, self.stream)
+    def launch_graph(self, graph: Any) -> None:
+        """Queue an instantiated graph."""
+        self._call("cudaGraphLaunch", graph, self.stream)
 
-    def free_recording(self, recording: Any) -> None:
-        """Free a recording."""
-        self._release("cudaGraphExecDestroy", recording)
+    def free_graph(self, graph: Any) -> None:
+        """Free an instantiated graph."""
+        self._release("cudaGraphExecDestroy", graph)
 
     def _or_ours(self, stream: Any) -> Any:
         return self.stream if stream is None else stream
@@ -197,9 +199,9 @@ def open_cuda(extra: str, budget: int | None = None) -> Cuda:
         ) from None
     code, count = runtime.cudaGetDeviceCount()
     if int(code) or not count:
-        found = _text(runtime, code) if int(code) else "there is none"
+        reason = _text(runtime, code) if int(code) else "there is none"
         raise EnvironmentMismatchError(
-            f"this machine has no GPU that CUDA can use ({found}); run on one that has, or `wanx "
+            f"this machine has no GPU that CUDA can use ({reason}); run on one that has, or `wanx "
             "build BUNDLE --target cpu` first"
         )
     return Cuda(runtime, budget)

@@ -1,4 +1,4 @@
-"""Memory that is allocated once and used again, and tensors in it."""
+"""Caching allocator, with free lists by size, and tensors in its memory."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wanx.bundle.engine_schedule import InputType
+from wanx.config.number_formats import BY_SAFETENSORS
 from wanx.runtime.sessions.device.cuda import Cuda
-from wanx.runtime.sessions.device.stored_types import NUMPY
 
 _GRAIN = 512  # bytes, as CUDA aligns; TensorRT wants 256
 
 
 def rounded(size: int) -> int:
-    """Bytes that an allocation of ``size`` takes."""
+    """Bytes of an allocation for ``size`` bytes."""
     return max(1, -(-size // _GRAIN)) * _GRAIN
 
 
-class Block:
-    """Memory that goes back to its arena when nothing refers to it any more.
+class PooledBuffer:
+    """Memory that returns to its pool when nothing refers to it any more.
 
     What is queued in the stream may still use it then: its next user comes later in the stream.
     """
 
-    def __init__(self, arena: Arena, address: int, size: int) -> None:
+    def __init__(self, pool: MemoryPool, address: int, size: int) -> None:
         self.address = address
         self.size = size
-        self._arena = arena
+        self._pool = pool
 
     def __del__(self) -> None:
-        self._arena._take_back(self.address, self.size)
+        self._pool._return(self.address, self.size)
 
 
-class Arena:
-    """Hands out memory, and keeps what comes back for the next who asks for as much."""
+class MemoryPool:
+    """Caching allocator: returned memory serves later requests of the same size."""
 
     def __init__(self, allocate: Callable[[int], int], free: Callable[[int], None]) -> None:
         """Take memory from ``allocate`` and give it to ``free`` in the end."""
@@ -50,25 +50,25 @@ class Arena:
         self._closed = False
 
     @classmethod
-    def on_device(cls, cuda: Cuda) -> Arena:
-        """An arena in the GPU's memory."""
+    def on_device(cls, cuda: Cuda) -> MemoryPool:
+        """Pool in the GPU's memory."""
         return cls(cuda.allocate, cuda.free)
 
     @classmethod
-    def pinned(cls, cuda: Cuda) -> Arena:
-        """An arena in memory of the host that the GPU copies from and to."""
+    def pinned(cls, cuda: Cuda) -> MemoryPool:
+        """Pool in page-locked host memory."""
         return cls(cuda.allocate_pinned, cuda.free_pinned)
 
-    def take(self, size: int) -> Block:
-        """Memory of at least ``size`` bytes.
+    def allocate(self, size: int) -> PooledBuffer:
+        """Allocate at least ``size`` bytes.
 
         Raises:
             CudaError: there is too little.
         """
-        assert not self._closed, "the arena is closed"
+        assert not self._closed, "the pool is closed"
         size = rounded(size)
         idle = self._idle[size]
-        return Block(self, idle.pop() if idle else self._allocate(size), size)
+        return PooledBuffer(self, idle.pop() if idle else self._allocate(size), size)
 
     def close(self) -> None:
         """Free what is idle now, and what is in use as soon as it comes back."""
@@ -77,7 +77,7 @@ class Arena:
             while addresses:
                 self._free(addresses.pop())
 
-    def _take_back(self, address: int, size: int) -> None:
+    def _return(self, address: int, size: int) -> None:
         if self._closed:
             self._free(address)
         else:
@@ -88,27 +88,27 @@ class Arena:
 class DeviceTensor:
     """A dense tensor in the GPU's memory."""
 
-    block: Block
+    buffer: PooledBuffer
     dtype: InputType
     shape: tuple[int, ...]
 
     @property
     def address(self) -> int:
-        """Of its first byte."""
-        return self.block.address
+        """Address of the first byte."""
+        return self.buffer.address
 
     @property
     def nbytes(self) -> int:
-        """Its size."""
+        """Size in bytes."""
         return tensor_bytes(self.dtype, self.shape)
 
 
 def tensor_bytes(dtype: InputType, shape: Sequence[int]) -> int:
-    """The size of a dense tensor."""
-    return NUMPY[dtype].itemsize * math.prod(shape)
+    """Bytes of a dense tensor."""
+    return BY_SAFETENSORS[dtype].nbytes(math.prod(shape))
 
 
 def host_view(address: int, size: int) -> NDArray[np.uint8]:
-    """Pinned memory as a numpy array, valid as long as the memory is."""
+    """View of host memory as a numpy array, valid as long as the memory is."""
     buffer: Any = (ctypes.c_uint8 * size).from_address(address)
     return np.frombuffer(buffer, np.uint8)

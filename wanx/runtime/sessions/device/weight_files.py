@@ -1,4 +1,4 @@
-"""The weights that a plan reads: found in a bundle's files, and copied from there."""
+"""Layout of a schedule's weights per step, and copies from the bundle's files."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wanx.bundle.engine_schedule import Plan, StoredType
-from wanx.files.safetensors import DTYPE_BYTES, TensorRef, read_header
+from wanx.bundle.engine_schedule import EngineSchedule, StoredType
+from wanx.config.number_formats import BY_SAFETENSORS
+from wanx.files.floats import FLOATS, NUMPY, convert
+from wanx.files.safetensors import TensorRef, read_header
 from wanx.runtime.sessions.device.cuda import Cuda, CudaError
 from wanx.runtime.sessions.device.memory import host_view, rounded
-from wanx.runtime.sessions.device.stored_types import FLOATS, NUMPY, convert
 from wanx.runtime.sessions.engine_session import misshaped_weight, missing_weight
 
 STAGE = 16 << 20  # bytes of each of the two pinned buffers
 
 
 @dataclass(frozen=True)
-class _Placed:
-    """A weight in the memory of its step: its sources lie there one after the other."""
+class WeightSlice:
+    """A weight in the memory of its step: its sources one after the other."""
 
     sources: tuple[TensorRef, ...]
     dtype: StoredType
@@ -36,33 +37,35 @@ class StepWeights:
     """The weights of a step, in one piece of memory.
 
     Attributes:
-        placed: they, in the order of their program.
+        slices: the weights, in the order of their program.
         size: bytes of all together.
     """
 
-    placed: tuple[_Placed, ...]
+    slices: tuple[WeightSlice, ...]
     size: int
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        """Where each of them is in that memory."""
-        return tuple(weight.offset for weight in self.placed)
+        """Offset of each weight in that memory."""
+        return tuple(weight.offset for weight in self.slices)
 
 
-def lay_out(plan: Plan, files: Iterable[Path], component: str) -> list[StepWeights]:
-    """Find every weight of each step in the files; only their headers are read.
+def plan_weights(
+    schedule: EngineSchedule, files: Iterable[Path], component: str
+) -> list[StepWeights]:
+    """Lay out the weights of each step; only the headers of the files are read.
 
     Raises:
-        CorruptInputError: a weight is missing, or is not what the plan says.
+        CorruptInputError: a weight is missing, or is not what the schedule says.
     """
     known: dict[str, TensorRef] = {}
     for file in files:
         known |= read_header(file).entries
     steps: list[StepWeights] = []
-    for step in plan.steps:
-        placed: list[_Placed] = []
+    for step in schedule.steps:
+        slices: list[WeightSlice] = []
         end = 0
-        for weight in plan.programs[step.program].weights:
+        for weight in schedule.programs[step.program].weights:
             names = [f"{step.prefix}{source}" for source in weight.sources]
             for name in names:
                 if name not in known:
@@ -74,9 +77,9 @@ def lay_out(plan: Plan, files: Iterable[Path], component: str) -> list[StepWeigh
             count = math.prod(weight.shape)
             if sum(math.prod(source.shape) for source in sources) != count:
                 raise misshaped_weight(component, names[0], sources[0].shape, weight.shape)
-            placed.append(_Placed(sources, weight.dtype, end))
-            end += rounded(count * NUMPY[weight.dtype].itemsize)
-        steps.append(StepWeights(placed=tuple(placed), size=end))
+            slices.append(WeightSlice(sources, weight.dtype, end))
+            end += rounded(BY_SAFETENSORS[weight.dtype].nbytes(count))
+        steps.append(StepWeights(slices=tuple(slices), size=end))
     return steps
 
 
@@ -96,52 +99,46 @@ def copy_to_device(steps: Iterable[tuple[StepWeights, int]], cuda: Cuda) -> None
         CudaError: CUDA refuses.
     """
     pinned: list[int] = []
-    marks: list[Any] = []
+    events: list[Any] = []
     try:
         for _ in range(2):
             pinned.append(cuda.allocate_pinned(STAGE))
-            marks.append(cuda.event())
+            events.append(cuda.create_event())
         turn = 0
         for address, chunk in _chunks(steps):
-            cuda.wait_for(marks[turn])
+            cuda.synchronize_event(events[turn])
             host_view(pinned[turn], STAGE)[: len(chunk)] = chunk
             cuda.to_device(address, pinned[turn], len(chunk))
-            cuda.mark(marks[turn])
+            cuda.record_event(events[turn])
             turn = 1 - turn
     finally:
         with suppress(CudaError):
-            cuda.wait()
-        for mark in marks:
-            cuda.close_event(mark)
+            cuda.synchronize()
+        for event in events:
+            cuda.close_event(event)
         for buffer in pinned:
             cuda.free_pinned(buffer)
-    cuda.wait()
+    cuda.synchronize()
 
 
 def _chunks(
     steps: Iterable[tuple[StepWeights, int]],
 ) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """Bytes of the weights in pieces that fit a pinned buffer, and where each goes."""
+    """Yield addresses and bytes of the weights, in pieces that fit a pinned buffer."""
     files: dict[Path, NDArray[np.uint8]] = {}
-    for placed, base in ((placed, base) for step, base in steps for placed in step.placed):
-        address = base + placed.offset
-        for source in placed.sources:
+    for weight, base in ((weight, base) for step, base in steps for weight in step.slices):
+        address = base + weight.offset
+        for source in weight.sources:
             if source.file not in files:
                 files[source.file] = np.memmap(source.file, np.uint8, mode="r")
             stored = files[source.file][source.offset : source.offset + source.nbytes]
-            found = source.dtype
-            width = DTYPE_BYTES[found]
-            portion = width * (STAGE // max(width, DTYPE_BYTES[placed.dtype]))
+            bits, wider = (BY_SAFETENSORS[dtype].bits for dtype in (source.dtype, weight.dtype))
+            portion = STAGE * bits // max(bits, wider)
             for start in range(0, stored.nbytes, portion):
                 chunk = stored[start : start + portion]
-                if found != placed.dtype:
+                if source.dtype != weight.dtype:
                     # A tensor may lie at any byte of its file.
-                    values = np.frombuffer(chunk.tobytes(), NUMPY[_float(found)])
-                    chunk = convert(values, found, placed.dtype).view(np.uint8)
+                    values = np.frombuffer(chunk.tobytes(), NUMPY[source.dtype])
+                    chunk = convert(values, source.dtype, weight.dtype).view(np.uint8)
                 yield address, chunk
                 address += chunk.nbytes
-
-
-def _float(name: str) -> StoredType:
-    floats: dict[str, StoredType] = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
-    return floats[name]

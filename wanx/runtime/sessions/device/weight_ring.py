@@ -1,4 +1,4 @@
-"""Weights that do not stay on the GPU: copied there just before they are read, beside computing."""
+"""Ring buffer of weights on the GPU, filled from pinned memory while steps compute."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ SLOTS = 2
 
 @dataclass(frozen=True)
 class _Slot:
-    """Memory of the GPU, and marks set when it was filled and when it was read."""
+    """Memory of the GPU, and events: filled (ready), and read by its step (free)."""
 
     address: int
-    filled: Any
-    read: Any
+    ready_event: Any
+    free_event: Any
 
 
 class WeightRing:
-    """Weights of steps that are equally large pass through two pieces of the GPU's memory.
+    """Two slots of GPU memory through which equally large weights of steps pass.
 
     Copies run in a stream of their own, two steps ahead. A copy waits until its slot was read, a
     step until its slot was filled; nothing waits on the host. After the last step come the first
@@ -45,50 +45,50 @@ class WeightRing:
         self._sources = sources
         self._turn = 0
         self._addresses: list[int] = []
-        self._marks: list[Any] = []
+        self._events: list[Any] = []
         self._stream = cuda.open_stream()
         try:
             for _ in range(SLOTS):
                 self._addresses.append(cuda.allocate(size))
-                self._marks += [cuda.event(), cuda.event()]
+                self._events += [cuda.create_event(), cuda.create_event()]
         except BaseException:
             self.close()
             raise
-        pairs = zip(self._marks[::2], self._marks[1::2], strict=True)
+        pairs = zip(self._events[::2], self._events[1::2], strict=True)
         self._slots = [_Slot(a, *pair) for a, pair in zip(self._addresses, pairs, strict=True)]
 
     def restart(self) -> None:
         """Begin with the first step, whatever became of the last run."""
-        self._cuda.wait()
+        self._cuda.synchronize()
         self._turn = 0
         for turn in range(SLOTS):
             self._fill(turn)
 
-    def take(self) -> int:
-        """The address of the next weights; what is queued from now on waits for them."""
+    def acquire(self) -> int:
+        """Return the address of the next weights; what is queued from now on waits for them."""
         slot = self._slots[self._turn % SLOTS]
-        self._cuda.hold(slot.filled)
+        self._cuda.wait_event(slot.ready_event)
         return slot.address
 
-    def give_back(self) -> None:
-        """Let the slot be filled again once what was queued until now has read it."""
-        self._cuda.mark(self._slots[self._turn % SLOTS].read)
+    def release(self) -> None:
+        """Refill the slot once what was queued until now has read it."""
+        self._cuda.record_event(self._slots[self._turn % SLOTS].free_event)
         self._fill(self._turn + SLOTS)
         self._turn += 1
 
     def close(self) -> None:
         """Free the memory when its copies are done."""
         with suppress(CudaError):
-            self._cuda.wait(self._stream)
+            self._cuda.synchronize(self._stream)
         for address in self._addresses:
             self._cuda.free(address)
-        for mark in self._marks:
-            self._cuda.close_event(mark)
+        for event in self._events:
+            self._cuda.close_event(event)
         self._cuda.close_stream(self._stream)
 
     def _fill(self, turn: int) -> None:
         slot = self._slots[turn % SLOTS]
         source = self._sources[turn % len(self._sources)]
-        self._cuda.hold(slot.read, self._stream)
+        self._cuda.wait_event(slot.free_event, self._stream)
         self._cuda.to_device(slot.address, source, self._size, self._stream)
-        self._cuda.mark(slot.filled, self._stream)
+        self._cuda.record_event(slot.ready_event, self._stream)

@@ -1,4 +1,4 @@
-"""Launches a kernel that a TensorRT plan carries, through CUDA's driver."""
+"""Launcher of a kernel embedded in a TensorRT plan, through CUDA's driver."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from wanx.bundle.plugin_kernel import CarriedKernel, Pointer, Real, Variant
+from wanx.bundle.plugin_kernel import PluginKernel, Pointer, Real, Variant
 from wanx.errors import EnvironmentMismatchError, WanxError
 
 # Triton adds two pointers to every kernel, to memory that ours do not use.
@@ -19,7 +19,7 @@ _functions: dict[tuple[int, str], Any] = {}
 
 
 def cuda_driver() -> Any:
-    """CUDA's driver, through cuda-python.
+    """Import CUDA's driver, through cuda-python.
 
     Raises:
         EnvironmentMismatchError: it is not installed.
@@ -36,11 +36,11 @@ def cuda_driver() -> Any:
 class Launcher:
     """Launches one kernel on the GPU whose context is current.
 
-    Everything is prepared by :meth:`set_shapes`, so that :meth:`launch` may be recorded into a CUDA
+    Everything is prepared by :meth:`set_shapes`, so that :meth:`launch` may be captured into a CUDA
     graph.
     """
 
-    def __init__(self, kernel: CarriedKernel, driver: Any = None) -> None:
+    def __init__(self, kernel: PluginKernel, driver: Any = None) -> None:
         """Launch ``kernel`` through ``driver``, by default :func:`cuda_driver`, asked for late."""
         self._kernel = kernel
         self._driver = driver
@@ -76,8 +76,8 @@ class Launcher:
         function = _ok(cu, "cuModuleGetFunction", cu.cuModuleGetFunction(module, name))
         if variant.shared > _PLAIN_SHARED:
             attribute = cu.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            found = cu.cuFuncSetAttribute(function, attribute, variant.shared)
-            _ok(cu, "cuFuncSetAttribute", found)
+            answer = cu.cuFuncSetAttribute(function, attribute, variant.shared)
+            _ok(cu, "cuFuncSetAttribute", answer)
         return function
 
     def _prepare(self, variant: Variant) -> None:
@@ -87,11 +87,11 @@ class Launcher:
         start = ctypes.addressof(self._slots)
         self._addresses = (ctypes.c_void_p * count)(*(start + 8 * i for i in range(count)))
         self._pointers = []
-        for place, argument in enumerate(variant.arguments):
+        for index, argument in enumerate(variant.arguments):
             if isinstance(argument, Pointer):
-                self._pointers.append((place, argument))
+                self._pointers.append((index, argument))
             elif isinstance(argument, Real):
-                ctypes.c_float.from_buffer(self._slots, 8 * place).value = argument.real
+                ctypes.c_float.from_buffer(self._slots, 8 * index).value = argument.real
 
     def set_shapes(self, shapes: Sequence[Sequence[int]]) -> None:
         """Prepare launches on inputs of these shapes.
@@ -104,8 +104,8 @@ class Launcher:
         assert self._variant is not None
         axes = self._kernel.description.axes_at(shapes)
         self._grid = self._variant.grid_at(axes)
-        for place, value in self._variant.integers_at(axes).items():
-            ctypes.c_int32.from_buffer(self._slots, 8 * place).value = value
+        for index, value in self._variant.integers_at(axes).items():
+            ctypes.c_int32.from_buffer(self._slots, 8 * index).value = value
 
     def launch(self, tensors: Sequence[int], stream: int) -> None:
         """Launch on the addresses of inputs and outputs.
@@ -116,17 +116,17 @@ class Launcher:
         assert self._variant is not None
         if 0 in self._grid:
             return
-        for place, pointer in self._pointers:
+        for index, pointer in self._pointers:
             address = tensors[pointer.tensor] + pointer.offset
             if address % ALIGNED:
                 raise WanxError(f"a tensor lies at {address:#x}, no multiple of {ALIGNED} bytes")
-            self._slots[place] = address
+            self._slots[index] = address
         cu = self._driver
-        found = cu.cuLaunchKernel(
+        answer = cu.cuLaunchKernel(
             self._function, *self._grid, 32 * self._variant.warps, 1, 1, self._variant.shared,
             stream, ctypes.addressof(self._addresses), 0,
         )  # fmt: skip
-        _ok(cu, "cuLaunchKernel", found)
+        _ok(cu, "cuLaunchKernel", answer)
 
 
 def _sm(cu: Any, device: Any) -> int:
@@ -142,7 +142,7 @@ def _sm(cu: Any, device: Any) -> int:
 
 
 def _ok(cu: Any, call: str, answer: tuple[Any, ...]) -> Any:
-    """What a call of the driver gives besides its code, if that is 0."""
+    """Unpack a call's value, or raise for a code other than 0."""
     code, *values = answer
     if int(code) == 0:
         return values[0] if values else None

@@ -1,4 +1,4 @@
-"""TensorRT's Python module, imported so that its ONNX parser finds plug-ins."""
+"""Import of TensorRT's Python module such that its ONNX parser finds plug-ins."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from wanx.errors import EnvironmentMismatchError
+from wanx.files.cache import cache_path
 
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx-cu13"}
 MODULES = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}  # by target
 RTX_SMS = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")  # that TensorRT-RTX builds for
 _LIBRARY = "libtensorrt_rtx.so"
-_named: set[Path] = set()  # folders of libraries that this process knows by the right name
+_named: set[Path] = set()  # folders of libraries that this process has loaded by the right name
 _FILES = (f"{_LIBRARY}.1", "libtensorrt_onnxparser_rtx.so.1")
 
 
@@ -82,11 +81,11 @@ def _name_library(*, imported: bool) -> None:
 
 
 def _links(folder: Path) -> Path:
-    """A folder of links to the libraries in ``folder``: the user's own, or a temporary one."""
+    """Make a folder of links to the libraries: in the user's cache, or a temporary one."""
     digest = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
-    links = platformdirs.user_cache_path("wanx", appauthor=False) / "tensorrt" / digest
+    links = cache_path("tensorrt", digest)
     try:
-        if links.is_absolute():  # else there is no home folder
+        if links is not None:
             return _linked(folder, links)
     except OSError:
         pass

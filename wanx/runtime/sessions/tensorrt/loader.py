@@ -1,4 +1,4 @@
-"""Loads engines with TensorRT, and keeps what it complains about."""
+"""Loader of TensorRT engines, and its log of errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from wanx.runtime.sessions.tensorrt.plugin import register
 
 
 class TensorRTError(Exception):
-    """What TensorRT says about a call that fails."""
+    """A call of TensorRT that failed."""
 
 
 class Loader:
@@ -32,7 +32,7 @@ class Loader:
         self._runtime = trt.Runtime(self.log)
 
     def load(self, path: Path) -> Any:
-        """The engine in a file.
+        """Load the engine in a file.
 
         Raises:
             EnvironmentMismatchError: it was made for something else than this machine.
@@ -44,21 +44,21 @@ class Loader:
         engine = self._runtime.deserialize_cuda_engine(data)
         if engine is not None:
             return engine
-        found = self._plugins.problem or self.log.first_error()
+        problem = self._plugins.problem or self.log.first_error()
         reasons = self._reasons(data)
-        if "INSUFFICIENT_GPU_MEMORY" in reasons or "out of memory" in found.lower():
-            raise TensorRTError(f"out of memory for {path.name}: {found}")
+        if "INSUFFICIENT_GPU_MEMORY" in reasons or "out of memory" in problem.lower():
+            raise TensorRTError(f"out of memory for {path.name}: {problem}")
         if reasons and "MALFORMED_ENGINE" not in reasons:
             raise EnvironmentMismatchError(
                 f"{path}: TensorRT {self.trt.__version__} cannot run this engine on {self.sm}: "
-                f"{', '.join(reasons)} ({found}); run `{self.rebuild}`"
+                f"{', '.join(reasons)} ({problem}); run `{self.rebuild}`"
             )
         raise CorruptInputError(
-            f"{path}: TensorRT does not load this engine: {found}; run `{self.rebuild}`"
+            f"{path}: TensorRT does not load this engine: {problem}; run `{self.rebuild}`"
         )
 
     def _reasons(self, data: bytes) -> list[str]:
-        """Why an engine does not fit, where this TensorRT can tell."""
+        """Diagnose an engine that does not load, where this TensorRT can."""
         if not hasattr(self._runtime, "get_engine_validity"):
             return []
         _, bits = self._runtime.get_engine_validity(data)
@@ -68,7 +68,7 @@ class Loader:
 
 def _log(trt: Any) -> Any:
     class Log(trt.ILogger):  # type: ignore[misc]
-        """Keeps errors; the first one says what is wrong, the others what follows from it."""
+        """Errors; the first one says what is wrong, the others what follows from it."""
 
         def __init__(self) -> None:
             super().__init__()

@@ -1,6 +1,6 @@
-"""The TensorRT plug-in that carries and launches our Triton kernels: one class for all of them.
+"""TensorRT plug-in that holds and launches our Triton kernels: one class for all of them.
 
-What it computes is in its two fields, which plans keep: a description and the compiled code, as in
+Its two fields, which plans keep, say what it computes: a description and the compiled code, as in
 :mod:`wanx.bundle.plugin_kernel`. The classes are made for a module, ``tensorrt`` or
 ``tensorrt_rtx``, whose interfaces are the same.
 """
@@ -14,20 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from wanx.bundle.plugin_kernel import CarriedKernel, carried_kernel
+from wanx.bundle.plugin_kernel import PluginKernel, read_plugin_kernel
+from wanx.config.number_formats import KERNEL_TENSORS
 from wanx.errors import CorruptInputError, WanxError
 from wanx.runtime.sessions.tensorrt.launch import Launcher
 
 PLUGIN, VERSION, NAMESPACE = "WanxTriton", "1", ""
 DESCRIPTION, CODE = "description", "code"
-_TYPES = {
-    "fp32": "FLOAT",
-    "bf16": "BF16",
-    "fp16": "HALF",
-    "fp8": "FP8",
-    "int8": "INT8",
-    "int32": "INT32",
-}
 
 
 @cache
@@ -81,24 +74,24 @@ def _creator(trt: Any) -> Any:
     return Creator()
 
 
-def _read(fields: Any) -> CarriedKernel:
-    found = {field.name: bytes(np.asarray(field.data).data) for field in fields}
-    missing = {DESCRIPTION, CODE} - found.keys()
+def _read(fields: Any) -> PluginKernel:
+    content = {field.name: bytes(np.asarray(field.data).data) for field in fields}
+    missing = {DESCRIPTION, CODE} - content.keys()
     if missing:
         raise CorruptInputError(
             f"a plug-in {PLUGIN} has no {min(missing)}: it is not made by wanx; build the engine "
             "again"
         )
-    return carried_kernel(found[DESCRIPTION].rstrip(b"\0"), found[CODE])
+    return read_plugin_kernel(content[DESCRIPTION].rstrip(b"\0"), content[CODE])
 
 
 def _plugin_class(trt: Any) -> Any:
-    types = {ours: getattr(trt.DataType, theirs) for ours, theirs in _TYPES.items()}
+    types = {row.name: getattr(trt.DataType, row.tensorrt) for row in KERNEL_TENSORS}
 
     bases = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime)
 
     class Plugin(*bases):  # type: ignore[misc]
-        def __init__(self, kernel: CarriedKernel, creator: Any) -> None:
+        def __init__(self, kernel: PluginKernel, creator: Any) -> None:
             for base in bases:
                 base.__init__(self)
             self.plugin_name, self.plugin_version = PLUGIN, VERSION
@@ -131,28 +124,28 @@ def _plugin_class(trt: Any) -> Any:
             self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any
         ) -> list[Any]:
             description = self._kernel.description
-            made = []
+            shapes = []
             for value in description.outputs:
                 shape = trt.DimsExprs(len(value.shape))
-                for place, size in enumerate(value.shape):
+                for axis_index, size in enumerate(value.shape):
                     if isinstance(size, int):
-                        shape[place] = builder.constant(size)
+                        shape[axis_index] = builder.constant(size)
                     else:
                         index, axis = description.axes[size]
-                        shape[place] = inputs[index][axis]
-                made.append(shape)
-            return made
+                        shape[axis_index] = inputs[index][axis]
+                shapes.append(shape)
+            return shapes
 
         def supports_format_combination(
-            self, place: int, tensors: Sequence[Any], num_inputs: int
+            self, position: int, tensors: Sequence[Any], num_inputs: int
         ) -> bool:
             description = self._kernel.description
-            wanted = (*description.inputs, *description.outputs)
-            found = tensors[place].desc
+            expected = (*description.inputs, *description.outputs)
+            actual = tensors[position].desc
             return (
-                len(tensors) == len(wanted)
-                and found.type == types[wanted[place].dtype]
-                and found.format == trt.TensorFormat.LINEAR
+                len(tensors) == len(expected)
+                and actual.type == types[expected[position].dtype]
+                and actual.format == trt.TensorFormat.LINEAR
             )
 
         def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:

@@ -1,4 +1,4 @@
-"""What each layer of an engine takes."""
+"""Times of an engine's layers, by TensorRT's profiler."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def layer_times(trt: Any) -> Any:
-    """A profiler of TensorRT that keeps the seconds of each run of a layer, by its name."""
+    """Make a ``trt.IProfiler`` that keeps the seconds of each run of a layer, by its name."""
 
     class LayerTimes(trt.IProfiler):  # type: ignore[misc]
-        """Is told about every layer after each run."""
+        """Receives the time of every layer after each run."""
 
         def __init__(self) -> None:
             super().__init__()

@@ -1,8 +1,8 @@
-"""One engine of TensorRT: loaded, given shapes and addresses, and put into a stream.
+"""Engine of TensorRT with its execution context: shapes, addresses, enqueueing.
 
 The names of an engine's inputs and outputs are those that building gave its graph: what a step
 takes, then ``weight.<parameter>`` for each weight; and ``out.<name>``. An engine lists them in the
-order of the graph, which is also the plan's.
+order of the graph, which is also the schedule's.
 """
 
 from __future__ import annotations
@@ -12,31 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from wanx.bundle.engine_schedule import InputType, Program
+from wanx.config.number_formats import GRAPH_INPUTS
 from wanx.errors import CorruptInputError, UsageError
 from wanx.runtime.sessions.tensorrt.cache import RuntimeCache
 from wanx.runtime.sessions.tensorrt.loader import Loader, TensorRTError
 
 WEIGHT = "weight."
-_TYPES: dict[str, InputType] = {
-    "FLOAT": "F32",
-    "BF16": "BF16",
-    "HALF": "F16",
-    "INT8": "I8",
-    "FP8": "F8_E4M3",
-    "INT64": "I64",
-}
+_TYPES: dict[str, InputType] = {row.tensorrt: row.safetensors for row in GRAPH_INPUTS}
 Shape = tuple[int, ...]
 
 
-class LoadedProgram:
-    """An engine and its context; memory is the caller's.
+class EngineContext:
+    """Engine and execution context; memory is the caller's.
 
     Attributes:
-        inputs: names of what a step takes.
+        inputs: names of a step's inputs.
         weights: names of the weights.
-        outputs: names of what it gives.
+        outputs: names of a step's outputs.
         types: of all of them.
-        scratch: bytes that it works in at the shapes that are set.
+        workspace_bytes: size of the workspace at the shapes that are set.
     """
 
     def __init__(self, loader: Loader, path: Path, program: Program) -> None:
@@ -44,7 +38,7 @@ class LoadedProgram:
 
         Raises:
             EnvironmentMismatchError: it was made for something else than this machine.
-            CorruptInputError: it is damaged, or not what the plan says.
+            CorruptInputError: it is damaged, or not what the schedule says.
             TensorRTError: it cannot be made ready.
         """
         self._loader = loader
@@ -53,13 +47,13 @@ class LoadedProgram:
         self._path = path
         self._engine = engine = loader.load(path)
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-        given = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
-        self.inputs = tuple(name for name in given if not name.startswith(WEIGHT))
-        self.weights = tuple(name for name in given if name.startswith(WEIGHT))
-        self.outputs = tuple(name for name in names if name not in given)
+        inputs = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
+        self.inputs = tuple(name for name in inputs if not name.startswith(WEIGHT))
+        self.weights = tuple(name for name in inputs if name.startswith(WEIGHT))
+        self.outputs = tuple(name for name in names if name not in inputs)
         self.types = {name: self._type(name) for name in names}
-        found = [(self.types[n], tuple(engine.get_tensor_shape(n))) for n in self.weights]
-        if found != [(weight.dtype, weight.shape) for weight in program.weights]:
+        weights = [(self.types[n], tuple(engine.get_tensor_shape(n))) for n in self.weights]
+        if weights != [(weight.dtype, weight.shape) for weight in program.weights]:
             raise CorruptInputError(
                 f"{path}: its weights are not those of its plan; run `{loader.rebuild}`"
             )
@@ -69,10 +63,10 @@ class LoadedProgram:
         self._profile = 0
         self._shapes: list[Shape] | None = None
         self._memory = 0
-        self.scratch = 0
+        self.workspace_bytes = 0
 
     def set_shapes(self, shapes: Sequence[Shape], stream: Any) -> None:
-        """Give the inputs these shapes; cheap where they have them.
+        """Set the shapes of the inputs; cheap where they are set already.
 
         Raises:
             UsageError: the engine does not cover them; says which it covers.
@@ -91,46 +85,46 @@ class LoadedProgram:
             self._profile = profile
         for name, shape in zip(self.inputs, shapes, strict=True):
             self._require(self._context.set_input_shape(name, shape), f"the shape of {name}")
-        self.scratch = int(self._context.update_device_memory_size_for_shapes())
+        self.workspace_bytes = int(self._context.update_device_memory_size_for_shapes())
         self._shapes = list(shapes)
         self._memory = 0
 
     def output_shapes(self) -> list[Shape]:
-        """Shapes of the outputs, given those of the inputs."""
+        """Shapes of the outputs at the input shapes that are set."""
         return [tuple(self._context.get_tensor_shape(name)) for name in self.outputs]
 
     def enqueue(self, addresses: Sequence[int], memory: int, stream: Any) -> None:
-        """Put the engine into the stream.
+        """Enqueue the engine in a stream.
 
         Args:
             addresses: of the inputs, the weights and the outputs.
-            memory: at least :attr:`scratch` bytes.
+            memory: at least :attr:`workspace_bytes` bytes.
             stream: of CUDA.
 
         Raises:
             TensorRTError: TensorRT refuses.
         """
         self._log.clear()
-        if self.scratch and memory != self._memory:
-            self._context.set_device_memory(memory, self.scratch)
+        if self.workspace_bytes and memory != self._memory:
+            self._context.set_device_memory(memory, self.workspace_bytes)
             self._memory = memory
         names = (*self.inputs, *self.weights, *self.outputs)
         for name, address in zip(names, addresses, strict=True):
             self._require(self._context.set_tensor_address(name, address), name)
         self._require(self._context.execute_async_v3(int(stream)), "running it")
 
-    def can_be_recorded(self, stream: Any) -> bool:
-        """Whether a CUDA graph may hold this engine, as far as TensorRT can tell."""
+    def can_be_captured(self, stream: Any) -> bool:
+        """Ask TensorRT if a CUDA graph may contain this engine; True where it cannot tell."""
         if not hasattr(self._context, "is_stream_capturable"):
             return True
         return bool(self._context.is_stream_capturable(int(stream)))
 
     def set_profiler(self, profiler: Any) -> None:
-        """Have every run tell a ``trt.IProfiler`` what each layer took; None ends that."""
+        """Attach a ``trt.IProfiler`` to every run; None detaches it."""
         self._context.profiler = profiler
 
     def close(self) -> None:
-        """Free the engine, and keep what was compiled for it."""
+        """Free the engine, and save what was compiled for it."""
         if self._cache is not None:
             self._cache.write()
         # A context must go before what it was made from.
@@ -139,10 +133,10 @@ class LoadedProgram:
         self._engine = None
 
     def _type(self, name: str) -> InputType:
-        found = self._engine.get_tensor_dtype(name).name
-        if found not in _TYPES:
-            raise CorruptInputError(f"{self._path}: {name} is {found}, which wanx does not use")
-        return _TYPES[found]
+        dtype = self._engine.get_tensor_dtype(name).name
+        if dtype not in _TYPES:
+            raise CorruptInputError(f"{self._path}: {name} is {dtype}, which wanx does not use")
+        return _TYPES[dtype]
 
     def _profile_for(self, shapes: Sequence[Shape]) -> int:
         for profile in range(self._engine.num_optimization_profiles):
@@ -154,18 +148,17 @@ class LoadedProgram:
         name, shape = next(
             (n, s) for n, s in zip(self.inputs, shapes, strict=True) if not self._covers(n, s, 0)
         )
-        least, _, most = self._engine.get_tensor_profile_shape(name, 0)
+        smallest, _, largest = self._engine.get_tensor_profile_shape(name, 0)
         raise UsageError(
-            f"the engine {self._path.name} takes {name} from {list(least)} to {list(most)}, not "
-            f"{list(shape)}: choose another size, or run `{self._loader.rebuild}` with --sizes and "
-            "--frames that cover it"
+            f"the engine {self._path.name} takes {name} from {list(smallest)} to {list(largest)}, "
+            f"not {list(shape)}: choose another size, or run `{self._loader.rebuild}` with --sizes "
+            "and --frames that cover it"
         )
 
     def _covers(self, name: str, shape: Shape, profile: int) -> bool:
-        least, _, most = self._engine.get_tensor_profile_shape(name, profile)
-        least, most = tuple(least), tuple(most)
-        return len(shape) == len(least) and all(
-            low <= size <= high for low, size, high in zip(least, shape, most, strict=True)
+        smallest, _, largest = map(tuple, self._engine.get_tensor_profile_shape(name, profile))
+        return len(shape) == len(smallest) and all(
+            low <= size <= high for low, size, high in zip(smallest, shape, largest, strict=True)
         )
 
     def _new_context(self) -> Any:

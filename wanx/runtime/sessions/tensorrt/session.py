@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from importlib.util import find_spec
 from typing import Any
 
-from wanx.bundle.engine_schedule import Plan, read_plan
+from wanx.bundle.engine_schedule import EngineSchedule, read_schedule
 from wanx.bundle.reader import Bundle
 from wanx.bundle.trust import require_trusted
 from wanx.errors import CorruptInputError, EnvironmentMismatchError
 from wanx.runtime.sessions.base import Array, State
 from wanx.runtime.sessions.device.cuda import open_cuda
-from wanx.runtime.sessions.device.weight_files import lay_out
+from wanx.runtime.sessions.device.weight_files import plan_weights
 from wanx.runtime.sessions.engine_session import EngineSession, KernelTime
-from wanx.runtime.sessions.tensorrt.engine import Engine
+from wanx.runtime.sessions.tensorrt.engine import ScheduleRunner
 from wanx.runtime.sessions.tensorrt.library import MODULES, RTX_SMS, import_tensorrt
 from wanx.runtime.sessions.tensorrt.loader import Loader
 
@@ -40,97 +39,92 @@ class TensorRTSession(EngineSession):
         Raises:
             EnvironmentMismatchError: it was built for another GPU or TensorRT, or this machine
                 lacks what runs it.
-            CorruptInputError: engines, plan and weights do not fit together.
+            CorruptInputError: engines, schedule and weights do not fit together.
             WanxError: the GPU has too little memory.
         """
         self.component = component
         self.target = bundle.manifest.target
         record = bundle.manifest.components[component]
         path = bundle.root / record.engines[self.target]
-        plan = read_plan(path)
-        trt = _require_module(plan, bundle)
+        schedule = read_schedule(path)
+        trt = _require_module(schedule, bundle)
         with self._explained(), ExitStack() as stack:
             cuda = open_cuda(self.target, vram_budget)
             stack.callback(cuda.close)
-            _require_gpu(plan, bundle, cuda.sm)
+            _require_gpu(schedule, bundle, cuda.sm)
             require_trusted(bundle, component, self.target)
             files = [bundle.root / file for file in record.weights]
-            weights = lay_out(plan, files, component)
+            weights = plan_weights(schedule, files, component)
             loader = Loader(trt, cuda.sm, _rebuild(bundle, cuda.sm))
-            self._engine = Engine(
-                component, plan, path.parent, record.outputs, weights, loader, cuda
+            self._runner = ScheduleRunner(
+                component, schedule, path.parent, record.outputs, weights, loader, cuda
             )
             stack.pop_all()
 
     @property
-    def plan(self) -> Plan:
-        """What runs."""
-        return self._engine.plan
+    def schedule(self) -> EngineSchedule:
+        """The programs and steps that run."""
+        return self._runner.schedule
 
     def bind(self, constants: Mapping[str, Array]) -> None:
-        """Keep the arrays; the first run of a shape copies them to the GPU."""
+        """Set constant inputs; the first run of a shape copies them to the GPU."""
         with self._explained():
-            self._engine.bind(constants)
+            self._runner.bind(constants)
 
     def run(self, feeds: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
         """Run the engines; see :meth:`Session.run`. Outputs are float32."""
         with self._explained():
-            return self._engine.run(feeds, state)
+            return self._runner.run(feeds, state)
 
     def kernel_times(self, call: Callable[[], object]) -> list[KernelTime]:
         """Measure layers with TensorRT's profiler; see :meth:`EngineSession.kernel_times`."""
-        return self._engine.kernel_times(call)
+        return self._runner.kernel_times(call)
 
     def close(self) -> None:
         """Free engines and weights."""
         with self._explained():
-            self._engine.close()
+            self._runner.close()
 
 
-def _require_module(plan: Plan, bundle: Bundle) -> Any:
-    """The TensorRT that built the engines.
+def _require_module(schedule: EngineSchedule, bundle: Bundle) -> Any:
+    """Import the TensorRT that built the engines.
 
     Raises:
-        EnvironmentMismatchError: it is not installed, or in another version.
+        EnvironmentMismatchError: it is installed in another version.
     """
     target = bundle.manifest.target
-    name, _, version = plan.compiler.partition(" ")
+    name, _, version = schedule.compiler.partition(" ")
     if name != MODULES[target]:
         raise CorruptInputError(
-            f"the engines of {bundle.root} for {target} were built by {plan.compiler}; run "
+            f"the engines of {bundle.root} for {target} were built by {schedule.compiler}; run "
             f"`{_rebuild(bundle)}`"
-        )
-    if find_spec(name) is None:
-        raise EnvironmentMismatchError(
-            f"the engines of {bundle.root} need {name}, which is not installed; pip install "
-            f"'wanx[{target}]'"
         )
     trt = import_tensorrt(name, parses=False)
     if version != trt.__version__:
         raise EnvironmentMismatchError(
-            f"the engines of {bundle.root} were built for {plan.compiler}, found {name} "
+            f"the engines of {bundle.root} were built for {schedule.compiler}, found {name} "
             f"{trt.__version__}: run `{_rebuild(bundle)}`"
         )
     return trt
 
 
-def _require_gpu(plan: Plan, bundle: Bundle, found: str) -> None:
+def _require_gpu(schedule: EngineSchedule, bundle: Bundle, sm: str) -> None:
     """Refuse engines of other GPUs.
 
     Raises:
         EnvironmentMismatchError: says how to build them for this one.
     """
-    built = plan.device.split("+")
-    newer = not built[-1] and int(found[2:]) >= int(built[-2][2:])  # sm80+
-    if found not in built and not newer:
+    built = schedule.device.split("+")
+    ampere_plus = not built[-1] and int(sm[2:]) >= int(built[-2][2:])  # sm80+
+    if sm not in built and not ampere_plus:
         raise EnvironmentMismatchError(
-            f"the engines of {bundle.root} were built for {plan.device}, found {found}: run "
-            f"`{_rebuild(bundle, found)}`"
+            f"the engines of {bundle.root} were built for {schedule.device}, found {sm}: run "
+            f"`{_rebuild(bundle, sm)}`"
         )
 
 
 def _rebuild(bundle: Bundle, sm: str | None = None) -> str:
-    """The command that builds the engines for this machine."""
+    """Command that builds the engines for this machine."""
     target = bundle.manifest.target
     if target == "rtx" and sm is not None:
         # TensorRT-RTX is for GeForce and workstations; data-centre GPUs have TensorRT.

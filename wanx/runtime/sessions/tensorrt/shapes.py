@@ -1,4 +1,4 @@
-"""What a plan needs at one shape of its inputs: shapes of every step, and memory."""
+"""Shapes of every step, and the memory for them, for given shapes of the inputs."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from wanx.bundle.engine_schedule import Plan
-from wanx.runtime.sessions.device.memory import Arena, Block, DeviceTensor, rounded, tensor_bytes
+from wanx.bundle.engine_schedule import EngineSchedule
+from wanx.runtime.sessions.device.memory import (
+    DeviceTensor,
+    MemoryPool,
+    PooledBuffer,
+    rounded,
+    tensor_bytes,
+)
 from wanx.runtime.sessions.tensorrt.loader import TensorRTError
-from wanx.runtime.sessions.tensorrt.program import LoadedProgram, Shape
+from wanx.runtime.sessions.tensorrt.program import EngineContext, Shape
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepShapes:
-    """Shapes of what a step takes and gives, and bytes of what it gives."""
+    """Shapes of a step's inputs and outputs, and bytes of its outputs."""
 
     inputs: tuple[Shape, ...]
     outputs: tuple[Shape, ...]
@@ -23,36 +29,36 @@ class StepShapes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Walk:
-    """The steps at one shape.
+class InferredShapes:
+    """Shapes of all steps.
 
     Attributes:
-        steps: their shapes.
-        scratch: bytes that the largest of them works in.
-        needed: bytes of all memory beside the weights.
+        steps: in order.
+        workspace_bytes: largest workspace of a step.
+        total_bytes: of all memory beside the weights.
     """
 
     steps: tuple[StepShapes, ...]
-    scratch: int
-    needed: int
+    workspace_bytes: int
+    total_bytes: int
 
 
-def walk(
-    plan: Plan,
-    programs: Mapping[str, LoadedProgram],
+def infer_shapes(
+    schedule: EngineSchedule,
+    programs: Mapping[str, EngineContext],
     shapes: Mapping[str, Shape],
-    given: Iterable[str],
-    last_use: Sequence[Sequence[str]],
+    host_inputs: Iterable[str],
+    dead_after_step: Sequence[Sequence[str]],
     stream: Any,
-) -> Walk:
-    """Find the shapes of all steps, and how much memory an arena will take for them.
+) -> InferredShapes:
+    """Infer the shapes of all steps, and the memory that a pool will allocate for them.
 
     Args:
-        plan: what runs.
+        schedule: what runs.
         programs: its engines.
         shapes: of the inputs.
-        given: inputs that come from the host; the others are on the GPU already.
-        last_use: after which step each value is needed no more.
+        host_inputs: inputs that come from the host; the others are on the GPU already.
+        dead_after_step: values that can be freed after each step.
         stream: of CUDA.
 
     Raises:
@@ -62,10 +68,12 @@ def walk(
     known = dict(shapes)
     live: dict[str, int] = {}
     idle: Counter[int] = Counter()
-    needed = sum(rounded(tensor_bytes(plan.types[name], shapes[name])) for name in given)
-    scratch = 0
+    total_bytes = sum(
+        rounded(tensor_bytes(schedule.input_dtypes[name], shapes[name])) for name in host_inputs
+    )
+    workspace_bytes = 0
     steps = []
-    for step, done in zip(plan.steps, last_use, strict=True):
+    for step, done in zip(schedule.steps, dead_after_step, strict=True):
         program = programs[step.program]
         inputs = tuple(known[name] for name in step.inputs)
         program.set_shapes(inputs, stream)
@@ -76,66 +84,70 @@ def walk(
             tensor_bytes(program.types[name], shape)
             for name, shape in zip(program.outputs, outputs, strict=True)
         )
-        scratch = max(scratch, program.scratch)
+        workspace_bytes = max(workspace_bytes, program.workspace_bytes)
         steps.append(StepShapes(inputs=inputs, outputs=outputs, sizes=sizes))
-        taken = [rounded(size) for size in sizes]
-        for size in taken:
+        allocated = [rounded(size) for size in sizes]
+        for size in allocated:
             if idle[size]:
                 idle[size] -= 1
             else:
-                needed += size
-        for name, shape, size in zip(step.outputs, outputs, taken, strict=True):
+                total_bytes += size
+        for name, shape, size in zip(step.outputs, outputs, allocated, strict=True):
             if name in live:
                 idle[live[name]] += 1
             known[name], live[name] = shape, size
         for name in done:
             if name in live:
                 idle[live.pop(name)] += 1
-    return Walk(steps=tuple(steps), scratch=scratch, needed=needed + rounded(scratch))
+    return InferredShapes(
+        steps=tuple(steps),
+        workspace_bytes=workspace_bytes,
+        total_bytes=total_bytes + rounded(workspace_bytes),
+    )
 
 
-class Place:
-    """The memory of one shape, used again at each run.
+class ShapeBuffers:
+    """Memory and CUDA graph of one shape, reused by every run.
 
     Attributes:
-        walk: shapes of the steps.
-        arena: where values come from that the steps make.
-        given: inputs that come from the host.
-        scratch: what all programs work in.
-        runs: how many there were.
-        bound: which of the constants given so far are in ``given``.
-        recording: a CUDA graph of all steps, or None.
-        outputs: what that leaves its results in.
+        shapes: of the steps.
+        pool: of the outputs of steps.
+        inputs: those that come from the host.
+        workspace: of all programs.
+        runs: number of runs so far.
+        constants_version: version of the constants in ``inputs``.
+        graph: a captured CUDA graph of all steps, or None.
+        outputs: results of that graph.
     """
 
-    def __init__(self, found: Walk, arena: Arena) -> None:
-        self.walk = found
-        self.arena = arena
-        self.given: dict[str, DeviceTensor] = {}
-        self.scratch: Block | None = None
+    def __init__(self, shapes: InferredShapes, pool: MemoryPool) -> None:
+        self.shapes = shapes
+        self.pool = pool
+        self.inputs: dict[str, DeviceTensor] = {}
+        self.workspace: PooledBuffer | None = None
         self.runs = 0
-        self.bound = -1
-        self.recording: Any = None
+        self.constants_version = -1
+        self.graph: Any = None
         self.outputs: dict[str, DeviceTensor] = {}
 
-    def take(self, plan: Plan, shapes: Mapping[str, Shape]) -> None:
-        """Take the memory that stays: the inputs of these shapes, and that to work in.
+    def allocate(self, schedule: EngineSchedule, shapes: Mapping[str, Shape]) -> None:
+        """Allocate what stays: inputs of these shapes, and the workspace.
 
         Raises:
             CudaError: there is too little.
         """
-        self.scratch = self.arena.take(self.walk.scratch)
+        self.workspace = self.pool.allocate(self.shapes.workspace_bytes)
         for name, shape in shapes.items():
-            dtype = plan.types[name]
-            block = self.arena.take(tensor_bytes(dtype, shape))
-            self.given[name] = DeviceTensor(block, dtype, shape)
+            dtype = schedule.input_dtypes[name]
+            buffer = self.pool.allocate(tensor_bytes(dtype, shape))
+            self.inputs[name] = DeviceTensor(buffer, dtype, shape)
 
-    def close(self, free_recording: Callable[[Any], None]) -> None:
-        """Free it all; what others hold is freed when they let it go."""
-        if self.recording is not None:
-            free_recording(self.recording)
-            self.recording = None
+    def close(self, free_graph: Callable[[Any], None]) -> None:
+        """Free it all; what others refer to is freed when they let it go."""
+        if self.graph is not None:
+            free_graph(self.graph)
+            self.graph = None
         self.outputs.clear()
-        self.given.clear()
-        self.scratch = None
-        self.arena.close()
+        self.inputs.clear()
+        self.workspace = None
+        self.pool.close()

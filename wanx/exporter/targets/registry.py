@@ -1,0 +1,57 @@
+"""Registry of targets: one row for each; its factory imports the builder late.
+
+Engines are run by the row of the same name in :mod:`wanx.runtime.sessions.registry`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from wanx.errors import UsageError
+from wanx.exporter.targets.base import Target
+
+
+def _cpu(text: str) -> Target | None:
+    if text != "cpu":
+        return None
+    return Target(name=text, prepare=lambda manifest, options: None)
+
+
+def _aoti(text: str) -> Target | None:
+    if text != "aoti":
+        return None
+    from wanx.exporter.targets.aoti import AotiBuilder
+
+    return Target(name=text, prepare=lambda manifest, options: AotiBuilder())
+
+
+def _tensorrt(text: str) -> Target | None:
+    from wanx.exporter.targets.tensorrt.gpus import parse_target
+    from wanx.exporter.targets.tensorrt.target import prepare
+
+    target = parse_target(text)
+    if target is None:
+        return None
+    return Target(name=target.name, prepare=partial(prepare, target), may_be_elsewhere=True)
+
+
+TARGETS: Mapping[str, Callable[[str], Target | None]] = {
+    "cpu": _cpu,
+    "aoti": _aoti,
+    "rtx": _tensorrt,
+    "tensorrt": _tensorrt,
+}
+
+
+def parse_target(text: str) -> Target:
+    """Parse a target such as ``cpu``, ``aoti``, ``rtx:sm89,sm120`` or ``tensorrt:sm80+``.
+
+    Raises:
+        UsageError: there is no such target, or it does not build for such a GPU.
+    """
+    factory = TARGETS.get(text.partition(":")[0])
+    target = None if factory is None else factory(text)
+    if target is None:
+        raise UsageError(f"--target {text} is not available; choose {', '.join(TARGETS)}")
+    return target

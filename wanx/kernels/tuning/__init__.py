@@ -1,4 +1,0 @@
-"""Search for the fastest launch configurations on this GPU: ``python -m wanx.kernels.tuning.tune``.
-
-Start with ``tune.py``. The table that it fills is ``wanx/kernels/tuned.json``.
-"""

@@ -1,0 +1,140 @@
+"""Registry of backends: one row for each target that a bundle can have.
+
+A row's ``load`` imports its backend when it is called. Engines of a target are built by the row of
+the same name in :mod:`wanx.exporter.targets.registry`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from wanx.bundle.reader import Bundle
+from wanx.errors import EnvironmentMismatchError, UsageError
+from wanx.runtime.sessions.base import Session
+from wanx.runtime.sessions.engine_session import RUNS_BEFORE_CAPTURE
+from wanx.runtime.sessions.tensorrt.library import MODULES
+
+CPU = "cpu"  # the target that every bundle can run on
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionOptions:
+    """Options of a session; see :func:`wanx.runtime.sessions.open_session`."""
+
+    threads: int | None = None
+    vram_budget: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """Backend that runs the bundles of one target.
+
+    Attributes:
+        load: loads a component of a bundle.
+        warm_up_runs: first runs of a shape that are slower than the following ones.
+        uses_gpu: the backend computes on a GPU, unless its engines say otherwise.
+        no_vram_budget: reason why ``--vram-budget`` is refused; None where weights are streamed.
+        module: Python module that it needs beyond those of every installation, if any.
+        product: name of that module for people; None is the module's own.
+        extra: of wanx, which installs the module.
+    """
+
+    load: Callable[[Bundle, str, SessionOptions], Session]
+    warm_up_runs: int
+    uses_gpu: bool
+    no_vram_budget: str | None
+    module: str | None = None
+    product: str | None = None
+    extra: str | None = None
+
+
+def _load_onnxruntime(bundle: Bundle, component: str, options: SessionOptions) -> Session:
+    from wanx.runtime.sessions.onnxruntime import OnnxRuntimeSession
+
+    return OnnxRuntimeSession(bundle, component, threads=options.threads)
+
+
+def _load_aoti(bundle: Bundle, component: str, options: SessionOptions) -> Session:
+    from wanx.runtime.sessions.aoti.session import AotiSession
+
+    return AotiSession(bundle, component, threads=options.threads)
+
+
+def _load_tensorrt(bundle: Bundle, component: str, options: SessionOptions) -> Session:
+    from wanx.runtime.sessions.tensorrt.session import TensorRTSession
+
+    return TensorRTSession(
+        bundle, component, threads=options.threads, vram_budget=options.vram_budget
+    )
+
+
+BACKENDS: Mapping[str, Backend] = {
+    CPU: Backend(
+        load=_load_onnxruntime,
+        warm_up_runs=1,
+        uses_gpu=False,
+        no_vram_budget="GPUs, and this bundle runs on the processor",
+    ),
+    "aoti": Backend(
+        load=_load_aoti,
+        warm_up_runs=RUNS_BEFORE_CAPTURE + 1,
+        uses_gpu=True,
+        no_vram_budget="engines of TensorRT; PyTorch manages the memory of this bundle, whose "
+        "target is aoti",
+        module="torch",
+        product="PyTorch",
+        extra="export",
+    ),
+    "rtx": Backend(
+        load=_load_tensorrt,
+        warm_up_runs=RUNS_BEFORE_CAPTURE + 1,
+        uses_gpu=True,
+        no_vram_budget=None,
+        module=MODULES["rtx"],
+        extra="rtx",
+    ),
+    "tensorrt": Backend(
+        load=_load_tensorrt,
+        warm_up_runs=RUNS_BEFORE_CAPTURE + 1,
+        uses_gpu=True,
+        no_vram_budget=None,
+        module=MODULES["tensorrt"],
+        extra="tensorrt",
+    ),
+}
+
+
+def load_component(bundle: Bundle, component: str, options: SessionOptions) -> Session:
+    """Load a component on the backend of the bundle's target.
+
+    A component without engines of that target runs as its portable graph.
+
+    Raises:
+        EnvironmentMismatchError: the backend's module is not installed.
+        WanxError: the backend cannot load the component.
+    """
+    target = bundle.manifest.target
+    has_engine = target in bundle.manifest.components[component].engines
+    backend = BACKENDS[target if has_engine and target in BACKENDS else CPU]
+    if backend.module is not None and find_spec(backend.module) is None:
+        raise EnvironmentMismatchError(
+            f"the engines of {bundle.root} need {backend.product or backend.module}, which is not "
+            f"installed; pip install 'wanx[{backend.extra}]'"
+        )
+    return backend.load(bundle, component, options)
+
+
+def require_streaming(target: str) -> None:
+    """Refuse a budget of GPU memory for a bundle that cannot keep to one.
+
+    Args:
+        target: of the bundle.
+
+    Raises:
+        UsageError: says why.
+    """
+    reason = BACKENDS.get(target, BACKENDS[CPU]).no_vram_budget
+    if reason is not None:
+        raise UsageError(f"--vram-budget is for {reason}: leave it out")
