@@ -16,7 +16,12 @@ from envelopes import KINDS, Envelope, enclose, judge, read_envelopes, table, wr
 from figures import Measured
 
 BEFORE = {
-    "int8": {"golden cosine": 0.999, "layers kept high": 3.0, "object seen": 90.0, "clip PSNR": 30.0}
+    "int8": {
+        "golden cosine": 0.999,
+        "layers kept high": 3.0,
+        "object seen": 90.0,
+        "clip PSNR": 30.0,
+    }
 }
 
 

@@ -129,7 +129,13 @@ class QuantizedInput(nn.Module):
 
 
 def trace_three(
-    size: Size, dtype: torch.dtype, folder: Path, *, per_tensor: bool, rows: bool, limit: int = 448,
+    size: Size,
+    dtype: torch.dtype,
+    folder: Path,
+    *,
+    per_tensor: bool,
+    rows: bool,
+    limit: int = 448,
     **config: str,
 ) -> tuple[Traced, Tensor, list[Tensor]]:
     """A graph, an input with rows that saturate, and what torch makes of it."""

@@ -13,7 +13,7 @@ optimisations off, and with PyTorch, oneDNN and MKL held to SSE while calibratin
 
 One layer of int8 more or less moved the golden SQNR by 0.03 dB, the teacher-forced cosine by 7 %
 of its distance, and the worst frame by 9 dB: videos that run freely diverge, so clips are reported
-and not judged. With 12 and with 20 steps, rounding changed up to two shapes of 41, and nothing else.
+and not judged. With 12 and with 20 steps, rounding changed up to two shapes of 41, no more.
 """
 
 from __future__ import annotations
