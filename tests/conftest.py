@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,6 +42,22 @@ def _deliverable_sigint() -> None:
     """A background job ignores SIGINT, and so would every process that a test interrupts."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def _torch_threads() -> int | None:
+    """How many threads torch takes by itself, where a test has imported it."""
+    torch = sys.modules.get("torch")
+    return torch.get_num_threads() if torch else None
+
+
+@pytest.fixture(autouse=True)
+def _own_threads(_torch_threads: int | None) -> Iterator[None]:
+    """A session with a number of threads sets it for the process."""
+    yield
+    torch = sys.modules.get("torch")
+    if torch and _torch_threads and torch.get_num_threads() != _torch_threads:
+        torch.set_num_threads(_torch_threads)
 
 
 @pytest.fixture(scope="session")

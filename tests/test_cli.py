@@ -290,20 +290,30 @@ def test_a_read_only_bundle_runs(wanx: Wanx, bundle: Path) -> None:
 def test_two_runs_share_a_bundle(bundle: Path, tmp_path: Path) -> None:
     runs = [start("run", bundle, PROMPT, "-o", f"{i}.gif", *SMALL, cwd=tmp_path) for i in (1, 2)]
     for run in runs:
-        _, error = run.communicate(timeout=120)
+        _, error = run.communicate(timeout=600)
         assert run.returncode == 0, error
     assert (tmp_path / "1.gif").read_bytes() == (tmp_path / "2.gif").read_bytes()
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_stopped_run_leaves_no_video(tmp_path: Path, sent: signal.Signals, code: int) -> None:
-    run = start(
-        "run", "tiny", PROMPT, "-o", "v.mp4", "--steps", "1000", "--threads", "1", cwd=tmp_path
+    program = (
+        "from functools import partialmethod\n"
+        "from wanx.cli import main\n"
+        "from wanx.runtime.pipeline import Pipeline\n"
+        "tell = lambda *_: print('step', flush=True)\n"
+        "Pipeline.run = partialmethod(Pipeline.run, on_step=tell)\n"
+        "main()\n"
     )
-    time.sleep(4)
-    assert run.poll() is None, "the run ended before it could be stopped"
+    arguments = "run", "tiny", PROMPT, "-o", "v.mp4", "--steps", "1000", "--threads", "1"
+    run = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert run.stdout is not None
+    assert run.stdout.readline() == b"step\n"
     run.send_signal(sent)
-    _, error = run.communicate(timeout=60)
+    _, error = run.communicate(timeout=300)
     assert run.returncode == code
     assert b"Traceback" not in error
     assert list(tmp_path.iterdir()) == []
@@ -312,12 +322,14 @@ def test_a_stopped_run_leaves_no_video(tmp_path: Path, sent: signal.Signals, cod
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_stopped_export_shows_no_bundle(tmp_path: Path, sent: signal.Signals, code: int) -> None:
     export = start("export", "-o", "bundle", cwd=tmp_path)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     # Weights are there long before the graphs are traced.
-    while not list(tmp_path.glob(".bundle*/weights/*")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob(".bundle*/weights/*")):
+        assert time.monotonic() < deadline
+        assert export.poll() is None
         time.sleep(0.1)
     export.send_signal(sent)
-    _, error = export.communicate(timeout=60)
+    _, error = export.communicate(timeout=300)
     assert export.returncode == code, error.decode()
     assert b"Traceback" not in error
     visible = [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")]

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import pytest
 
 from tests.support.paths import ROOT
+from wanx.bundle import publish
 from wanx.bundle.manifest import Manifest, Provenance
 from wanx.bundle.publish import add_engines, publish_bundle, record_files, write_manifest
 from wanx.bundle.reader import open_bundle, read_bundle
@@ -390,11 +391,19 @@ def test_a_second_exporter_is_refused_and_told_who(tmp_path: Path, start: Start)
     assert names(tmp_path) == ["b", "c"]
 
 
-def test_opening_waits_for_a_replacement_in_progress(tmp_path: Path, start: Start) -> None:
+def test_opening_waits_for_a_replacement_in_progress(
+    tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     export(tmp_path / "b", "one")
     process = start(tmp_path / "b", "after rename 1")
     killer = threading.Timer(0.5, process.kill)
-    killer.start()
+    acquire = publish.FileLock.acquire
+
+    def wait(lock: Any, *arguments: Any, **options: Any) -> Any:
+        killer.start()
+        return acquire(lock, *arguments, **options)
+
+    monkeypatch.setattr(publish.FileLock, "acquire", wait)
     assert text_of(tmp_path / "b") == "one"
     killer.join()
     assert process.wait() == -signal.SIGKILL
@@ -449,8 +458,10 @@ def test_a_set_aside_bundle_is_not_restored_over_another(tmp_path: Path) -> None
     assert text_of(tmp_path / ".b.wanx-old") == "one"
 
 
-def test_preflight(tmp_path: Path) -> None:
-    free = shutil.disk_usage(tmp_path).free
+def test_preflight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = 10**9
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     preflight_space(tmp_path / "deep" / "b", free // 2)
     with pytest.raises(WanxError, match=r"b needs .* MB, its disk has .* MB free: free some space"):
         preflight_space(tmp_path / "deep" / "b", free * 2)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from tests.support.checkpoints import (
     write_original,
     write_sparse,
 )
+from tests.support.users import not_root
 from wanx.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from wanx.config.models import PRESETS
 from wanx.errors import CorruptInputError, UsageError, WanxError
@@ -295,20 +297,19 @@ def test_a_tokenizer_that_git_lfs_left_behind(copied: Path) -> None:
 
 
 def test_an_unreadable_folder_is_one_line(copied: Path) -> None:
-    if os.geteuid() != 0:
-        copied.chmod(0)
+    # Not below tmp_path, which its owner alone may enter.
+    with tempfile.TemporaryDirectory() as parent:
+        os.chmod(parent, 0o755)
+        folder = shutil.copytree(copied, Path(parent) / "copy")
+        open_checkpoint(folder)  # imports what another user may not read
+        with not_root():
+            open_checkpoint(folder)
+        folder.chmod(0)
         try:
-            assert_refused(WanxError, copied, "cannot read", "ermission")
+            with not_root():
+                assert_refused(WanxError, folder, "cannot read", str(folder), "ermission")
         finally:
-            copied.chmod(0o700)
-        return
-    copied.chmod(0)  # root may read anything, so look as somebody else
-    os.seteuid(65534)
-    try:
-        assert_refused(WanxError, copied, "cannot read", "ermission")
-    finally:
-        os.seteuid(0)
-        copied.chmod(0o700)
+            folder.chmod(0o700)
 
 
 def test_an_unreadable_file_is_one_line(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:

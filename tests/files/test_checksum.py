@@ -97,9 +97,13 @@ def test_a_file_that_changed_while_it_was_read_gets_no_stamp(
     assert stamps.digest("f", path.stat()) is None
 
 
-def test_a_file_just_written_gets_no_stamp(tmp_path: Path, cache: Path) -> None:
+def test_a_file_just_written_gets_no_stamp(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "f"
     path.write_bytes(b"content")
+    now = path.stat().st_ctime_ns + 1_900_000_000
+    monkeypatch.setattr("wanx.files.checksum.time.time_ns", lambda: now)
     stamps = DigestCache(tmp_path)
     stamps.record("f", path.stat(), path.stat(), "d" * 64)
     stamps.save()

@@ -113,8 +113,9 @@ def assert_rounded_to_8bit() -> Callable[[Tensor, Tensor], None]:
         assert found.isfinite().all()
         steps = torch.searchsorted(codes, found) - torch.searchsorted(codes, wanted)
         assert steps.abs().max() <= 1
-        share = (steps != 0).double().mean()
-        assert share <= 0.005, f"{share:.2%} are not rounded correctly"
+        wrong = int((steps != 0).sum())
+        # One of few may lie next to a tie, where the last bit of fp32 is the processor's.
+        assert wrong <= max(1, 0.005 * steps.numel()), f"{wrong} are not rounded correctly"
 
     return check
 

@@ -1,11 +1,16 @@
 """Growth with the number of tokens: the fit against known factors, and a prediction that holds."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from wanx.benchmarks.speed import sweep as module
 from wanx.benchmarks.speed.feeds import dit_feeds
 from wanx.benchmarks.speed.sweep import Point, default_sizes, fit, leave_one_out, sweep
 from wanx.builtin import find_bundle
@@ -61,16 +66,63 @@ def test_every_point_is_predicted_by_the_others() -> None:
     assert leave_one_out(points[:2])[0].unseen is None
 
 
-def test_a_prediction_holds(tiny: Bundle) -> None:
-    """A size in the middle and the largest, each from the others; times are the machine's own."""
-    sizes = [(256, 256, frames) for frames in (5, 9, 13, 21)]
-    found = sweep(tiny, sizes, branches=1, predict=[(256, 256, 13), (256, 256, 29)])
-    assert [point.tokens for point in found.points] == [512, 768, 1024, 1536]
-    for point in found.points[2:]:
-        assert point.unseen == pytest.approx(median(point.seconds), rel=0.4)
+SIZES = [(256, 256, frames) for frames in (5, 9, 13, 21)]
+LENGTHS = [512, 768, 1024, 1536]
+
+
+def exact_seconds(tokens: int) -> float:
+    return 2e-5 * tokens + 3e-9 * tokens**2
+
+
+class TimedSession:
+    """A denoiser on a clock of its own, whose first run at a length takes ten times as long."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.lengths: set[int] = set()
+
+    def __enter__(self) -> TimedSession:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def bind(self, constants: Mapping[str, np.ndarray]) -> None:
+        self.now += 100
+
+    def run_each(self, feeds: Sequence[Mapping[str, np.ndarray]]) -> None:
+        for feed in feeds:
+            length = feed["tokens"].shape[1]
+            self.now += exact_seconds(length) * (1 if length in self.lengths else 10)
+            self.lengths.add(length)
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+def test_a_prediction_holds(tiny: Bundle, branches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A size in the middle and the largest, each from the others."""
+    session = TimedSession()
+    monkeypatch.setattr(module, "open_session", lambda *_, **__: session)
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: session.now))
+    found = sweep(tiny, SIZES, branches=branches, predict=[(256, 256, 13), (256, 256, 29)])
+    assert [point.tokens for point in found.points] == LENGTHS
+    for point in found.points:
+        exact = pytest.approx(branches * exact_seconds(point.tokens))
+        assert median(point.seconds) == exact
+        assert point.unseen == exact
     (unmeasured,) = found.predictions
     assert unmeasured.label == "256x256, 29 frames"
-    assert unmeasured.seconds == pytest.approx(found.fit.seconds(2048))
+    assert unmeasured.seconds == pytest.approx(branches * exact_seconds(2048))
+
+
+def test_steps_are_timed_by_the_clock(tiny: Bundle) -> None:
+    start = time.perf_counter()
+    found = sweep(tiny, SIZES, branches=1, predict=[(256, 256, 29)])
+    passed = time.perf_counter() - start
+    assert [point.tokens for point in found.points] == LENGTHS
+    assert all(seconds > 0 for point in found.points for seconds in point.seconds)
+    assert sum(sum(point.seconds) for point in found.points) < passed
+    (unmeasured,) = found.predictions
+    assert 0 < unmeasured.seconds == pytest.approx(found.fit.seconds(2048))
 
 
 def test_a_sweep_needs_sizes_that_differ(tiny: Bundle) -> None:

@@ -254,7 +254,9 @@ def test_golden_steps_see_what_reading_back_cannot(
     UNSEEN[fault](monkeypatch)
     bundle = export()
     assert bundle.manifest.components["dit"].quantization.verified_counts == {"int8": 60}
-    with pytest.raises(GateError, match="4 of 4 golden steps are below the gate: cosine") as caught:
+    with pytest.raises(
+        GateError, match=r"[1-4] of 4 golden steps are below the gate: cosine"
+    ) as caught:
         require_golden(check_golden(bundle, threads=1), Gates())
     assert "\n" not in str(caught.value)
 

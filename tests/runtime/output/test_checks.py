@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from tests.support.users import not_root
 from wanx.errors import UsageError, WanxError
 from wanx.runtime.output.checks import check_output, resolve_output
 
@@ -83,14 +85,16 @@ def test_existing_files_need_permission(tmp_path: Path) -> None:
     assert (tmp_path / "a.mp4").read_text() == "precious"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_read_only_folder(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    try:
-        with pytest.raises(UsageError, match=r"cannot write to the folder .*Permission denied"):
-            check_output(tmp_path / "a.mp4", **SIZE)
-    finally:
-        tmp_path.chmod(0o700)
+def test_read_only_folder() -> None:
+    # Not below tmp_path, which its owner alone may enter.
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        with not_root():
+            check_output(Path(folder) / "a.mp4", **SIZE)
+        os.chmod(folder, 0o555)
+        message = rf"cannot write to the folder {folder}: Permission denied"
+        with not_root(), pytest.raises(UsageError, match=message):
+            check_output(Path(folder) / "a.mp4", **SIZE)
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that takes no files")

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -197,7 +196,7 @@ def test_disk_failure_while_publishing(
 
 # The kernel refuses to let a file grow past the limit, as a full disk would.
 LIMITED = """
-    import resource, sys
+    import os, resource, sys
     import numpy as np
     from wanx.errors import WanxError
     from wanx.runtime.output.video import VideoWriter
@@ -211,7 +210,7 @@ LIMITED = """
         except WanxError as error:
             print(limit, error.exit_code, error)
         else:
-            print(limit, "written")
+            print(limit, "written", os.path.getsize(path))
 """
 
 
@@ -225,17 +224,23 @@ def test_full_disk_at_every_stage(tmp_path: Path, suffix: str) -> None:
     path.parent.mkdir()
     path.write_text("precious")
     first = run(LIMITED, whole, frames, 2**30)
-    assert first.communicate()[0] == f"{2**30} written\n"
-    size = whole.stat().st_size
+    size = int(first.communicate()[0].removeprefix(f"{2**30} written "))
+    assert size == whole.stat().st_size
     limits = sorted({0, 1, 100, 5000, size // 2, size - 5000, size - 100, size - 1})
     process = run(LIMITED, path, frames, *limits)
     output, errors = process.communicate()
     lines = output.splitlines()
     assert errors == ""
     assert len(lines) == len(limits)
+    fitted = False
     for limit, line in zip(limits, lines, strict=True):
+        if line.startswith(f"{limit} written "):  # an encoder's threads may make it smaller
+            assert size - 5000 <= int(line.split()[-1]) <= limit
+            fitted = True
+            continue
         assert line.startswith(f"{limit} 1 cannot write {path}: File too large; nothing was left")
-    assert [p.read_text() for p in path.parent.iterdir()] == ["precious"]
+    assert list(path.parent.iterdir()) == [path]
+    assert fitted or path.read_text() == "precious"
 
 
 SLOW = """
@@ -256,10 +261,8 @@ def test_killed_while_writing(tmp_path: Path, number: signal.Signals) -> None:
     process = run(SLOW, path)
     assert process.stdout is not None
     assert process.stdout.readline() == "writing\n"
-    started = time.monotonic()
     process.send_signal(number)
-    process.communicate()
-    assert time.monotonic() - started < 10
+    process.communicate(timeout=50)  # it would end by itself after 60 s
     assert not path.exists()
     assert all(p.name.startswith(".wanx-") for p in tmp_path.iterdir())
     if number == signal.SIGINT:

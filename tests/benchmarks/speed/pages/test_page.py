@@ -167,6 +167,6 @@ def test_a_browser_shows_all_of_it(tmp_path: Path, width: int) -> None:
             f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom",
             (tmp_path / "probe.html").as_uri(),
         ],
-        capture_output=True, text=True, timeout=60, check=True,
+        capture_output=True, text=True, timeout=600, check=True,
     ).stdout  # fmt: skip
     assert '<title>{"over":0,"images":true,"plots":true}</title>' in shown

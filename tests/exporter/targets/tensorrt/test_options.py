@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,8 +99,12 @@ def test_a_build_that_is_stopped_leaves_no_process(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     def workers() -> list[Any]:
-        mine = psutil.Process(os.getpid()).children()
-        return [child for child in mine if "tensorrt.worker" in " ".join(child.cmdline())]
+        found = []
+        for child in psutil.Process(os.getpid()).children():
+            with suppress(psutil.Error):  # it has ended
+                if "tensorrt.worker" in " ".join(child.cmdline()):
+                    found.append(child)
+        return found
 
     parts = partition(dit_spec(PRESETS["tiny"].dit), torch.bfloat16)
     with pytest.raises(KeyboardInterrupt):
