@@ -301,6 +301,8 @@ def test_an_unreadable_folder_is_one_line(copied: Path) -> None:
     with tempfile.TemporaryDirectory() as parent:
         os.chmod(parent, 0o755)
         folder = shutil.copytree(copied, Path(parent) / "copy")
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o755)
         open_checkpoint(folder)  # imports what another user may not read
         with not_root():
             open_checkpoint(folder)
