@@ -26,7 +26,8 @@ ROOT = Path(__file__).parents[2]
 # Kernels are interpreted elsewhere, and run on a GPU where there is one.
 SUITES = {
     "kernels": ("-m", "not gpu and not slow", "tests/kernels"),
-    "gpu": ("-m", "gpu and not slow", "tests"),
+    # All but this benchmark itself.
+    "gpu": ("-m", "gpu and not slow", "--ignore=tests/benchmarks/gpu", "tests"),
 }
 MAX_SECONDS = 180.0
 RESERVE = 5.0  # seconds before the end, from which on nothing runs
