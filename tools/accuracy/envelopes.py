@@ -12,8 +12,8 @@ optimisations off, and with PyTorch, oneDNN and MKL held to SSE while calibratin
     layers, size            nothing, but layers of int8 are within 0.1 dB of the gate
 
 One layer of int8 more or less moved the golden SQNR by 0.03 dB, the teacher-forced cosine by 7 %
-of its distance, and the worst frame by 9 dB: videos that run freely diverge, so those margins are
-wide. With 12 and with 20 steps, rounding changed up to two shapes of 41, and nothing else.
+of its distance, and the worst frame by 9 dB: videos that run freely diverge, so clips are reported
+and not judged. With 12 and with 20 steps, rounding changed up to two shapes of 41, no more.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Literal
 
 STORED = Path(__file__).parents[2] / "tests" / "accuracy" / "envelopes.json"
 
-Verdict = Literal["ok", "WORSE", "better", "NOT STORED", "NOT MEASURED"]
+Verdict = Literal["ok", "WORSE", "better", "reported", "NOT STORED", "NOT MEASURED"]
 Envelopes = dict[str, dict[str, "Envelope"]]
 
 
@@ -51,14 +51,14 @@ class Kind:
         return value - margin if self.higher else value + margin
 
 
-KINDS = {
+KINDS: dict[str, Kind | None] = {
     "golden cosine": Kind(absolute=1e-6, share=0.1),
     "golden SQNR": Kind(absolute=0.5),
-    "cosine conditional": Kind(absolute=1e-6, share=0.15),
-    "cosine unconditional": Kind(absolute=1e-6, share=0.15),
+    "cosine conditional": Kind(absolute=1e-6, share=0.2),
+    "cosine unconditional": Kind(absolute=1e-6, share=0.2),
     "cosine text": Kind(absolute=2e-5),
-    "clip PSNR": Kind(absolute=10.0),
-    "clip SSIM": Kind(absolute=0.05, share=1.0),
+    "clip PSNR": None,
+    "clip SSIM": None,
     "8-bit layers": Kind(absolute=2),
     "layers kept high": Kind(absolute=2, higher=False),
     "object seen": Kind(absolute=2.5),
@@ -72,17 +72,17 @@ KINDS = {
 KINDS_AT = {("fp32", "golden SQNR"): Kind(absolute=10.0)}
 
 
-def kind_of(precision: str, name: str) -> Kind:
-    """How a figure of a precision is judged."""
+def kind_of(precision: str, name: str) -> Kind | None:
+    """How a figure of a precision is judged; None if it is only reported."""
     return KINDS_AT.get((precision, name), KINDS[name])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Envelope:
-    """A figure as it was, and the worst that it may become."""
+    """A figure as it was, and the worst that it may become: None, anything."""
 
     value: float
-    bound: float
+    bound: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +103,8 @@ class Row:
             return "NOT MEASURED"
         kind = kind_of(self.precision, self.name)
         value, bound, now = self.stored.value, self.stored.bound, self.now
+        if kind is None or bound is None:
+            return "reported"
         if not (now >= bound if kind.higher else now <= bound):
             return "WORSE"
         gain = now - value if kind.higher else value - now
@@ -111,7 +113,7 @@ class Row:
     @property
     def passed(self) -> bool:
         """Whether the figure is in its envelope, or better."""
-        return self.verdict in ("ok", "better")
+        return self.verdict in ("ok", "better", "reported")
 
 
 def judge(stored: Envelopes, measured: Mapping[str, Mapping[str, float]]) -> list[Row]:
@@ -148,7 +150,8 @@ def enclose(measured: Mapping[str, Mapping[str, float]]) -> Envelopes:
         found[precision] = {}
         for name, figure in figures.items():
             value = round(figure, 6)
-            bound = round(kind_of(precision, name).bound(value), 6)
+            kind = kind_of(precision, name)
+            bound = None if kind is None else round(kind.bound(value), 6)
             found[precision][name] = Envelope(value=value, bound=bound)
     return found
 

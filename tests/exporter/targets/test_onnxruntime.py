@@ -24,7 +24,8 @@ from wanx.exporter.targets.onnxruntime import optimize_for_ort, profile_products
 from wanx.kernels.attention.op import Attention, BiasedAttention, attention_reference
 from wanx.kernels.quant_linear import QuantLinear
 from wanx.models.quantized import WeightOnlyLinear, quantize_weight
-from wanx.runtime.sessions.onnxruntime import session_options
+from wanx.runtime.sessions import onnxruntime as sessions
+from wanx.runtime.sessions.onnxruntime import create_session, session_options
 
 
 def build_model(heads: int, scale: float, *, biased: bool = False) -> ir.Model:
@@ -113,8 +114,17 @@ def build_linear(
 
 @pytest.mark.parametrize("extreme", [False, True])
 @pytest.mark.parametrize("size", [(1, 1, 1), (7, 13, 5), (19, 257, 66), (130, 1030, 33)])
-def test_specialised_int8_linear(size: tuple[int, int, int], extreme: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("saturates", [False, True], ids=["as it is", "without VNNI"])
+def test_specialised_int8_linear(
+    size: tuple[int, int, int],
+    extreme: bool,
+    saturates: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
     """The integer sum is exact, also where all numbers are the largest; (rows, K, N)."""
+    if saturates:
+        monkeypatch.setattr(sessions, "_saturates", lambda: True)
     rows, k, n = size
     generator = np.random.default_rng(0)
     numbers = np.array([-127, 127]) if extreme else np.arange(-127, 128)
@@ -126,23 +136,24 @@ def test_specialised_int8_linear(size: tuple[int, int, int], extreme: bool, tmp_
     bias = generator.standard_normal(n, dtype=np.float32)
     model = build_linear(weight, 0.5, scales, bias)
     assert optimize_for_ort(model)
-    session = onnxruntime.InferenceSession(
-        ir.to_proto(model).SerializeToString(),
-        session_options(tmp_path, threads=1),
-        providers=["CPUExecutionProvider"],
-    )
+    path = tmp_path / "linear.onnx"
+    path.write_bytes(ir.to_proto(model).SerializeToString())
+    session = create_session(path, tmp_path, threads=1)
     x = (0.5 * x8).astype(np.float32)
     x[x8 == 127] = 1e9  # beyond the range of 8 bits
     (y,) = session.run(None, {"x": x})
     exact = (x8.astype(np.int64) @ weight.astype(np.int64).T) * (0.5 * scales.astype(np.float64))
     np.testing.assert_allclose(y, exact + bias, rtol=1e-5, atol=1e-4)
+    kept = {t.data_type for t in optimised(path, tmp_path).initializer if len(t.dims) == 2}
+    assert not saturates or kept == {TensorProto.UINT8}
 
 
 def optimised(graph: Path, root: Path) -> onnx.GraphProto:
     """What ONNX Runtime makes of a graph before it runs it."""
-    options = session_options(root, threads=1)
+    data = graph.read_bytes()
+    options = session_options(root, threads=1, graph=data)
     options.optimized_model_filepath = str(root / "optimised.onnx")
-    onnxruntime.InferenceSession(graph.read_bytes(), options, providers=["CPUExecutionProvider"])
+    onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     return onnx.load(root / "optimised.onnx").graph
 
 

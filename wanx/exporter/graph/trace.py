@@ -126,10 +126,10 @@ def _rename_axes(size: int | ir.SymbolicDim, axes: dict[str, str]) -> int | str:
 @contextmanager
 def quiet_exporters() -> Iterator[None]:
     """Silence the log messages and warnings of the exporters."""
-    # The exporter logs about optional packages and its own deprecations; nothing a user can act on.
-    logger = logging.getLogger("torch.onnx")
+    # Optional packages, deprecations, and errors that are raised as well: nothing to act on.
+    logger = logging.getLogger("torch")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,10 @@ from wanx.runtime.sessions.base import NEXT, Array, Session, State
 
 if TYPE_CHECKING:
     import onnxruntime
+
+_INTEGER_PRODUCT = b"MatMulIntegerToFloat"
+# Features of a processor that adds products of 8 bits in 32 bits at once.
+_WIDE_SUMS = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 
 def create_session(
@@ -29,16 +35,25 @@ def create_session(
     """
     import onnxruntime
 
+    data = graph.read_bytes()
     return onnxruntime.InferenceSession(
-        graph.read_bytes(),
-        session_options(root, threads=threads),
+        data,
+        session_options(root, threads=threads, graph=data),
         providers=["CPUExecutionProvider"],
         disabled_optimizers=None if fold else ["ConstantFolding"],
     )
 
 
-def session_options(root: Path, *, threads: int | None = None) -> onnxruntime.SessionOptions:
-    """Options of every session; see :func:`create_session`."""
+def session_options(
+    root: Path, *, threads: int | None = None, graph: bytes = b""
+) -> onnxruntime.SessionOptions:
+    """Options of every session; see :func:`create_session`.
+
+    Args:
+        root: the folder that locations of weights are relative to.
+        threads: of the processor; None takes all cores.
+        graph: the serialised model, whose integer products shall be exact on any processor.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -48,7 +63,23 @@ def session_options(root: Path, *, threads: int | None = None) -> onnxruntime.Se
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(root)
     )
+    # Unsigned times signed saturates there; so ONNX Runtime shifts the weights to unsigned too.
+    # Other graphs stay as they are: it would take their 8-bit tables for weights of a product.
+    if _INTEGER_PRODUCT in graph and _saturates():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     return options
+
+
+@functools.cache
+def _saturates() -> bool:
+    """Whether this processor adds pairs of 8-bit products in 16 bits: x86 without VNNI or AMX."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    try:
+        features = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    except OSError:  # unknown: rather slow than wrong
+        return True
+    return not any(feature in features for feature in _WIDE_SUMS)
 
 
 def folds(record: Component) -> bool:

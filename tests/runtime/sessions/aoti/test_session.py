@@ -104,13 +104,14 @@ def test_two_branches_at_once_are_each_alone(compiled: Bundle) -> None:
     with open_session(compiled, "dit") as session:
         bind(session, compiled, grid)
         alone = [session.run(feed)["velocity"] for feed in feeds]
+        apart = relative(alone[0], alone[1])
+        assert apart > 0.1
         schedule = session._runner.schedule
         for limit in (0, 1000):
             session._runner.schedule = schedule.model_copy(update={"max_batched_tokens": limit})
             for found, wanted in zip(session.run_each(feeds), alone, strict=True):
                 assert found["velocity"].shape == wanted.shape
-                assert relative(found["velocity"], wanted) < 0.01
-    assert relative(alone[0], alone[1]) > 0.1
+                assert relative(found["velocity"], wanted) < apart / 4
 
 
 def test_text_and_carried_state(compiled: Bundle) -> None:
@@ -154,8 +155,10 @@ def test_a_benchmark_of_programs(compiled: Bundle, tmp_path: Path) -> None:
     assert note in (tmp_path / "report.md").read_text()
 
 
-def test_every_network_at_every_step(compiled: Bundle) -> None:
+def test_every_network_at_every_step(compiled: Bundle, tmp_path: Path) -> None:
     """Teacher-forced: free-running videos diverge with the processor's rounding of bf16."""
+    # Building measures which limit is faster, and that is different from run to run.
+    compiled = changed(compiled, tmp_path / "b", max_batched_tokens=0)
     options = CompareOptions(run=RunOptions(prompt=PROMPT, seed=3, steps=6), clips=False)
     comparison = compare(compiled, on_cpu(compiled), options)
     (run,) = comparison.runs

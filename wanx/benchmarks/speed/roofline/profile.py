@@ -84,12 +84,13 @@ def profile_component(
         bundle.root / record.engines.get("cpu", record.graph), load_external_data=False
     )
     name_nodes(model, parts_of(model))
+    data = model.SerializeToString()
     with tempfile.TemporaryDirectory() as folder:
-        options = session_options(bundle.root, threads=threads)
+        options = session_options(bundle.root, threads=threads, graph=data)
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder, "profile"))
         session = ort.InferenceSession(
-            model.SerializeToString(),
+            data,
             options,
             providers=["CPUExecutionProvider"],
             disabled_optimizers=None if folds(record) else ["ConstantFolding"],
