@@ -116,7 +116,7 @@ def test_completing_imports_no_pytorch(home: Path) -> None:
     imported = bash(
         home, "wanx 2>&1", PYTHONPROFILEIMPORTTIME="1", _WANX_COMPLETE="complete_bash", **words
     )
-    assert "wanx.bundle.manifest\n" in imported
+    assert "wanx.config.number_formats\n" in imported
     assert " torch\n" not in imported
 
 

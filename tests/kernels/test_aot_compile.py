@@ -101,6 +101,29 @@ for op, sm, asked in (
         assert (found["setmaxnreg"] > 0) is specialized
 
 
+def test_scalars_in_fp64_are_computed_with_in_fp32() -> None:
+    """From PyTorch 2.11 on, compiled programs pass Python's floats to kernels as fp64."""
+    code = """
+import re
+from dataclasses import replace
+from wanx.kernels.aot_compile import compile_for, launches_of_wan
+for name, launch in launches_of_wan(90):
+    scalars = {n: "fp64" for n, kind in launch.signature.items() if kind == "fp32"}
+    if "D=1536" in name and scalars:
+        compiled = compile_for(replace(launch, signature=launch.signature | scalars), 90)
+        wide = re.findall(r"(?:add|mul|fma|div|sqrt|ex2)\\S*\\.f64", compiled.asm["ptx"])
+        print(name, len(wide), sep="|")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=COMPILED
+    )
+    assert done.returncode == 0, done.stderr
+    counts = dict(line.rsplit("|", 1) for line in done.stdout.splitlines())
+    kernels = {name.partition(",")[0] for name in counts}
+    assert {"adaln", "residual_adaln", "rms_norm", "rms_norm_rope", "attention"} <= kernels
+    assert set(counts.values()) == {"0"}
+
+
 def test_an_unknown_gpu_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

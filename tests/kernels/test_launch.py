@@ -116,7 +116,7 @@ def test_tensors_that_rms_norm_rope_would_misread() -> None:
 
 
 def test_a_reference_instead_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    launch._report.cache_clear()
+    launch._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="wanx.kernels"):
         assert launch.runs_reference("adaln", "no reason", torch.empty(1))
         assert not caplog.records  # the processor has no kernels

@@ -27,10 +27,9 @@ def complete_bundle(incomplete: str) -> list[str]:
 
 def complete_precision(incomplete: str) -> list[str]:
     """List the precisions that a bundle may have, and ``auto``."""
-    from wanx.bundle.manifest import Manifest
+    from wanx.config.number_formats import WEIGHTS
 
-    precisions = get_args(Manifest.model_fields["precision"].annotation)
-    return _starting_with(incomplete, ("auto", *precisions))
+    return _starting_with(incomplete, ("auto", *(row.name for row in WEIGHTS)))
 
 
 def complete_solver(incomplete: str) -> list[str]:

@@ -18,7 +18,6 @@ import typer
 from wanx.builtin import open_named
 from wanx.commands.options import Json, print_json
 from wanx.errors import EnvironmentMismatchError, WanxError
-from wanx.exporter.packages import PACKAGES
 
 
 @dataclass(frozen=True)
@@ -95,6 +94,8 @@ def _builtin() -> str:
 
 
 def _export() -> CheckResult:
+    from wanx.exporter.packages import PACKAGES
+
     versions = []
     for package in PACKAGES:
         try:

@@ -114,7 +114,7 @@ def _adaln_kernel(  # type: ignore[no-untyped-def]
             tl.store(updated + offsets, value.to(updated.dtype.element_ty), mask=inside)
         mean = tl.sum(value) / D
         centred = tl.where(inside, value - mean, 0.0)
-        deviation = tl.rsqrt(tl.sum(centred * centred) / D + eps)
+        deviation = tl.rsqrt(tl.sum(centred * centred) / D + tl.cast(eps, tl.float32))
         y = centred * deviation * factor + bias
         if DYNAMIC:
             largest = tl.max(tl.where(inside, tl.abs(y), 0.0))

@@ -54,7 +54,8 @@ def _rms_norm_kernel(x, weight, out, eps, D: tl.constexpr, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * D + column
     value = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
     factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    y = value * tl.rsqrt(tl.sum(value * value) / D + eps) * factor
+    mean_square = tl.sum(value * value) / D
+    y = value * tl.rsqrt(mean_square + tl.cast(eps, tl.float32)) * factor
     tl.store(out + offsets, y.to(out.dtype.element_ty), mask=inside)
 
 

@@ -110,7 +110,7 @@ def _rotate_token(  # type: ignore[no-untyped-def]
     value = tl.load(x + x_offset + column, mask=inside, other=0.0).to(tl.float32)
     factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     mean_square = tl.sum(tl.sum(value * value, 1), 0) / (HEADS * HEAD)
-    normed = value * tl.rsqrt(mean_square + eps) * factor
+    normed = value * tl.rsqrt(mean_square + tl.cast(eps, tl.float32)) * factor
     even, odd = tl.split(tl.reshape(normed, [BLOCK, HEAD // 2, 2]))
     y = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
     y = tl.reshape(y, [BLOCK, HEAD])

@@ -40,17 +40,17 @@ def calibrate(
     checkpoint: Checkpoint,
     bundle: Bundle,
     options: CalibrationOptions,
-    points: Iterable[str] = (),
+    observed_inputs: Iterable[str] = (),
     progress: Progress = no_progress,
     runs: PlannedRuns | None = None,
 ) -> Calibration:
-    """Run trajectories over the denoiser of a checkpoint, watching ``points``.
+    """Run denoising over a checkpoint, observing ``observed_inputs``.
 
     Args:
         checkpoint: whose source weights run, one block in memory at a time.
         bundle: has every other component, and the tokenizer.
         options: what to run.
-        points: names of linears, such as ``blocks.3.ffn.2``, and of attentions, such as
+        observed_inputs: names of linears, such as ``blocks.3.ffn.2``, and of attentions, such as
             ``blocks.3.self_attn.attend``, whose inputs become ``….q``, ``….k`` and ``….v``. Where
             there are none, nothing is saved.
         progress: told how many blocks are done.
@@ -60,11 +60,11 @@ def calibrate(
         UsageError: the calibration file or an option cannot be.
         WanxError: an activation is not finite; the message names the layer.
     """
-    config, watched = checkpoint.config, sorted(points)
+    config, observed = checkpoint.config, sorted(observed_inputs)
     if runs is None:
         runs = planned_runs(options, config)
-    key_parts = (*watched, options.golden_steps)
-    path = state_path(checkpoint, bundle, runs, key_parts) if watched else None
+    key_parts = (*observed, options.golden_steps)
+    path = state_path(checkpoint, bundle, runs, key_parts) if observed else None
     trajectories = [encoded.start() for encoded in RunParts.of(bundle).encode(runs)]
     if path is not None and options.fresh:
         path.unlink(missing_ok=True)
@@ -75,16 +75,16 @@ def calibrate(
     dit = BlockwiseDiT(config.dit, checkpoint.components["dit"].tensors)
     recorded_steps = golden_numbers(options.steps, options.golden_steps)
     blocks = config.dit.num_layers + len(config.dit.vace_layers)
-    watch = watching(state.observers, watched)
+    hooks = observer_hooks(state.observers, observed)
     first = trajectories[0]
     while not first.done:
         done = first.steps_done * blocks
 
         def on_block(count: int, _: int, done: int = done) -> None:
-            stage = "calibrate" if watched else "golden steps"
+            stage = "calibrate" if observed else "golden steps"
             progress(stage, done + count, first.steps * blocks, "steps")
 
-        answers = _answers(dit, trajectories, watch, on_block)
+        answers = _answers(dit, trajectories, hooks, on_block)
         if first.steps_done + 1 in recorded_steps:
             state.golden = _with_step(state.golden, runs[0][0], first, answers[0])
         for trajectory, answer, velocities in zip(
@@ -128,7 +128,7 @@ def golden_numbers(steps: int, count: int) -> set[int]:
 def _answers(
     dit: BlockwiseDiT,
     trajectories: Sequence[DenoisingRun],
-    watch: Callable[[nn.Module, str], AbstractContextManager[None]],
+    hooks: Callable[[nn.Module, str], AbstractContextManager[None]],
     on_block: Callable[[int, int], None],
 ) -> list[dict[Branch, Float32]]:
     """Velocities of the coming step of every trajectory, per branch."""
@@ -137,39 +137,39 @@ def _answers(
         for index, trajectory in enumerate(trajectories)
         for branch, feeds in trajectory.feeds().items()
     ]
-    results = dit.run([feeds for _, _, feeds in jobs], watch=watch, on_block=on_block)
+    results = dit.run([feeds for _, _, feeds in jobs], watch=hooks, on_block=on_block)
     answers: list[dict[Branch, Float32]] = [{} for _ in trajectories]
     for (index, branch, _), velocity in zip(jobs, results, strict=True):
         answers[index][branch] = velocity
     return answers
 
 
-def watching(
-    observers: Observers, points: Iterable[str]
+def observer_hooks(
+    observers: Observers, observed_inputs: Iterable[str]
 ) -> Callable[[nn.Module, str], AbstractContextManager[None]]:
-    """Make what hooks the points of one block onto observers while its samples run."""
-    names = frozenset(points)
+    """Make a context manager that hooks observers onto the inputs of one block."""
+    names = frozenset(observed_inputs)
 
     @contextmanager
-    def watch(block: nn.Module, name: str) -> Iterator[None]:
+    def hook(block: nn.Module, name: str) -> Iterator[None]:
         with ExitStack() as hooks:
             for child, module in block.named_modules():
-                point = f"{name}.{child}"
-                if point in names:
-                    handle = module.register_forward_pre_hook(_hook(observers, point))
+                input_name = f"{name}.{child}"
+                if input_name in names:
+                    handle = module.register_forward_pre_hook(_hook(observers, input_name))
                     hooks.callback(handle.remove)
             yield
 
-    return watch
+    return hook
 
 
-def _hook(observers: Observers, point: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _hook(observers: Observers, input_name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def observe(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         if isinstance(module, nn.Linear):
-            observers.observe(point, inputs[0])
+            observers.observe(input_name, inputs[0])
         else:
             for letter, value in zip("qkv", inputs, strict=True):
-                observers.observe(f"{point}.{letter}", value)
+                observers.observe(f"{input_name}.{letter}", value)
 
     return observe
 

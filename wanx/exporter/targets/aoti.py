@@ -12,9 +12,11 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from wanx.bundle.engine_schedule import SCHEDULE, EngineSchedule, Program
 from wanx.bundle.manifest import Component
@@ -156,7 +158,7 @@ def _compile(
     segment: Segment, axes: dict[str, int], device: str, path: Path, component: str
 ) -> None:
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), torch.no_grad(), _fp8_header(device):
             program = export_segment(segment, axes, _torch_device(device))
             # On the processor the calls between kernels are no hot spot, but most of the compiling.
             options = {"aot_inductor.compile_wrapper_opt_level": "O0"} if device == "cpu" else {}
@@ -169,6 +171,27 @@ def _compile(
             f"cannot compile {segment.name} of {component} ({type(error).__name__}: {text:.200}); "
             "WANX_DEBUG=1 shows all of it, and --target cpu needs no compiler"
         ) from error
+
+
+@contextmanager
+def _fp8_header(device: str) -> Iterator[None]:
+    """Include the header of 8-bit floats in the C++ that calls a processor's kernels.
+
+    Before PyTorch 2.13 that file names ``at::Float8_e4m3fn`` without it.
+    """
+    if device != "cpu" or TorchVersion(torch.__version__) >= "2.13":
+        yield
+        return
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+
+    write: Callable[[CppWrapperCpu], None] = CppWrapperCpu.write_header
+
+    def write_header(wrapper: CppWrapperCpu) -> None:
+        write(wrapper)
+        wrapper.header.splice("#include <torch/headeronly/util/Float8_e4m3fn.h>")
+
+    with patch.object(CppWrapperCpu, "write_header", write_header):
+        yield
 
 
 def _torch_device(name: str) -> torch.device:

@@ -170,6 +170,7 @@ def _attention_8bit_kernel(  # type: ignore[no-untyped-def]
     inside = row < q_length
     q_start = batch * q_length * stride + head * HEAD
     q_place = q_start + row * stride + column[None, :]
+    scale = tl.cast(scale, tl.float32)
     scale *= tl.load(q_scale + (batch * heads + head) * tl.num_programs(0) + block)
     k_place = k8 + batch * k_length * stride + head * HEAD
     v_place = v8 + (batch * heads + head) * HEAD * padded

@@ -77,7 +77,7 @@ def _attend(  # type: ignore[no-untyped-def]
     queries, keys, values, left, scale, highest, total, mixed, MASK: tl.constexpr,
 ):  # fmt: skip
     """Let queries ``[BLOCK_Q, HEAD]`` attend to keys ``[HEAD, BLOCK_K]``; ``left`` exist."""
-    score = tl.dot(queries, keys) * scale
+    score = tl.dot(queries, keys) * tl.cast(scale, tl.float32)
     if MASK:
         score = tl.where(tl.arange(0, keys.shape[1])[None, :] < left, score, float("-inf"))
     highest_now = tl.maximum(highest, tl.max(score, 1))
