@@ -27,7 +27,7 @@ from wanx.checkpoints.weights import ComponentWeights
 from wanx.config.models import DiTConfig
 from wanx.config.number_formats import BY_SAFETENSORS
 from wanx.exporter.calibration.blockwise_dit import BlockwiseDiT
-from wanx.exporter.calibration.calibrate import watching
+from wanx.exporter.calibration.calibrate import observer_hooks
 from wanx.exporter.calibration.observers import Observers, input_scale
 from wanx.exporter.component_writer import save_graph
 from wanx.exporter.components import dit_spec
@@ -85,7 +85,7 @@ def export_int8(
     """Write the graph in int8, all layers of the blocks, with scales from one forward."""
     layers, _ = dit_candidates(CONFIG, QuantizeOptions())
     observers = Observers()
-    watch = watching(observers, {shared_input(layer) for layer in layers})
+    watch = observer_hooks(observers, {shared_input(layer) for layer in layers})
     BlockwiseDiT(CONFIG, sources).run([feeds], watch=watch)
     scales = {n: input_scale(observers[shared_input(n)], 127) for n in layers}
     recipe = Recipe(scheme=SCHEMES["int8"], layers=scales)

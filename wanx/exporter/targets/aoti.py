@@ -6,9 +6,7 @@ target is for tests, their references. The weights stay in the bundle's own file
 
 from __future__ import annotations
 
-import logging
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch.torch_version import TorchVersion
 from wanx.bundle.engine_schedule import SCHEDULE, EngineSchedule, Program
 from wanx.bundle.manifest import Component
 from wanx.errors import EnvironmentMismatchError, WanxError
+from wanx.exporter.graph.trace import quiet_exporters
 from wanx.exporter.partition.segments import STORED, Partition, Segment
 from wanx.exporter.partition.stateless import export_segment
 from wanx.exporter.targets.base import Builder, OnFraction, no_fraction
@@ -158,7 +157,7 @@ def _compile(
     segment: Segment, axes: dict[str, int], device: str, path: Path, component: str
 ) -> None:
     try:
-        with _quiet(), torch.no_grad(), _fp8_header(device):
+        with quiet_exporters(), torch.no_grad(), _fp8_header(device):
             program = export_segment(segment, axes, _torch_device(device))
             # On the processor the calls between kernels are no hot spot, but most of the compiling.
             options = {"aot_inductor.compile_wrapper_opt_level": "O0"} if device == "cpu" else {}
@@ -196,17 +195,3 @@ def _fp8_header(device: str) -> Iterator[None]:
 
 def _torch_device(name: str) -> torch.device:
     return torch.device("cpu" if name == "cpu" else "cuda")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    # Nothing that the compiler remarks on the way is something a user can act on.
-    logger = logging.getLogger("torch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

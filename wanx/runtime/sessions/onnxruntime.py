@@ -72,7 +72,7 @@ def session_options(
 
 @functools.cache
 def _saturates() -> bool:
-    """Whether this processor adds pairs of 8-bit products in 16 bits: x86 without VNNI or AMX."""
+    """True if this processor adds pairs of 8-bit products in 16 bits: x86 without VNNI or AMX."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     try:
