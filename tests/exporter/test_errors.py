@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -312,11 +313,15 @@ def test_running_out_of_memory_names_the_component(tmp_path: Path, megabytes: in
         "sys.argv = ['wanx', 'export', 'tiny', '-o', 'bundle']\n"
         "main()\n"
     )
-    # A thread that finds no memory for its stack ends the process in C++.
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    for _ in range(5):
+        # A thread that finds no memory for its stack would end the process in C++.
+        result = subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
+        )  # fmt: skip
+        # CPython 3.11 itself may crash in its garbage collector then, about once in ten times.
+        if result.returncode != -signal.SIGSEGV:
+            break
     assert result.returncode == 1, result.stderr
     assert re.fullmatch(r"error: (not enough memory to|cannot) trace \w+.*\n", result.stderr)
     assert list(tmp_path.iterdir()) == []
