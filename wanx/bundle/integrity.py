@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -127,12 +128,32 @@ def _hash_problem(
     )
 
 
+def unlisted_engines(root: Path, files: Iterable[str]) -> list[Path]:
+    """Folders of engines that no listed file is in, left by a build that was killed.
+
+    They are not part of the bundle, and nothing opens them.
+    """
+    listed = {PurePosixPath(name).parts[1] for name in files if name.startswith("engines/")}
+    engines = root / "engines"
+    folders: list[Path] = []
+    if not engines.is_symlink():
+        with suppress(OSError), os.scandir(engines) as entries:
+            folders = [
+                engines / entry.name
+                for entry in entries
+                if entry.name not in listed and entry.is_dir(follow_symlinks=False)
+            ]
+    return folders
+
+
 def _unlisted(root: Path, files: dict[str, FileRecord]) -> Iterator[str]:
+    leftovers = {str(path) for path in unlisted_engines(root, files)}
     for closed in _CLOSED_FOLDERS:
         if (root / closed).is_symlink():
             yield closed
             continue
         for folder, folders, names in os.walk(root / closed):
+            folders[:] = [name for name in folders if os.path.join(folder, name) not in leftovers]
             links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
             for name in sorted(names + links):
                 relative = (Path(folder) / name).relative_to(root).as_posix()

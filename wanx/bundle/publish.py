@@ -11,6 +11,10 @@ Everything is written into a hidden sibling of the target and renamed at the end
 Replacing renames ``b`` to ``.b.wanx-old``, the new bundle to ``b``, and only then deletes. A
 process killed at any point leaves either ``b`` whole, or no ``b`` and ``.b.wanx-old`` whole; the
 next export and the next opening put the latter back (``recover``).
+
+Inside a bundle the only step is the rename of its manifest. Engines that it does not list, moved in
+or not yet deleted by a process that was killed, are not part of the bundle; the next opening
+removes them (``remove_unlisted``), and the siblings that dead processes left.
 """
 
 from __future__ import annotations
@@ -25,15 +29,17 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from wanx.bundle.manifest import MANIFEST, FileRecord, Manifest
+from wanx.bundle.integrity import unlisted_engines
+from wanx.bundle.manifest import MANIFEST, FileRecord, Manifest, parse_manifest
 from wanx.bundle.record import printable
-from wanx.errors import UsageError
+from wanx.errors import UsageError, WanxError
 from wanx.files.checksum import sha256_file
 from wanx.files.disk import preflight_space, sync, translate_disk_errors
 from wanx.interruption import cleanup_on_sigint
 
 _OLD = "wanx-old"
 _RECOVERY_SECONDS = 5.0
+_CLEANING_SECONDS = 0.3  # an opening may hold the lock for a moment, to remove what was left
 
 
 @contextmanager
@@ -60,7 +66,7 @@ def publish_bundle(
         _refuse_unsuitable(target)
         preflight_space(target, needed_bytes)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target, timeout=0):
+        with _locked(target, timeout=_CLEANING_SECONDS):
             _clean_up(target)
             _refuse_existing(target, force)
             with cleanup_on_sigint(lambda: _abandon(target, folder)):
@@ -91,35 +97,31 @@ def add_engines(target: str | Path) -> Iterator[tuple[Path, Callable[[Manifest],
 
     def commit(manifest: Manifest) -> None:
         engines = target / "engines"
-        moved: list[Path] = []
+        present = _manifest(target).files
         engines.mkdir(exist_ok=True)
-
-        def undo() -> None:
-            for path in moved:
-                shutil.rmtree(path, ignore_errors=True)
-
-        with cleanup_on_sigint(undo):
+        with cleanup_on_sigint(lambda: _remove_unlisted(target)):
             try:
                 for new in sorted((folder / "engines").glob("*")):
                     for path in (*new.rglob("*"), new):
                         sync(path)
-                    # What a killed build left.
+                    if any(name.startswith(f"engines/{new.name}/") for name in present):
+                        # What a reader may have open is never replaced in place.
+                        assert all(
+                            present.get(name) == manifest.files[name]
+                            for name in manifest.files
+                            if name.startswith(f"engines/{new.name}/")
+                        ), f"other engines are listed as {new.name}"
+                        continue
                     shutil.rmtree(engines / new.name, ignore_errors=True)
-                    moved.append(engines / new.name)
                     os.rename(new, engines / new.name)
                 sync(engines)
                 write_manifest(target, manifest)
-            except BaseException:
-                undo()
-                raise
-        listed = {Path(name).parts[1] for name in manifest.files if name.startswith("engines/")}
-        for old in engines.glob("*"):
-            if old.name not in listed:
-                shutil.rmtree(old, ignore_errors=True)
+            finally:
+                _remove_unlisted(target)
 
     with (
         translate_disk_errors(target, folder, 0),
-        _locked(target, timeout=0),
+        _locked(target, timeout=_CLEANING_SECONDS),
         cleanup_on_sigint(lambda: _abandon(target, folder)),
     ):
         _clean_up(target)
@@ -132,7 +134,7 @@ def add_engines(target: str | Path) -> Iterator[tuple[Path, Callable[[Manifest],
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json`` into ``folder`` in one step, replacing one that is there."""
-    temporary = folder / f".{MANIFEST}.partial"
+    temporary = _temporary_manifest(folder)
     temporary.write_bytes(manifest.to_json())
     sync(temporary)
     os.replace(temporary, folder / MANIFEST)
@@ -165,15 +167,48 @@ def record_files(
 def recover(target: Path) -> None:
     """Put back the bundle that a killed export had moved out of the way of ``target``.
 
+    What dead processes left beside it is removed, where the folder can be written.
+
     Raises:
         UsageError: another process is writing ``target``.
         WanxError: the place cannot be written.
     """
     old = _sibling(target, _OLD)
-    if os.path.lexists(target) or not old.is_dir():
+    if not os.path.lexists(target) and old.is_dir():
+        with translate_disk_errors(target, old, 0), _locked(target, timeout=_RECOVERY_SECONDS):
+            _clean_up(target)
         return
-    with translate_disk_errors(target, old, 0), _locked(target, timeout=_RECOVERY_SECONDS):
-        _clean_up(target)
+    with suppress(OSError, WanxError):
+        if old.is_dir() or os.path.lexists(_sibling(target, "lock")) or _partials(target):
+            with _locked(target, timeout=0):
+                _clean_up(target)
+
+
+def remove_unlisted(target: Path, manifest: Manifest) -> None:
+    """Remove the engines that the manifest of a bundle does not list, and half a manifest.
+
+    Where another process is writing the bundle, or its folder cannot be written, nothing is done.
+    """
+    if unlisted_engines(target, manifest.files) or _temporary_manifest(target).exists():
+        with suppress(OSError, WanxError), _locked(target, timeout=0):
+            _remove_unlisted(target)
+
+
+def _remove_unlisted(target: Path) -> None:
+    """Remove what is not part of a bundle from its folder; the caller holds the lock."""
+    with suppress(OSError, WanxError):
+        for engines in unlisted_engines(target, _manifest(target).files):
+            shutil.rmtree(engines, ignore_errors=True)
+        _temporary_manifest(target).unlink(missing_ok=True)
+
+
+def _manifest(target: Path) -> Manifest:
+    path = target / MANIFEST
+    return parse_manifest(path.read_bytes(), path)
+
+
+def _temporary_manifest(folder: Path) -> Path:
+    return folder / f".{MANIFEST}.partial"
 
 
 def _clean_up(target: Path) -> None:

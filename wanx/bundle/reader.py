@@ -1,4 +1,6 @@
-"""Opens a bundle and proves that it is whole and safe; opening never writes into it.
+"""Opens a bundle and proves that it is whole and safe.
+
+Opening writes nothing into it, and removes only what processes that were killed had left.
 
 manifest.json                  see wanx.bundle.manifest
 graphs/<component>.onnx        external data relative to the bundle: "weights/dit.safetensors"
@@ -26,7 +28,7 @@ from wanx.bundle.manifest import (
     Provenance,
     parse_manifest,
 )
-from wanx.bundle.publish import recover
+from wanx.bundle.publish import recover, remove_unlisted
 from wanx.bundle.record import printable
 from wanx.errors import CorruptInputError, UsageError, WanxError
 
@@ -178,4 +180,6 @@ def read_bundle(path: str | Path) -> Bundle:
         raise CorruptInputError(
             f"{manifest}: larger than {_MAX_MANIFEST_BYTES} bytes: {RECOPY_HINT}"
         )
-    return Bundle(root, parse_manifest(data, manifest), hashlib.sha256(data).hexdigest())
+    bundle = Bundle(root, parse_manifest(data, manifest), hashlib.sha256(data).hexdigest())
+    remove_unlisted(root, bundle.manifest)
+    return bundle

@@ -10,8 +10,9 @@ from pathlib import Path, PurePosixPath
 from wanx.bundle.engine_schedule import SCHEDULE
 from wanx.bundle.manifest import Manifest
 from wanx.bundle.publish import add_engines, record_files
-from wanx.bundle.reader import Bundle, open_bundle
+from wanx.bundle.reader import Bundle, open_bundle, read_bundle
 from wanx.bundle.trust import mark_trusted
+from wanx.errors import WanxError
 from wanx.exporter.components import ComponentSpec, component_specs
 from wanx.exporter.engine_key import engine_key
 from wanx.exporter.partition.partition import partition
@@ -40,6 +41,8 @@ def build(
     parsed = parse_target(target)
     specs = component_specs(bundle.manifest.config)
     with add_engines(bundle.root) as (folder, commit):
+        if read_bundle(bundle.root).hash != bundle.hash:
+            raise WanxError(f"{bundle.root} was changed by another command: run this one again")
         manifest = with_engines(
             bundle.root, bundle.manifest, parsed, specs, folder, progress, options
         )
