@@ -54,9 +54,13 @@ def write_graph(path: Path, location: str, offset: int, length: int) -> None:
     path.write_bytes(model.SerializeToString())
 
 
-def sign(root: Path) -> None:
+def sign(
+    root: Path,
+    *,
+    graph: str = "graphs/dit.onnx",
+    engine: str = "engines/onnxruntime-cpu/dit.onnx",
+) -> None:
     """Write the manifest that fits the files as they are now, as an attacker would."""
-    engine = "engines/onnxruntime-cpu/dit.onnx"
     write_manifest(
         root,
         Manifest(
@@ -66,7 +70,7 @@ def sign(root: Path) -> None:
             target="cpu",
             components={
                 "dit": Component(
-                    graph="graphs/dit.onnx",
+                    graph=graph,
                     engines={"cpu": engine} if (root / engine).exists() else {},
                     weights=("weights/dit.safetensors",),
                     storage={"F32": 1},
@@ -272,6 +276,17 @@ def test_foreign_files_are_refused(root: Path, name: str) -> None:
     assert f"'{name}' is not in the manifest" in refused(root)
 
 
+def test_a_foreign_file_beside_listed_engines_is_refused(root: Path) -> None:
+    (root / "engines/k/dit").mkdir(parents=True)
+    (root / "engines/k/dit/plan.json").write_text("{}")
+    sign(root, engine="engines/k/dit/plan.json")
+    for name in ("engines/k/dit/block.engine", "engines/k/other/block.engine"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(b"native code")
+        assert f"'{name}' is not in the manifest" in refused(root)
+        (root / name).unlink()
+
+
 def test_a_foreign_folder_behind_a_link_is_refused(root: Path) -> None:
     elsewhere = root.parent / "elsewhere"
     elsewhere.mkdir()
@@ -329,6 +344,41 @@ def test_an_engine_that_is_a_graph_is_checked_like_one(root: Path) -> None:
     write_graph(engine, "../outside", 0, 24)
     sign(root)
     assert "engines/onnxruntime-cpu/dit.onnx reads '../outside'" in refused(root)
+
+
+GRAPH_NAMES = ["dit", "dit.bin", "dit.ONNX", "dit.ort", "dit.onnx.json", "plan.json", "deep/er/x"]
+
+
+@pytest.mark.parametrize("name", GRAPH_NAMES)
+@pytest.mark.parametrize("used_as", ["graph", "engine"])
+@pytest.mark.parametrize(
+    "location", ["tokenizer/evil.bin", "engines/k/evil.bin", "weights/other.safetensors", "../out"]
+)
+def test_a_graph_is_checked_whatever_its_name(
+    root: Path, name: str, used_as: str, location: str
+) -> None:
+    folder = {"graph": "graphs", "engine": "engines/k"}[used_as]
+    path = root / folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(root / "graphs/dit.onnx", path)
+    if used_as == "graph":
+        (root / "graphs/dit.onnx").unlink()
+    sign(root, **{used_as: f"{folder}/{name}"})
+    assert open_bundle(root, verify="full")
+
+    (root.parent / "outside").write_bytes(bytes(99))
+    (root / location).parent.mkdir(parents=True, exist_ok=True)
+    os.link(root.parent / "outside", root / location)
+    write_graph(path, location, 0, 24)
+    sign(root, **{used_as: f"{folder}/{name}"})
+    (root.parent / "outside").unlink()  # else the hard link itself is the problem
+    assert f"{folder}/{name} reads {location!r}, which is not among its weights" in refused(root)
+    problems = {check.path: check.problem for check in verify_bundle(root)}
+    assert "which is not among its weights" in str(problems[f"{folder}/{name}"])
+
+    path.write_bytes(b"ORTM, a format of ONNX Runtime's own")
+    sign(root, **{used_as: f"{folder}/{name}"})
+    assert f"{folder}/{name}: graph damaged" in refused(root)
 
 
 @pytest.mark.parametrize(("offset", "length"), [(0, 10**6), (10**6, 0), (10**18, 10**18), (90, 24)])

@@ -63,8 +63,8 @@ def find_problems(
             cache.save()
 
     for component in manifest.components.values():
-        for graph in (component.graph, *component.engines.values()):
-            if graph in whole and graph not in damaged and graph.endswith(".onnx"):
+        for graph in _graphs(component):
+            if graph in whole and graph not in damaged:
                 problem = _graph_problem(root, graph, component, files)
                 if problem:
                     yield graph, problem
@@ -159,6 +159,18 @@ def _unlisted(root: Path, files: dict[str, FileRecord]) -> Iterator[str]:
                 relative = (Path(folder) / name).relative_to(root).as_posix()
                 if relative not in files:
                     yield relative
+
+
+def _graphs(component: Component) -> list[str]:
+    """Files that may be opened as graphs, whatever their names are.
+
+    The engines of other targets are schedules; one that calls itself a graph is checked too.
+    """
+    return [component.graph] + [
+        path
+        for target, path in component.engines.items()
+        if target == "cpu" or path.endswith(".onnx")
+    ]
 
 
 def _graph_problem(

@@ -149,7 +149,7 @@ def _inputs_of(
 
 def _feeds(bundle: Bundle, spec: ComponentSpec) -> dict[str, Array]:
     """Inputs of a component: a golden step's for the denoiser, else noise and token ids."""
-    if spec.name == "dit" and (bundle.root / GOLDEN).exists():
+    if spec.name == "dit" and GOLDEN in bundle.manifest.files:
         *_, (_, _, inputs) = read_golden(bundle.root / GOLDEN).samples()
         return dict(inputs)
     generator = np.random.default_rng(0)
