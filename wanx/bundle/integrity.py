@@ -95,7 +95,10 @@ def regular_file_problem(root: Path, name: str, allow_hard_links: bool) -> str |
 
 
 def _size_problem(root: Path, name: str, record: FileRecord) -> str | None:
-    size = (root / name).stat().st_size
+    try:
+        size = (root / name).stat().st_size
+    except OSError as error:
+        return _unreadable(name, error)
     if size == record.size:
         return None
     return f"{name} has {size} bytes, the manifest says {record.size}: {RECOPY_HINT}"

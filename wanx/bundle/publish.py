@@ -126,6 +126,7 @@ def add_engines(target: str | Path) -> Iterator[tuple[Path, Callable[[Manifest],
     ):
         _clean_up(target)
         try:
+            _require_writable(target)
             folder.mkdir()
             yield folder, commit
         finally:
@@ -205,6 +206,16 @@ def _remove_unlisted(target: Path) -> None:
 def _manifest(target: Path) -> Manifest:
     path = target / MANIFEST
     return parse_manifest(path.read_bytes(), path)
+
+
+def _require_writable(target: Path) -> None:
+    """Raise an OSError where no manifest can be written: before hours of work, not after."""
+    temporary = _temporary_manifest(target)
+    try:
+        temporary.touch()
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def _temporary_manifest(folder: Path) -> Path:
@@ -315,7 +326,13 @@ def _absolute(target: str | Path) -> Path:
     text = os.fspath(target)
     if "\0" in text:
         raise UsageError(f"{printable(text)} is not a possible path")
-    path = Path(os.path.abspath(text))
+    try:
+        path = Path(os.path.abspath(text))
+    except OSError as error:
+        raise WanxError(
+            f"the working folder cannot be used ({error.strerror}): go to another one, or give "
+            f"the whole path of {printable(text)}"
+        ) from None
     if not path.name:
         raise UsageError(f"{path} cannot be a bundle: give a folder inside it")
     return path

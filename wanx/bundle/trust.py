@@ -20,12 +20,20 @@ from wanx.files.cache import cache_path
 TRUST_VARIABLE = "WANX_TRUST_ENGINES"
 
 
-def mark_trusted(engine: str, files: Mapping[str, FileRecord]) -> None:
-    """Remember that the engine whose schedule is ``engine`` was built here, with these files."""
+def mark_trusted(engine: str, files: Mapping[str, FileRecord]) -> bool:
+    """Remember that the engine whose schedule is ``engine`` was built here, with these files.
+
+    Returns False where there is no cache folder that can be written.
+    """
     marker = _trust_marker(engine, files)
-    if marker is not None:
+    if marker is None:
+        return False
+    try:
         marker.parent.mkdir(parents=True, exist_ok=True)
         marker.touch()
+    except OSError:
+        return False
+    return True
 
 
 def require_trusted(bundle: Bundle, component: str, target: str) -> None:

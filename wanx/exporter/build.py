@@ -11,7 +11,7 @@ from wanx.bundle.engine_schedule import SCHEDULE
 from wanx.bundle.manifest import Manifest
 from wanx.bundle.publish import add_engines, record_files
 from wanx.bundle.reader import Bundle, open_bundle, read_bundle
-from wanx.bundle.trust import mark_trusted
+from wanx.bundle.trust import TRUST_VARIABLE, mark_trusted
 from wanx.errors import WanxError
 from wanx.exporter.components import ComponentSpec, component_specs
 from wanx.exporter.engine_key import engine_key
@@ -119,8 +119,13 @@ def _manifest_with_engines(
     folders = {PurePosixPath(path).parent for path in engines.values()}
     built = {p: r for p, r in record_files(folder).items() if PurePosixPath(p).parent in folders}
     files = dict(sorted((others | built).items()))
-    for path in engines.values():
-        mark_trusted(path, files)
+    remembered = [mark_trusted(path, files) for path in engines.values()]
+    if not all(remembered):
+        _log.warning(
+            "the cache folder cannot be written, so nothing remembers that these engines were "
+            "built here: run them with %s=1",
+            TRUST_VARIABLE,
+        )
     components = {
         name: component.model_copy(update={"engines": component.engines | {target: engines[name]}})
         for name, component in manifest.components.items()

@@ -49,6 +49,11 @@ def translate_disk_errors(target: Path, folder: Path, needed_bytes: int) -> Iter
                 raise WanxError(
                     f"cannot write {path}: {error.strerror}: choose another place"
                 ) from error
+            if path.is_relative_to(target):
+                raise WanxError(
+                    f"cannot write {path}: {error.strerror}: make {target} writable, or use a copy "
+                    "of it"
+                ) from error
         raise
 
 
@@ -76,5 +81,7 @@ def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         os.close(handle)
