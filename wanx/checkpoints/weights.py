@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wanx.checkpoints.pickle_file import read_pickle
+from wanx.checkpoints.renamings import file_renaming, tensor_renaming
 from wanx.checkpoints.tensor_source import SafetensorsTensor, TensorSource
 from wanx.errors import CorruptInputError, UsageError
 from wanx.files.floats import FLOATS
@@ -73,7 +74,8 @@ def check_tensors(
         f"{_printable_name(src.name)} is {src.dtype} instead of F32, F16 or BF16"
         for src in unread.values()
     ]
-    problems += [f"missing {stored_name(name)}" for name in expected if name not in tensors]
+    missing = [stored_name(name) for name in expected if name not in tensors]
+    problems += [f"missing {name}" for name in missing]
     problems += [
         f"unexpected {_printable_name(src.name)}"
         for name, src in tensors.items()
@@ -90,7 +92,9 @@ def check_tensors(
                 f"{source.name} has shape {list(shape)} instead of {list(expected_shape)}"
             )
     if problems:
-        remedy = "use a complete Wan2.1 checkpoint"
+        stored = [source.name for source in tensors.values()]
+        renaming = tensor_renaming(component, missing[:_MAX_LISTED], stored)
+        remedy = renaming or "use a complete Wan2.1 checkpoint"
         if unread:
             types = ", ".join(sorted({source.dtype for source in unread.values()}))
             remedy = f"wanx reads no weights in {types}, so use the checkpoint in F32, F16 or BF16"
@@ -133,7 +137,7 @@ def _shards_without_index(folder: Path, stem: str) -> list[Path]:
     if not shards:
         raise CorruptInputError(
             f"{folder} holds neither {stem}.safetensors, its shards, nor {stem}.pth; "
-            "download it completely"
+            f"{file_renaming(folder, stem) or 'download it completely'}"
         )
     match = _SHARD.search(shards[0].name)
     assert match is not None
