@@ -176,10 +176,15 @@ def _run_jobs(
 
 
 def _generation_facts(result: Generation, pipeline: Pipeline) -> dict[str, Any]:
-    return {"output": str(result.path), "bundle": pipeline.bundle.hash} | {
-        "options": asdict(result.options),
-        "stages": [asdict(stage) for stage in result.stages],
-    }
+    cut = {"cut": result.cut} if result.cut else {}
+    return (
+        {"output": str(result.path), "bundle": pipeline.bundle.hash}
+        | cut
+        | {
+            "options": asdict(result.options),
+            "stages": [asdict(stage) for stage in result.stages],
+        }
+    )
 
 
 def _bundle_and_prompt(first: str | None, second: str | None) -> tuple[Path | None, str | None]:
