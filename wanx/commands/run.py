@@ -65,12 +65,16 @@ def run(
     guide_scale: Annotated[
         float | None, option(help="Weight of the prompt; 1 switches guidance off.")
     ] = None,
-    shift: Annotated[float | None, option(help="Shift of the noise schedule.")] = None,
+    shift: Annotated[
+        float | None, option(help="Shift of the noise schedule; lower at 480P for i2v.")
+    ] = None,
     solver: Annotated[str, option(help="unipc or dpm++.", autocompletion=complete_solver)] = (
         "unipc"
     ),
     seed: Annotated[int, option(help="Seed of the noise; -1 draws one.")] = -1,
-    negative_prompt: Annotated[str | None, option(help="What the video should not show.")] = None,
+    negative_prompt: Annotated[
+        str | None, option(help='What the video should not show; "" is nothing, not the default.')
+    ] = None,
     fps: Annotated[int | None, option(help="Frames per second of the file.")] = None,
     count: Annotated[int, option(min=1, help="How many, with successive seeds.")] = 1,
     prompts: Annotated[
