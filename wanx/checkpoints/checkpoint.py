@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from wanx.checkpoints import image_encoder_checkpoint as image_encoder
 from wanx.checkpoints import key_maps
 from wanx.checkpoints.component import open_component
 from wanx.checkpoints.config_file import ConfigFile
+from wanx.checkpoints.renamings import file_renaming
 from wanx.checkpoints.weights import ComponentWeights
 from wanx.config.models import (
     PRESETS,
@@ -100,7 +102,8 @@ def _open(source: Path) -> Checkpoint:
 
 
 def _is_original(source: Path) -> bool:
-    return any(source.glob(f"{_DIT_STEM}*.safetensors*"))
+    # A .bin is refused, with the name that it should have.
+    return any(any(source.glob(f"{_DIT_STEM}*{end}")) for end in (".safetensors*", ".pth", ".bin"))
 
 
 def _open_original(source: Path) -> Checkpoint:
@@ -196,7 +199,14 @@ def _require_files(source: Path, *needed: str) -> None:
         if not any((source / name).exists() for name in names.split(" or "))
     ]
     if missing:
-        raise CorruptInputError(f"{source} lacks {', '.join(missing)}; download it completely")
+        # Of "a.pth or a.safetensors" the stem is a, whatever the suffix of what is there.
+        stems = [re.sub(r"\.(pth|safetensors) or .*", "", names) for names in missing]
+        renamings = [file_renaming(source, stem) for stem in stems]
+        if all(renamings):
+            remedy = ", and ".join(filter(None, renamings))
+        else:
+            remedy = "download it completely"
+        raise CorruptInputError(f"{source} lacks {', '.join(missing)}; {remedy}")
 
 
 def _checkpoint(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from wanx.checkpoints.renamings import tensor_renaming
 from wanx.checkpoints.weights import ComponentWeights
 from wanx.errors import CorruptInputError
 
@@ -18,9 +19,12 @@ def shape_of(weights: ComponentWeights, name: str, rank: int) -> tuple[int, ...]
     """
     tensor = weights.tensors.get(name)
     if tensor is None:
+        stored_name = weights.stored_name(name)
+        names = [source.name for source in weights.tensors.values()]
+        remedy = tensor_renaming(weights.component, [stored_name], names)
         raise CorruptInputError(
-            f"the {weights.component} weights in {weights.files[0].parent} lack "
-            f"{weights.stored_name(name)}; use a complete Wan2.1 checkpoint"
+            f"the {weights.component} weights in {weights.files[0].parent} lack {stored_name}; "
+            f"{remedy or 'use a complete Wan2.1 checkpoint'}"
         )
     if len(tensor.shape) != rank or 0 in tensor.shape:
         raise CorruptInputError(

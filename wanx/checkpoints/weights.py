@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wanx.checkpoints.pickle_file import read_pickle
+from wanx.checkpoints.renamings import file_renaming, tensor_renaming
 from wanx.checkpoints.tensor_source import SafetensorsTensor, TensorSource
 from wanx.errors import CorruptInputError, UsageError
 from wanx.files.floats import FLOATS
@@ -65,7 +66,16 @@ def check_tensors(
     Raises:
         CorruptInputError: lists every missing, unexpected, misshaped or wrongly typed tensor.
     """
-    problems = [f"missing {stored_name(name)}" for name in expected if name not in tensors]
+    # First, because the other formats bring tensors of their own, which would crowd these out.
+    unread = {
+        name: src for name, src in tensors.items() if name in expected and src.dtype not in FLOATS
+    }
+    problems = [
+        f"{_printable_name(src.name)} is {src.dtype} instead of F32, F16 or BF16"
+        for src in unread.values()
+    ]
+    missing = [stored_name(name) for name in expected if name not in tensors]
+    problems += [f"missing {name}" for name in missing]
     problems += [
         f"unexpected {_printable_name(src.name)}"
         for name, src in tensors.items()
@@ -81,14 +91,18 @@ def check_tensors(
             problems.append(
                 f"{source.name} has shape {list(shape)} instead of {list(expected_shape)}"
             )
-        if source.dtype not in FLOATS:
-            problems.append(f"{source.name} is {source.dtype} instead of F32, F16 or BF16")
     if problems:
+        stored = [source.name for source in tensors.values()]
+        renaming = tensor_renaming(component, missing[:_MAX_LISTED], stored)
+        remedy = renaming or "use a complete Wan2.1 checkpoint"
+        if unread:
+            types = ", ".join(sorted({source.dtype for source in unread.values()}))
+            remedy = f"wanx reads no weights in {types}, so use the checkpoint in F32, F16 or BF16"
         listed = "; ".join(problems[:_MAX_LISTED])
         more = f"; and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
         raise CorruptInputError(
             f"the {component} weights do not fit their network ({len(problems)} in all): {listed}"
-            f"{more}; use a complete Wan2.1 checkpoint"
+            f"{more}; {remedy}"
         )
 
 
@@ -123,7 +137,7 @@ def _shards_without_index(folder: Path, stem: str) -> list[Path]:
     if not shards:
         raise CorruptInputError(
             f"{folder} holds neither {stem}.safetensors, its shards, nor {stem}.pth; "
-            "download it completely"
+            f"{file_renaming(folder, stem) or 'download it completely'}"
         )
     match = _SHARD.search(shards[0].name)
     assert match is not None

@@ -65,12 +65,16 @@ def run(
     guide_scale: Annotated[
         float | None, option(help="Weight of the prompt; 1 switches guidance off.")
     ] = None,
-    shift: Annotated[float | None, option(help="Shift of the noise schedule.")] = None,
+    shift: Annotated[
+        float | None, option(help="Shift of the noise schedule; lower at 480P for i2v.")
+    ] = None,
     solver: Annotated[str, option(help="unipc or dpm++.", autocompletion=complete_solver)] = (
         "unipc"
     ),
     seed: Annotated[int, option(help="Seed of the noise; -1 draws one.")] = -1,
-    negative_prompt: Annotated[str | None, option(help="What the video should not show.")] = None,
+    negative_prompt: Annotated[
+        str | None, option(help='What the video should not show; "" is nothing, not the default.')
+    ] = None,
     fps: Annotated[int | None, option(help="Frames per second of the file.")] = None,
     count: Annotated[int, option(min=1, help="How many, with successive seeds.")] = 1,
     prompts: Annotated[
@@ -176,10 +180,15 @@ def _run_jobs(
 
 
 def _generation_facts(result: Generation, pipeline: Pipeline) -> dict[str, Any]:
-    return {"output": str(result.path), "bundle": pipeline.bundle.hash} | {
-        "options": asdict(result.options),
-        "stages": [asdict(stage) for stage in result.stages],
-    }
+    cut = {"cut": result.cut} if result.cut else {}
+    return (
+        {"output": str(result.path), "bundle": pipeline.bundle.hash}
+        | cut
+        | {
+            "options": asdict(result.options),
+            "stages": [asdict(stage) for stage in result.stages],
+        }
+    )
 
 
 def _bundle_and_prompt(first: str | None, second: str | None) -> tuple[Path | None, str | None]:

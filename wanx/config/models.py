@@ -182,6 +182,23 @@ class ModelConfig:
     vae: VAEConfig = field(default_factory=VAEConfig)
     defaults: RunDefaults = field(default_factory=RunDefaults)
 
+    def default_shift(self, width: int, height: int) -> float:
+        """Shift of the noise schedule, for a run that asks for none.
+
+        The reference's lower one for I2V at 480P is no row of ``defaults``, which bundles made
+        before hold with the shift of 720P alone.
+
+        Args:
+            width: pixels that were asked for.
+            height: likewise.
+        """
+        if self.task == "i2v" and width * height <= _PIXELS_480P:
+            return min(_I2V_SHIFT_480P, self.defaults.shift)
+        return self.defaults.shift
+
+
+_PIXELS_480P = 832 * 480
+_I2V_SHIFT_480P = 3.0
 
 _SMALL = DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
 _LARGE = DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)

@@ -68,8 +68,9 @@ def plan(options: ExportOptions, checkpoint: Checkpoint | None = None) -> Export
     Raises:
         WanxError: the checkpoint cannot be exported as asked.
     """
-    resolved = resolve(options, checkpoint or open_source(options.source, options.task))
-    check(resolved)
+    checkpoint = checkpoint or open_source(options.source, options.task)
+    check(checkpoint)  # first, because "auto" follows the types that the tensors are stored in
+    resolved = resolve(options, checkpoint)
     return ExportPlan(resolved=resolved, estimate=estimate(resolved))
 
 
@@ -82,14 +83,15 @@ def export(options: ExportOptions, progress: Progress = no_progress) -> Bundle:
     return write_bundle(plan(options), progress)
 
 
-def check(resolved: ResolvedExport) -> None:
-    """Compare the names and shapes of a checkpoint's tensors with those of its networks.
+def check(checkpoint: Checkpoint) -> None:
+    """Compare the names, shapes and types of a checkpoint's tensors with those of its networks.
 
     Raises:
-        CorruptInputError: lists every tensor that is missing, unexpected or misshaped.
+        CorruptInputError: lists every tensor that is missing, unexpected, misshaped or of a type
+            that is not read.
     """
-    for group, shapes in expected_tensors(resolved.checkpoint.config).items():
-        resolved.checkpoint.components[group].check(shapes)
+    for group, shapes in expected_tensors(checkpoint.config).items():
+        checkpoint.components[group].check(shapes)
 
 
 def write_bundle(planned: ExportPlan, progress: Progress = no_progress) -> Bundle:

@@ -6,9 +6,9 @@ of its largest component.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,15 @@ class Generation:
         stages: time and memory of each part.
         path: the file, when one was asked for.
         frames: the pixels ``[F, H, W, 3]``, when no file was asked for.
+        cut: of each prompt that is longer than the model reads, by the name of its option, how
+            many of its tokens were kept, such as ``512 of 1305``.
     """
 
     options: ResolvedRun
     stages: tuple[Stage, ...]
     path: Path | None
     frames: Pixels | None
+    cut: dict[str, str] = field(default_factory=dict)
 
 
 class Pipeline:
@@ -115,9 +118,14 @@ class Pipeline:
             )
         parts = RunParts.of(self.bundle, threads=self.threads, vram_budget=self.vram_budget)
         timer = parts.timer
+        cut: dict[str, str] = {}
+
+        def on_cut(option: str, kept: int, tokens: int) -> None:
+            cut[option] = f"{kept} of {tokens}"
+
         with timer.stage("text"):
             on_prompt = step_counter(progress, "encode text", len(prompts_by_branch(run)))
-            (contexts,) = parts.encode_prompts([run], on_prompt)
+            (contexts,) = parts.encode_prompts([run], on_prompt, on_cut=on_cut)
         _stop_if(cancelled)
         conditioning = Conditioning()
         if self.config.task != "t2v":
@@ -135,8 +143,10 @@ class Pipeline:
                 pixels = np.concatenate(list(frames))
             else:
                 pixels = None
-                self._write(frames, path, run, timer)
-        return Generation(options=run, stages=tuple(timer.stages), path=path, frames=pixels)
+                self._write(frames, path, run, cut, timer)
+        return Generation(
+            options=run, stages=tuple(timer.stages), path=path, frames=pixels, cut=cut
+        )
 
     def provenance(self, run: ResolvedRun) -> dict[str, str]:
         """Say in the video's metadata how to make it again."""
@@ -153,13 +163,23 @@ class Pipeline:
         return facts | {name: str(value) for name, value in options.items()}
 
     def _write(
-        self, frames: Iterator[Pixels], path: Path, run: ResolvedRun, timer: StageTimer
+        self,
+        frames: Iterator[Pixels],
+        path: Path,
+        run: ResolvedRun,
+        cut: Mapping[str, str],
+        timer: StageTimer,
     ) -> None:
+        kept = {f"{option}_tokens": text for option, text in cut.items()}
         with ExitStack() as stack:
             with timer.writing():
                 writer = stack.enter_context(
                     VideoWriter(
-                        path, run.width, run.height, fps=run.fps, metadata=self.provenance(run)
+                        path,
+                        run.width,
+                        run.height,
+                        fps=run.fps,
+                        metadata=self.provenance(run) | kept,
                     )
                 )
             for chunk in frames:

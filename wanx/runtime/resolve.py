@@ -34,6 +34,10 @@ def resolve(options: RunOptions, config: ModelConfig, inputs: Inputs) -> Resolve
     if prompt is None:
         raise UsageError("no prompt; say what the video should show")
     width, height, frames = _size(options, config, inputs)
+    # By the size that was asked for, as in the reference: an image may make it smaller.
+    default_shift = config.default_shift(
+        _default(options.width, defaults.width), _default(options.height, defaults.height)
+    )
     run = ResolvedRun(
         prompt=prompt,
         negative_prompt=_default(options.negative_prompt, defaults.negative_prompt),
@@ -43,7 +47,7 @@ def resolve(options: RunOptions, config: ModelConfig, inputs: Inputs) -> Resolve
         fps=_default(options.fps, defaults.fps),
         steps=_default(options.steps, defaults.steps),
         guide_scale=_default(options.guide_scale, defaults.guide_scale),
-        shift=_default(options.shift, defaults.shift),
+        shift=_default(options.shift, default_shift),
         solver=options.solver,
         seed=secrets.randbelow(2**32) if options.seed == -1 else options.seed,
         image=_name(options.image),
@@ -63,9 +67,7 @@ def resolve(options: RunOptions, config: ModelConfig, inputs: Inputs) -> Resolve
     if not 1 <= run.fps <= 240:
         raise UsageError(f"fps is {run.fps}; choose 1 to 240, such as {defaults.fps}")
     if not (math.isfinite(run.shift) and run.shift > 0):
-        raise UsageError(
-            f"shift is {run.shift}; choose a positive number, such as {defaults.shift}"
-        )
+        raise UsageError(f"shift is {run.shift}; choose a positive number, such as {default_shift}")
     if not math.isfinite(run.guide_scale):
         raise UsageError(
             f"guide scale is {run.guide_scale}; choose a finite number, such as "

@@ -5,6 +5,7 @@ Whatever makes videos is put together from them: the pipeline, comparisons, cali
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,12 +25,17 @@ from wanx.runtime.sampling.guidance import Branch, branches
 from wanx.runtime.sessions import open_session
 from wanx.runtime.sessions.base import Array, Session, State
 from wanx.runtime.stages import StageTimer
-from wanx.runtime.text import PromptTokenizer, encode_prompt
+from wanx.runtime.text import PromptTokenizer, clean_prompt, encode_prompt
 
 Float32 = NDArray[np.float32]
 Contexts = dict[Branch, Float32]
 OnStep = Callable[[Mapping[Branch, Mapping[str, Array]], Mapping[Branch, Float32]], None]
 T = TypeVar("T")
+
+_log = logging.getLogger("wanx.runtime")
+_PROMPT_OPTIONS: dict[Branch, str] = {
+    "conditional": "prompt", "unconditional": "negative_prompt"
+}  # fmt: skip
 
 
 def _ignore(*_: Any) -> None:
@@ -105,6 +111,7 @@ class RunParts:
         runs: Sequence[ResolvedRun],
         on_prompt: Callable[[], None] = _ignore,
         on_run: Callable[[], None] = _ignore,
+        on_cut: Callable[[str, int, int], None] = _ignore,
     ) -> list[Contexts]:
         """Encode the prompts of runs, one after the other, with one text encoder.
 
@@ -112,20 +119,28 @@ class RunParts:
             runs: name the prompts, and the guidance scales that say which of them are needed.
             on_prompt: called after each prompt.
             on_run: called after each run's last prompt.
+            on_cut: called for a prompt that is cut, with the name of its option, how many tokens
+                are kept and how many it has.
 
         Returns:
             For each run the text features ``[1, text_len, text_dim]`` by branch.
         """
-        encoded = []
+        encoded, text_len = [], self.config.dit.text_len
         tokenizer = PromptTokenizer(self.bundle.tokenizer_path)
         with self.session("text_encoder") as session:
             for run in runs:
                 contexts: Contexts = {}
                 for branch, prompt in prompts_by_branch(run).items():
                     with self.timer.call():
-                        contexts[branch] = encode_prompt(
-                            session, tokenizer, prompt, self.config.dit.text_len
-                        )
+                        contexts[branch] = encode_prompt(session, tokenizer, prompt, text_len)
+                    tokens = tokenizer.count(clean_prompt(prompt))
+                    if tokens > text_len:
+                        option = _PROMPT_OPTIONS[branch]
+                        _log.warning(
+                            "the %s has %d tokens, of which the first %d are used; shorten it",
+                            option.replace("_", " "), tokens, text_len,
+                        )  # fmt: skip
+                        on_cut(option, text_len, tokens)
                     on_prompt()
                 encoded.append(contexts)
                 on_run()

@@ -85,6 +85,10 @@ class PromptTokenizer:
             raise CorruptInputError(f"{path} has no {missing}; export the bundle again")
         self._pad = int(pad)
 
+    def count(self, prompt: str) -> int:
+        """Count the tokens of one cleaned prompt at its whole length, the end token included."""
+        return len(self._tokenizer.encode(prompt, add_special_tokens=False)) + self._added
+
     def encode(
         self, prompt: str, max_length: int = TEXT_LEN
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
