@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import warnings
 from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from wanx.errors import CorruptInputError, UsageError, WanxError
 from wanx.files.input_file import open_input
+from wanx.runtime.inputs.png import without_metadata
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,7 +48,8 @@ def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
         WanxError: The operating system refuses to read it, or memory does not suffice.
     """
     path = Path(path)
-    with _open(path) as file:
+    with _open(path) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of metadata, or beside an error that says it
         try:
             image = _decode(file, path)
         except WanxError:
@@ -107,7 +110,7 @@ def _decode(file: BufferedReader, path: Path) -> Image:
         raise UsageError(
             f"{path} has more than {MAX_PIXELS} pixels ({error}); use a smaller version of it"
         ) from None
-    return _upright(_to_rgb(image, path), image.getexif().get(_EXIF_ORIENTATION))
+    return _upright(_to_rgb(image, path), _exif_orientation(image))
 
 
 def _read_header(file: BufferedReader, path: Path) -> ImageFile:
@@ -141,6 +144,8 @@ def _read_header(file: BufferedReader, path: Path) -> ImageFile:
         head = head[8:]
     for signature, plugin in signatures.items():
         if head.startswith(signature):
+            if plugin is PngImageFile:
+                return plugin(without_metadata(file, MAX_PIXELS), str(path))
             return plugin(file, str(path))
     content = f"it begins with {head!r}" if head else "it is empty"
     raise CorruptInputError(f"{path} is not an image that can be read: {content}; use {_FORMATS}")
@@ -195,6 +200,13 @@ def _grey_to_uint8(image: ImageFile, path: Path) -> NDArray[np.uint8]:
     grey = ((levels * 255 + white // 2) // white).astype(np.uint8)
     grey[levels == image.info.get("transparency", -1)] = 255
     return grey
+
+
+def _exif_orientation(image: ImageFile) -> object:
+    try:
+        return image.getexif().get(_EXIF_ORIENTATION)
+    except Exception:  # no metadata is worth an image whose pixels are sound
+        return None
 
 
 def _upright(image: Image, orientation: object) -> Image:
