@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from collections.abc import Callable
@@ -375,7 +377,6 @@ def small_file(request: pytest.FixtureRequest) -> bytes:
     return small_files()[request.param]
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_truncated_anywhere(small_file: bytes, tmp_path: Path) -> None:
     """A file is refused unless all that is missing comes after the pixels."""
     whole = read(small_file, tmp_path)
@@ -393,7 +394,6 @@ def test_truncated_anywhere(small_file: bytes, tmp_path: Path) -> None:
     assert not any("\n" in refusal for refusal in refusals)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_damaged_anywhere(small_file: bytes, tmp_path: Path) -> None:
     """Nothing but an image or an error of ours comes out."""
     generator = np.random.default_rng(1)
@@ -413,6 +413,44 @@ def test_damaged_anywhere(small_file: bytes, tmp_path: Path) -> None:
             assert pixels.shape[2:] == (3,)
     assert refusals
     assert not any("\n" in refusal for refusal in refusals)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "jpeg", "group4"])
+def test_nothing_is_said_beside_the_error(
+    compression: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Neither by Pillow nor by libtiff, which writes to the descriptor itself."""
+    image = Image.fromarray(RGB).convert("1" if compression == "group4" else "RGB")
+    data = encode(image, "TIFF", compression=compression)
+    path = tmp_path / "image.tif"
+    generator = np.random.default_rng(2)
+    refusals = 0
+    for number in range(120):
+        damaged = np.frombuffer(data, np.uint8).copy()
+        damaged[generator.integers(8, len(data), 3)] = generator.integers(0, 256, 3)
+        kept = len(data) if number % 3 else int(generator.integers(8, len(data)))
+        path.write_bytes(damaged[:kept].tobytes())
+        try:
+            read_image(path)
+        except WanxError:
+            refusals += 1
+    assert refusals > 20
+    os.write(2, b"still there")
+    assert capfd.readouterr() == ("", "still there")
+
+
+def test_reading_with_stderr_closed(tmp_path: Path) -> None:
+    path = tmp_path / "image.tif"
+    path.write_bytes(encode(Image.fromarray(RGB), "TIFF", compression="tiff_lzw"))
+    code = (
+        f"from wanx.runtime.inputs.image import read_image; print(read_image({str(path)!r}).shape)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        ["sh", "-c", '"$@" 2>&-', "sh", *command], stdout=subprocess.PIPE, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "(13, 19, 3)\n")
 
 
 @pytest.mark.parametrize(

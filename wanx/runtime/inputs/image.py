@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
+import sys
 import warnings
+from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,12 +108,30 @@ def _decode(file: BufferedReader, path: Path) -> Image:
     try:
         image = _read_header(file, path)
         _check(image, path)
-        image.load()
+        with _libtiff_silenced() if image.format == "TIFF" else contextlib.nullcontext():
+            image.load()
     except DecompressionBombError as error:  # Pillow's own, higher cap
         raise UsageError(
             f"{path} has more than {MAX_PIXELS} pixels ({error}); use a smaller version of it"
         ) from None
     return _upright(_to_rgb(image, path), _exif_orientation(image))
+
+
+@contextlib.contextmanager
+def _libtiff_silenced() -> Iterator[None]:
+    """Drop what is written to the process's stderr, where libtiff repeats every error at length."""
+    if sys.__stderr__ is None:  # closed from the beginning, so 2 may be the image itself
+        yield
+        return
+    stderr = os.dup(2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(null)
 
 
 def _read_header(file: BufferedReader, path: Path) -> ImageFile:
