@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 import warnings
 import zlib
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from PIL import Image, ImageCms, ImageFile
 
 import wanx.runtime.inputs.image as image_module
 from wanx.errors import CorruptInputError, UsageError, WanxError
+from wanx.runtime.inputs import budget
 from wanx.runtime.inputs.image import MAX_PIXELS, read_image, to_signed
 
 Pixels = NDArray[np.uint8]
@@ -690,6 +692,20 @@ def test_bomb_in_a_tile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     path = tmp_path / "bomb"
     path.write_bytes(tiff(tags, data))
     assert "has tiles of 20000x20000, which is 400000000" in refusal(UsageError, path)
+
+
+def test_a_jpeg_of_scans_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of a few bytes passes over every pixel again."""
+    data = encode(Image.new("RGB", (1000, 1000)), "JPEG", progressive=True)
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    path = tmp_path / "image.jpg"
+    path.write_bytes(data[:-2] + scan * 100 + data[-2:])
+    assert read_image(path).shape == (1000, 1000, 3)
+    path.write_bytes(data[:-2] + scan * 20_000 + data[-2:])
+    monkeypatch.setattr(budget, "MAX_SECONDS", 0.5)
+    start = time.monotonic()
+    assert "takes more than 0.5 s to decode" in refusal(UsageError, path)
+    assert time.monotonic() - start < 10  # of the minute or so that all scans take
 
 
 def test_the_limit_itself_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import struct
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from wanx.errors import CorruptInputError, UsageError, WanxError
-from wanx.runtime.inputs import video_input
+from wanx.runtime.inputs import budget, video_input
 from wanx.runtime.inputs.video_input import open_video
 
 NOISE = np.random.default_rng(0).integers(0, 256, (12, 48, 64, 3), dtype=np.uint8)
@@ -556,3 +557,38 @@ def test_caps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> N
     assert f"at least {found} frames, more than 10;" in refusal(path, UsageError)
     monkeypatch.setattr(video_input, "MAX_PIXELS", 64 * 48 - 1)
     assert "64x48, more than 3071 pixels" in refusal(path, UsageError)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_budget_of_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    path = write(tmp_path / f"v{suffix}", levels(12))
+    monkeypatch.setattr(budget, "MAX_DECODED_PIXELS", 12 * 64 * 48)
+    video = open_video(path)
+    assert numbers(video.read([11], 48, 64)) == [11]
+    monkeypatch.setattr(budget, "MAX_DECODED_PIXELS", 12 * 64 * 48 - 1)
+    assert "has more than 36863 pixels in all its frames" in refusal(path, UsageError)
+    with pytest.raises(UsageError, match="in all its frames"):
+        video.read([11], 48, 64)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_budget_of_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    path = write(tmp_path / f"v{suffix}", levels(12))
+    clock = itertools.count()
+    monkeypatch.setattr(budget.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(budget, "MAX_SECONDS", 100.0)
+    open_video(path)
+    monkeypatch.setattr(budget, "MAX_SECONDS", 5.0)
+    assert "takes more than 5 s to decode" in refusal(path, UsageError)
+
+
+def test_a_small_gif_of_many_large_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames of one pixel, each of which shows the whole of a large picture."""
+    path = write(tmp_path / "v.gif", levels(1))
+    header = b"GIF89a" + struct.pack("<HHBBB", 4000, 4000, 0x80, 0, 0) + bytes(6)
+    delay = b"!\xf9\4\0\4\0\0\0"
+    frame = delay + b"," + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\2\2\x44\1\0"
+    path.write_bytes(header + frame * 40 + b";")
+    monkeypatch.setattr(budget, "MAX_DECODED_PIXELS", 20 * 4000 * 4000)
+    assert path.stat().st_size < 1000
+    assert "pixels in all its frames" in refusal(path, UsageError)

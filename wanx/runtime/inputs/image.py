@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from wanx.errors import CorruptInputError, UsageError, WanxError
 from wanx.files.input_file import open_input
+from wanx.runtime.inputs.budget import TimedReader
 from wanx.runtime.inputs.png import without_metadata
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ _TIFF_PHOTOMETRIC = 262
 _TIFF_TILE_WIDTH = 322
 _TIFF_TILE_LENGTH = 323
 _EXIF_ORIENTATION = 274
+_JPEG_BLOCK = 512  # bytes; a scan may have 15, and time is looked at between blocks only
 
 
 def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
@@ -45,8 +47,8 @@ def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
         [H, W, 3] in RGB, at least 1x1.
 
     Raises:
-        UsageError: There is no such file, it has more than ``MAX_PIXELS`` pixels, or its levels
-            have no agreed white.
+        UsageError: There is no such file, it has more than ``MAX_PIXELS`` pixels or takes too long
+            to decode, or its levels have no agreed white.
         CorruptInputError: The file is damaged, or no image in one of the formats above.
         WanxError: The operating system refuses to read it, or memory does not suffice.
     """
@@ -165,6 +167,10 @@ def _read_header(file: BufferedReader, path: Path) -> ImageFile:
         head = head[8:]
     for signature, plugin in signatures.items():
         if head.startswith(signature):
+            if plugin is JpegImageFile:  # the only one that may repeat its pixels without end
+                image = plugin(TimedReader(file, path), str(path))
+                image.decodermaxblock = _JPEG_BLOCK
+                return image
             if plugin is PngImageFile:
                 return plugin(without_metadata(file, MAX_PIXELS), str(path))
             return plugin(file, str(path))

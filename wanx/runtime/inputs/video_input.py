@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wanx.errors import CorruptInputError, UsageError
+from wanx.runtime.inputs.budget import Budget
 from wanx.runtime.inputs.image import MAX_PIXELS
 from wanx.runtime.inputs.resize import cover
 
@@ -86,8 +87,8 @@ def open_video(path: str | os.PathLike[str]) -> VideoInput:
     square by scaling the rows of the stored frame; other angles are ignored. Audio is ignored.
 
     Raises:
-        UsageError: There is no such regular file, a frame has more than ``MAX_PIXELS`` pixels, or
-            there are more than ``MAX_FRAMES`` frames.
+        UsageError: There is no such regular file, a frame has more than ``MAX_PIXELS`` pixels,
+            there are more than ``MAX_FRAMES`` frames, or decoding costs more than the ``Budget``.
         CorruptInputError: The file is something else, is damaged or truncated, or has no frames.
     """
     try:
@@ -160,11 +161,15 @@ def _open(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
 
 def _decode(path: Path, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
     """Frames in the order in which they are shown."""
+    budget = Budget(path)
     for packet in container.demux(stream):
-        for frame in packet.decode():
+        with budget.seconds():
+            frames = packet.decode()
+        for frame in frames:
             if frame.is_corrupt:
                 raise _damaged(path, "a frame is damaged")
             _check_size(path, frame.width, frame.height)
+            budget.add_pixels(frame.width * frame.height)
             yield frame
         if packet.is_corrupt:
             raise _damaged(path, "it ends inside a frame")
