@@ -323,7 +323,7 @@ def test_noise_levels_of_another_sampler(monkeypatch: pytest.MonkeyPatch) -> Non
     np.testing.assert_allclose(video.step(velocity), expected, rtol=0, atol=2e-6)
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("branch", BOTH)
 def test_a_velocity_that_is_not_finite(value: float, branch: Branch) -> None:

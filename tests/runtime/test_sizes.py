@@ -169,10 +169,50 @@ def test_size_for_image_is_never_below_one_patch() -> None:
     assert size_for_image(800, 100, 32 * 32, I2V) == (16, 80)
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 9), (9, 1), (100, 801), (801, 100), (1, 60000)])
-def test_size_for_an_extreme_image(height: int, width: int) -> None:
-    with pytest.raises(UsageError, match=f"the image is {width}x{height}, .* 8 times .*; crop it"):
-        size_for_image(height, width, 832 * 480, I2V)
+def by_the_reference(height: int, width: int, area: int) -> tuple[int, int]:
+    ratio = np.float64(height) / np.float64(width)
+    rows = round(np.sqrt(area * ratio) // 8 // 2 * 2) * 8
+    columns = round(np.sqrt(area / ratio) // 8 // 2 * 2) * 8
+    return columns, rows
+
+
+@pytest.mark.parametrize("area", [832 * 480, 1280 * 720])
+@pytest.mark.parametrize(("long", "short"), [(9, 1), (801, 100), (20, 1), (3000, 50), (250, 1)])
+def test_size_for_a_long_and_thin_image(
+    long: int, short: int, area: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    for height, width in ((long, short), (short, long)):
+        caplog.clear()
+        video = size_for_image(height, width, area, I2V)
+        assert video == by_the_reference(height, width, area)
+        check_size(*video, 81, I2V)
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert f"the image is {width}x{height}, longer and thinner" in record.getMessage()
+
+
+def test_no_warning_up_to_8(caplog: pytest.LogCaptureFixture) -> None:
+    size_for_image(100, 800, 832 * 480, I2V)
+    size_for_image(800, 100, 832 * 480, I2V)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("long", "short", "area", "patches"),
+    [
+        (1000, 1, 832 * 480, (1248, 1)),  # more positions than the reference embeds
+        (60_000, 1, 832 * 480, (9674, 0)),
+        (2000, 100, 64 * 64, (17, 0)),  # a side of no patch
+    ],
+)
+def test_size_for_an_extreme_image(
+    long: int, short: int, area: int, patches: tuple[int, int]
+) -> None:
+    for height, width in ((long, short), (short, long)):
+        columns, rows = patches if width > height else patches[::-1]
+        expected = f"the image is {width}x{height}, .* {columns}x{rows} patches, .*; crop it"
+        with pytest.raises(UsageError, match=expected):
+            size_for_image(height, width, area, I2V)
 
 
 VACE = PRESETS["vace-14B"]

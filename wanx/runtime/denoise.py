@@ -154,6 +154,7 @@ class DenoisingRun:
             velocity = guide(rows["conditional"], rows["unconditional"], self._scale)
         return unpatchify(velocity, self._grid, self._patch)
 
+    @np.errstate(over="ignore", invalid="ignore")  # refused in one line below
     def step(self, velocity: Float32) -> Float32:
         """Take one step with a guided velocity, such as one that ``apply_guidance`` returned.
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 from wanx.config.models import ModelConfig, VAEConfig
 from wanx.errors import UsageError
 
-MAX_ASPECT = 8
+MAX_USUAL_ASPECT = 8
+MAX_POSITIONS = 1024  # along a side, in patches: those for which the reference has embeddings
+_log = logging.getLogger("wanx.runtime")
 
 
 def latent_shape(width: int, height: int, frames: int, vae: VAEConfig) -> tuple[int, int, int, int]:
@@ -45,7 +48,9 @@ def size_for_image(height: int, width: int, area: float, config: ModelConfig) ->
     """Choose the size of a video that begins with an image: its aspect, and about a given area.
 
     The rule of the published pipelines, in fp64 with all its rounding: an image of 832x480 becomes
-    a video of 832x464 where the area is 832·480.
+    a video of 832x464 where the area is 832·480. A side shorter than a patch becomes one, unless a
+    side of the image is more than ``MAX_USUAL_ASPECT`` times the other, of which a warning is
+    logged.
 
     Args:
         height: Pixels of the image.
@@ -57,24 +62,31 @@ def size_for_image(height: int, width: int, area: float, config: ModelConfig) ->
         Width and height, each a whole number of patches.
 
     Raises:
-        UsageError: One side of the image is more than ``MAX_ASPECT`` times the other.
+        UsageError: The image is so long and thin that the video would be less than a patch wide, or
+            more than ``MAX_POSITIONS`` long.
     """
-    if max(height, width) > MAX_ASPECT * min(height, width):
-        raise UsageError(
-            f"the image is {width}x{height}, and no side may be more than {MAX_ASPECT} times the "
-            f"other; crop it"
-        )
     aspect = height / width
-    _, patch_height, patch_width = config.dit.patch_size
     stride = config.vae.spatial_stride
-
-    def whole_patches(side: float, patch: int) -> int:
-        return stride * max(patch, round(side // stride // patch * patch))
-
-    return (
-        whole_patches(math.sqrt(area / aspect), patch_width),
-        whole_patches(math.sqrt(area * aspect), patch_height),
+    patches = config.dit.patch_size[1:]
+    sides = (math.sqrt(area * aspect), math.sqrt(area / aspect))
+    counts = [
+        round(side // stride // patch * patch) // patch
+        for side, patch in zip(sides, patches, strict=True)
+    ]
+    if max(height, width) > MAX_USUAL_ASPECT * min(height, width):
+        if not 1 <= min(counts) <= max(counts) <= MAX_POSITIONS:
+            raise UsageError(
+                f"the image is {width}x{height}, and its video would have {counts[1]}x{counts[0]} "
+                f"patches, not 1 to {MAX_POSITIONS} along each side; crop it"
+            )
+        _log.warning(
+            "the image is %dx%d, longer and thinner than the videos that models are trained on; "
+            "crop it if the result is poor", width, height,
+        )  # fmt: skip
+    rows, columns = (
+        stride * patch * max(1, count) for count, patch in zip(counts, patches, strict=True)
     )
+    return columns, rows
 
 
 def control_shape(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import os
 import struct
+import subprocess
+import sys
+import time
 import warnings
 import zlib
 from collections.abc import Callable
@@ -19,6 +22,7 @@ from PIL import Image, ImageCms, ImageFile
 
 import wanx.runtime.inputs.image as image_module
 from wanx.errors import CorruptInputError, UsageError, WanxError
+from wanx.runtime.inputs import budget
 from wanx.runtime.inputs.image import MAX_PIXELS, read_image, to_signed
 
 Pixels = NDArray[np.uint8]
@@ -375,7 +379,6 @@ def small_file(request: pytest.FixtureRequest) -> bytes:
     return small_files()[request.param]
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_truncated_anywhere(small_file: bytes, tmp_path: Path) -> None:
     """A file is refused unless all that is missing comes after the pixels."""
     whole = read(small_file, tmp_path)
@@ -393,7 +396,6 @@ def test_truncated_anywhere(small_file: bytes, tmp_path: Path) -> None:
     assert not any("\n" in refusal for refusal in refusals)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_damaged_anywhere(small_file: bytes, tmp_path: Path) -> None:
     """Nothing but an image or an error of ours comes out."""
     generator = np.random.default_rng(1)
@@ -413,6 +415,44 @@ def test_damaged_anywhere(small_file: bytes, tmp_path: Path) -> None:
             assert pixels.shape[2:] == (3,)
     assert refusals
     assert not any("\n" in refusal for refusal in refusals)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "jpeg", "group4"])
+def test_nothing_is_said_beside_the_error(
+    compression: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Neither by Pillow nor by libtiff, which writes to the descriptor itself."""
+    image = Image.fromarray(RGB).convert("1" if compression == "group4" else "RGB")
+    data = encode(image, "TIFF", compression=compression)
+    path = tmp_path / "image.tif"
+    generator = np.random.default_rng(2)
+    refusals = 0
+    for number in range(120):
+        damaged = np.frombuffer(data, np.uint8).copy()
+        damaged[generator.integers(8, len(data), 3)] = generator.integers(0, 256, 3)
+        kept = len(data) if number % 3 else int(generator.integers(8, len(data)))
+        path.write_bytes(damaged[:kept].tobytes())
+        try:
+            read_image(path)
+        except WanxError:
+            refusals += 1
+    assert refusals > 20
+    os.write(2, b"still there")
+    assert capfd.readouterr() == ("", "still there")
+
+
+def test_reading_with_stderr_closed(tmp_path: Path) -> None:
+    path = tmp_path / "image.tif"
+    path.write_bytes(encode(Image.fromarray(RGB), "TIFF", compression="tiff_lzw"))
+    code = (
+        f"from wanx.runtime.inputs.image import read_image; print(read_image({str(path)!r}).shape)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        ["sh", "-c", '"$@" 2>&-', "sh", *command], stdout=subprocess.PIPE, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "(13, 19, 3)\n")
 
 
 @pytest.mark.parametrize(
@@ -465,6 +505,105 @@ def test_interruption_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     fail_on_decoding(monkeypatch, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         read_image(path)
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png_with(*chunks: bytes, after: bytes = b"IHDR") -> bytes:
+    """A PNG with more chunks behind the header, or behind the pixels."""
+    data = encode(Image.fromarray(RGB), "PNG")
+    at = 33 if after == b"IHDR" else data.index(b"IEND") - 4
+    return data[:at] + b"".join(chunks) + data[at:]
+
+
+MANY = bytes(5 << 20)
+RAW_EXIF = b"Raw profile type exif\0"
+METADATA: dict[str, bytes] = {
+    "large compressed text": png_chunk(b"zTXt", b"prompt\0\0" + zlib.compress(MANY)),
+    "large international text": png_chunk(b"iTXt", b"a\0\1\0\0\0" + zlib.compress(MANY)),
+    "large plain text": png_chunk(b"tEXt", b"workflow\0" + b"x" * len(MANY)),
+    "too many texts": png_chunk(b"tEXt", b"a\0" + b"x" * len(MANY)) * 14,
+    "large XMP": png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(MANY)),
+    "many XMP": png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(MANY[: 1 << 20]))
+    * 80,
+    "large raw EXIF": png_chunk(b"zTXt", RAW_EXIF + b"\0" + zlib.compress(MANY)),
+    "raw EXIF that is no hexadecimal": png_chunk(b"tEXt", RAW_EXIF + b"\nexif\n 4\nzz\n"),
+    "unknown compression": png_chunk(b"zTXt", RAW_EXIF + b"\7abc"),
+    "text that does not unpack": png_chunk(b"zTXt", RAW_EXIF + b"\0abc"),
+    "large profile": png_chunk(b"iCCP", b"icc\0\0" + zlib.compress(MANY)),
+    "profile that does not unpack": png_chunk(b"iCCP", b"icc\0\0abc"),
+    "profile of unknown compression": png_chunk(b"iCCP", b"icc\0\7abc"),
+    "profile without end": png_chunk(b"iCCP", b"icc"),
+    "empty EXIF": png_chunk(b"eXIf", b""),
+    "EXIF that is none": png_chunk(b"eXIf", b"not TIFF at all"),
+    "cut EXIF": png_chunk(b"eXIf", b"MM\0*\0\0\0\x08\0\x05\1\x12"),
+    "large EXIF": png_chunk(b"eXIf", MANY),
+    "short chunks": b"".join(png_chunk(k, b"") for k in (b"gAMA", b"cHRM", b"sRGB", b"pHYs")),
+    "animation without end": png_chunk(b"acTL", b"") + png_chunk(b"fcTL", bytes(26)),
+    "wrong checksum": png_chunk(b"tEXt", b"a\0b")[:-1] + b"?",
+    "EXIF of a wrong checksum": png_chunk(b"eXIf", b"MM")[:-4] + b"abcd",
+}
+
+
+@pytest.mark.parametrize("after", [b"IHDR", b"IDAT"])
+@pytest.mark.parametrize("kind", METADATA)
+def test_metadata_that_is_not_needed(kind: str, after: bytes, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(read(png_with(METADATA[kind], after=after), tmp_path), RGB)
+
+
+@pytest.mark.parametrize("after", [b"IHDR", b"IDAT"])
+@pytest.mark.parametrize("kind", ["eXIf", "tEXt", "zTXt", "XMP", "compressed XMP"])
+def test_orientation_of_a_png(kind: str, after: bytes, tmp_path: Path) -> None:
+    """Each way to say that the camera was turned, beside a text that is too large."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    raw = b"\nexif\n   26\n" + exif.tobytes().hex().encode() + b"\n"
+    xmp = b'<rdf:Description tiff:Orientation="6"/>'
+    chunk = {
+        "eXIf": png_chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")),
+        "tEXt": png_chunk(b"tEXt", RAW_EXIF + raw),
+        "zTXt": png_chunk(b"zTXt", RAW_EXIF + b"\0" + zlib.compress(raw)),
+        "XMP": png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp),
+        "compressed XMP": png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(xmp)),
+    }[kind]
+    data = png_with(METADATA["large compressed text"], chunk, after=after)
+    assert np.array_equal(read(data, tmp_path), np.rot90(RGB, -1))
+
+
+@pytest.mark.parametrize("is_frame", [False, True])
+def test_an_animated_png_begins_with_its_first_picture(is_frame: bool, tmp_path: Path) -> None:
+    frames = [Image.fromarray(RGB), Image.fromarray(255 - RGB)]
+    data = encode(
+        frames[0], "PNG", save_all=True, append_images=frames[1:], default_image=not is_frame
+    )
+    assert np.array_equal(read(data, tmp_path), RGB)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "WEBP"])
+@pytest.mark.parametrize("exif", [b"", b"not TIFF at all", b"MM\0*\0\0\0\x08\0\x05\1\x12"])
+def test_bad_exif_in_other_formats(format: str, exif: bytes, tmp_path: Path) -> None:
+    data = encode(Image.fromarray(RGB), format, exif=b"Exif\0\0" + exif)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read(data, tmp_path).shape == RGB.shape
+
+
+def test_a_png_of_incompressible_pixels(tmp_path: Path) -> None:
+    for shape in ((700, 700, 4), (3, 90_000, 4), (90_000, 3, 4)):
+        noise = RNG.integers(0, 256, shape, dtype=np.uint8)
+        noise[..., 3] = 255
+        data = encode(Image.fromarray(noise), "PNG", compress_level=0)
+        assert np.array_equal(read(data, tmp_path), noise[..., :3])
+
+
+def test_a_png_with_no_end_of_pixels(tmp_path: Path) -> None:
+    """What comes after the last pixel is neither read nor kept."""
+    data = png_with(png_chunk(b"IDAT", MANY) * 4, after=b"IDAT")
+    assert np.array_equal(read(data, tmp_path), RGB)
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -553,6 +692,20 @@ def test_bomb_in_a_tile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     path = tmp_path / "bomb"
     path.write_bytes(tiff(tags, data))
     assert "has tiles of 20000x20000, which is 400000000" in refusal(UsageError, path)
+
+
+def test_a_jpeg_of_scans_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of a few bytes passes over every pixel again."""
+    data = encode(Image.new("RGB", (1000, 1000)), "JPEG", progressive=True)
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    path = tmp_path / "image.jpg"
+    path.write_bytes(data[:-2] + scan * 100 + data[-2:])
+    assert read_image(path).shape == (1000, 1000, 3)
+    path.write_bytes(data[:-2] + scan * 20_000 + data[-2:])
+    monkeypatch.setattr(budget, "MAX_SECONDS", 0.5)
+    start = time.monotonic()
+    assert "takes more than 0.5 s to decode" in refusal(UsageError, path)
+    assert time.monotonic() - start < 10  # of the minute or so that all scans take
 
 
 def test_the_limit_itself_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

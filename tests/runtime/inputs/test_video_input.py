@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import struct
 from collections.abc import Sequence
@@ -15,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from wanx.errors import CorruptInputError, UsageError, WanxError
-from wanx.runtime.inputs import video_input
+from wanx.runtime.inputs import budget, video_input
 from wanx.runtime.inputs.video_input import open_video
 
 NOISE = np.random.default_rng(0).integers(0, 256, (12, 48, 64, 3), dtype=np.uint8)
@@ -194,21 +196,117 @@ def test_one_frame(tmp_path: Path, suffix: str) -> None:
     assert numbers(video.read([0, 0], 48, 64)) == [1, 1]
 
 
+def with_matrix(path: Path, matrix: tuple[float, float, float, float]) -> Path:
+    """Change the display matrix of an mp4 or mov."""
+    data = bytearray(path.read_bytes())
+    a, b, c, d = (round(value * 2**16) for value in matrix)
+    struct.pack_into(">9i", data, data.index(b"tkhd") + 44, a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    return path
+
+
 # The matrix of ISO 14496-12 maps (x, y), y down, to (ax + cy, bx + dy).
 @pytest.mark.parametrize(
     ("matrix", "turns"),
     [((1, 0, 0, 1), 0), ((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)],
 )
 def test_rotation(tmp_path: Path, matrix: tuple[int, int, int, int], turns: int) -> None:
-    path = write(tmp_path / "v.mp4", NOISE)
-    data = bytearray(path.read_bytes())
-    a, b, c, d = (value << 16 for value in matrix)
-    struct.pack_into(">9i", data, data.index(b"tkhd") + 44, a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    path.write_bytes(data)
-    video = open_video(path)
+    video = open_video(with_matrix(write(tmp_path / "v.mp4", NOISE), matrix))
     expected = np.rot90(NOISE, turns, axes=(1, 2))
     assert (video.height, video.width) == expected.shape[1:3]
     assert np.array_equal(video.read([3], video.height, video.width), expected[3:4])
+
+
+def mapped(frame: NDArray[np.uint8], matrix: tuple[int, int, int, int]) -> NDArray[np.uint8]:
+    """Every pixel where a matrix of -1, 0 and 1 puts it, moved so that it begins at (0, 0)."""
+    a, b, c, d = matrix
+    y, x = np.indices(frame.shape[:2])
+    columns, rows = a * x + c * y, b * x + d * y
+    columns, rows = columns - columns.min(), rows - rows.min()
+    image = np.zeros((rows.max() + 1, columns.max() + 1, 3), np.uint8)
+    image[rows, columns] = frame
+    return image
+
+
+ORIENTATIONS = [
+    (p, 0, 0, q) if straight else (0, p, q, 0)
+    for straight in (True, False) for p in (1, -1) for q in (1, -1)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov"])
+@pytest.mark.parametrize("matrix", ORIENTATIONS)
+def test_every_orientation(tmp_path: Path, matrix: tuple[int, ...], suffix: str) -> None:
+    video = open_video(with_matrix(write(tmp_path / f"v{suffix}", NOISE[:4]), matrix))
+    expected = mapped(NOISE[3], matrix)
+    assert (video.height, video.width) == expected.shape[:2]
+    assert np.array_equal(video.read([3], video.height, video.width)[0], expected)
+
+
+@pytest.mark.parametrize(("degrees", "is_turned"), [(89.5, True), (90.5, True), (60, False)])
+def test_other_angles(tmp_path: Path, degrees: float, is_turned: bool) -> None:
+    """A little off the axes is a rounding of the writer's; anything else stays as it is stored."""
+    cosine, sine = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    video = open_video(with_matrix(write(tmp_path / "v.mp4", NOISE), (cosine, sine, -sine, cosine)))
+    assert (video.width, video.height) == ((48, 64) if is_turned else (64, 48))
+
+
+def with_pixel_aspect(path: Path, frames: Sequence[NDArray[np.uint8]], aspect: Fraction) -> Path:
+    codec, pixels, options = CODINGS[path.suffix]
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=16, options=options)
+        assert isinstance(stream, av.VideoStream)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = pixels
+        stream.codec_context.sample_aspect_ratio = aspect
+        for frame in frames:
+            shown = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            file.mux(stream.encode(shown.reformat(format=pixels)))
+        file.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("matrix", [None, *ORIENTATIONS])
+@pytest.mark.parametrize(
+    ("aspect", "width"), [("2", 128), ("1/2", 32), ("16/15", 68), ("8/9", 57), ("1", 64)]
+)
+def test_pixels_that_are_not_square(
+    tmp_path: Path, aspect: str, width: int, matrix: tuple[int, ...] | None
+) -> None:
+    path = with_pixel_aspect(tmp_path / "v.mp4", NOISE[:3], Fraction(aspect))
+    video = open_video(path if matrix is None else with_matrix(path, matrix))
+    shown = np.array(Image.fromarray(NOISE[1]).resize((width, 48), Image.Resampling.BICUBIC))
+    expected = mapped(shown, matrix or (1, 0, 0, 1))
+    assert (video.height, video.width) == expected.shape[:2]
+    pixels = video.read([1], video.height, video.width)[0]
+    assert np.abs(pixels.astype(int) - expected).max() <= 1
+    # The middle is kept at any other size: a square of 16 pixels, and what covers it.
+    cropped = video.read([1], 16, 16)[0].mean()
+    assert abs(cropped - expected.mean()) < 12
+
+
+@pytest.mark.parametrize("suffix", [".mov", ".m4v", ".gif"])
+def test_pixel_aspects_of_other_containers(tmp_path: Path, suffix: str) -> None:
+    path = with_pixel_aspect(tmp_path / f"v{suffix}", NOISE[:3], Fraction(4, 3))
+    assert (open_video(path).width, open_video(path).height) == (85, 48)
+
+
+def test_pixel_aspects_of_webm(tmp_path: Path) -> None:
+    """They are the quotient of the size at which to show a frame and the one that it has."""
+    path = write(tmp_path / "v.webm", levels(2))
+    data = path.read_bytes()
+    at = data.index(b"\x23\xe3\x83\x84")  # DefaultDuration of 8 bytes, before Video
+    size = b"\xb0\x81\x40\xba\x81\x30"  # PixelWidth, PixelHeight
+    assert data[at + 8 : at + 16] == b"\xe0\x86" + size
+    shown = b"\xe0\x8e" + size + b"\x54\xb0\x81\x60" + b"\xec\x82\0\0"  # DisplayWidth, Void
+    path.write_bytes(data[:at] + shown + data[at + 16 :])
+    assert (open_video(path).width, open_video(path).height) == (96, 48)
+
+
+def test_pixels_as_wide_as_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video_input, "MAX_PIXELS", 64 * 48 * 10)
+    path = with_pixel_aspect(tmp_path / "v.mp4", NOISE[:2], Fraction(20))
+    assert "1280x48, more than" in refusal(path, UsageError)
 
 
 def test_colours_are_those_that_the_file_names(tmp_path: Path) -> None:
@@ -459,3 +557,38 @@ def test_caps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> N
     assert f"at least {found} frames, more than 10;" in refusal(path, UsageError)
     monkeypatch.setattr(video_input, "MAX_PIXELS", 64 * 48 - 1)
     assert "64x48, more than 3071 pixels" in refusal(path, UsageError)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_budget_of_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    path = write(tmp_path / f"v{suffix}", levels(12))
+    monkeypatch.setattr(budget, "MAX_DECODED_PIXELS", 12 * 64 * 48)
+    video = open_video(path)
+    assert numbers(video.read([11], 48, 64)) == [11]
+    monkeypatch.setattr(budget, "MAX_DECODED_PIXELS", 12 * 64 * 48 - 1)
+    assert "has more than 36863 pixels in all its frames" in refusal(path, UsageError)
+    with pytest.raises(UsageError, match="in all its frames"):
+        video.read([11], 48, 64)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_budget_of_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    path = write(tmp_path / f"v{suffix}", levels(12))
+    clock = itertools.count()
+    monkeypatch.setattr(budget.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(budget, "MAX_SECONDS", 100.0)
+    open_video(path)
+    monkeypatch.setattr(budget, "MAX_SECONDS", 5.0)
+    assert "takes more than 5 s to decode" in refusal(path, UsageError)
+
+
+def test_a_small_gif_of_many_large_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames of one pixel, each of which shows the whole of a large picture."""
+    path = write(tmp_path / "v.gif", levels(1))
+    header = b"GIF89a" + struct.pack("<HHBBB", 4000, 4000, 0x80, 0, 0) + bytes(6)
+    delay = b"!\xf9\4\0\4\0\0\0"
+    frame = delay + b"," + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\2\2\x44\1\0"
+    path.write_bytes(header + frame * 40 + b";")
+    monkeypatch.setattr(budget, "MAX_DECODED_PIXELS", 20 * 4000 * 4000)
+    assert path.stat().st_size < 1000
+    assert "pixels in all its frames" in refusal(path, UsageError)

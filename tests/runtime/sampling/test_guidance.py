@@ -50,6 +50,14 @@ def test_scale_must_be_finite(scale: float) -> None:
         guide(velocity, velocity, scale)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("scale", [1e40, -1e300, 3e38])
+def test_scales_beyond_float32_say_nothing(scale: float) -> None:
+    """The step that follows refuses the result in one line."""
+    velocity = np.array([-2, 3], np.float32)
+    assert not np.isfinite(guide(velocity, -velocity, scale)).any()
+
+
 def test_shapes_must_match() -> None:
     with pytest.raises(ValueError, match="shapes differ"):
         guide(np.zeros((2, 3), np.float32), np.zeros(3, np.float32), 5.0)

@@ -131,10 +131,12 @@ def _control(
         control.mask_latent(mask, inactive.shape[1], config.vae.spatial_stride),
     )
     layers = len(config.dit.vace_layers)
+    with np.errstate(over="ignore"):  # the first step refuses what is not finite
+        scale = np.full(layers, run.vace_scale, np.float32)
     return Conditioning(
         constants={
             "vace_tokens": patchify(hints, config.dit.patch_size)[None],
-            "vace_scale": np.full(layers, run.vace_scale, np.float32),
+            "vace_scale": scale,
         },
         references=len(references),
     )

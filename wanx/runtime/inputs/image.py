@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
+import sys
+import warnings
+from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +17,8 @@ from numpy.typing import NDArray
 
 from wanx.errors import CorruptInputError, UsageError, WanxError
 from wanx.files.input_file import open_input
+from wanx.runtime.inputs.budget import TimedReader
+from wanx.runtime.inputs.png import without_metadata
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,6 +32,7 @@ _TIFF_PHOTOMETRIC = 262
 _TIFF_TILE_WIDTH = 322
 _TIFF_TILE_LENGTH = 323
 _EXIF_ORIENTATION = 274
+_JPEG_BLOCK = 512  # bytes; a scan may have 15, and time is looked at between blocks only
 
 
 def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
@@ -40,13 +47,14 @@ def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
         [H, W, 3] in RGB, at least 1x1.
 
     Raises:
-        UsageError: There is no such file, it has more than ``MAX_PIXELS`` pixels, or its levels
-            have no agreed white.
+        UsageError: There is no such file, it has more than ``MAX_PIXELS`` pixels or takes too long
+            to decode, or its levels have no agreed white.
         CorruptInputError: The file is damaged, or no image in one of the formats above.
         WanxError: The operating system refuses to read it, or memory does not suffice.
     """
     path = Path(path)
-    with _open(path) as file:
+    with _open(path) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of metadata, or beside an error that says it
         try:
             image = _decode(file, path)
         except WanxError:
@@ -102,12 +110,30 @@ def _decode(file: BufferedReader, path: Path) -> Image:
     try:
         image = _read_header(file, path)
         _check(image, path)
-        image.load()
+        with _libtiff_silenced() if image.format == "TIFF" else contextlib.nullcontext():
+            image.load()
     except DecompressionBombError as error:  # Pillow's own, higher cap
         raise UsageError(
             f"{path} has more than {MAX_PIXELS} pixels ({error}); use a smaller version of it"
         ) from None
-    return _upright(_to_rgb(image, path), image.getexif().get(_EXIF_ORIENTATION))
+    return _upright(_to_rgb(image, path), _exif_orientation(image))
+
+
+@contextlib.contextmanager
+def _libtiff_silenced() -> Iterator[None]:
+    """Drop what is written to the process's stderr, where libtiff repeats every error at length."""
+    if sys.__stderr__ is None:  # closed from the beginning, so 2 may be the image itself
+        yield
+        return
+    stderr = os.dup(2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(null)
 
 
 def _read_header(file: BufferedReader, path: Path) -> ImageFile:
@@ -141,6 +167,12 @@ def _read_header(file: BufferedReader, path: Path) -> ImageFile:
         head = head[8:]
     for signature, plugin in signatures.items():
         if head.startswith(signature):
+            if plugin is JpegImageFile:  # the only one that may repeat its pixels without end
+                image = plugin(TimedReader(file, path), str(path))
+                image.decodermaxblock = _JPEG_BLOCK
+                return image
+            if plugin is PngImageFile:
+                return plugin(without_metadata(file, MAX_PIXELS), str(path))
             return plugin(file, str(path))
     content = f"it begins with {head!r}" if head else "it is empty"
     raise CorruptInputError(f"{path} is not an image that can be read: {content}; use {_FORMATS}")
@@ -195,6 +227,13 @@ def _grey_to_uint8(image: ImageFile, path: Path) -> NDArray[np.uint8]:
     grey = ((levels * 255 + white // 2) // white).astype(np.uint8)
     grey[levels == image.info.get("transparency", -1)] = 255
     return grey
+
+
+def _exif_orientation(image: ImageFile) -> object:
+    try:
+        return image.getexif().get(_EXIF_ORIENTATION)
+    except Exception:  # no metadata is worth an image whose pixels are sound
+        return None
 
 
 def _upright(image: Image, orientation: object) -> Image:

@@ -35,20 +35,24 @@ def resize_bilinear(image: Floats, height: int, width: int) -> Floats:
     return _resize(image, height, width, _linear_weights)
 
 
-def cover(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+def cover(
+    pixels: NDArray[np.uint8], height: int, width: int, *, pixel_aspect: float = 1.0
+) -> NDArray[np.uint8]:
     """Scale an image until it covers a size, antialiased, and cut out the centre.
 
     Args:
         pixels: [H, W, 3].
         height: Rows of the result, at least 1.
         width: Columns of the result, at least 1.
+        pixel_aspect: Width of a pixel of ``pixels`` by its height; those of the result are square.
     """
     from PIL import Image
 
     rows, columns = pixels.shape[:2]
-    scale = max(height / rows, width / columns)
+    shown = columns * pixel_aspect
+    scale = max(height / rows, width / shown)
     scaled_height = max(height, round(rows * scale))
-    scaled_width = max(width, round(columns * scale))
+    scaled_width = max(width, round(shown * scale))
     top, left = (scaled_height - height) // 2, (scaled_width - width) // 2
     image = Image.fromarray(pixels)
     if scaled_height * scaled_width <= MAX_PIXELS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -10,12 +11,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wanx.errors import CorruptInputError, UsageError
+from wanx.runtime.inputs.budget import Budget
 from wanx.runtime.inputs.image import MAX_PIXELS
 from wanx.runtime.inputs.resize import cover
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 MAX_FRAMES = 10_000
 _DEFAULT_RATE = Fraction(25)
+_DEGREE = math.tan(math.radians(1))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,7 +36,7 @@ class VideoInput:
 
     Attributes:
         path: The absolute path.
-        width: Pixels of the first frame, after the rotation that the file asks for.
+        width: Pixels of the first frame as it is shown: square, upright, unmirrored.
         height: Likewise.
         times: float64 [frames, 2], the seconds from the start of the video at which each frame
             begins and ends. A frame ends where the next begins, the last one after 1 / average
@@ -69,7 +72,7 @@ class VideoInput:
         with _open(self.path) as (container, stream):
             for number, frame in enumerate(_decode(self.path, container, stream)):
                 if number in positions:
-                    pixels[positions.pop(number)] = cover(_upright(frame), height, width)
+                    pixels[positions.pop(number)] = _fit(frame, stream, height, width)
                 if not positions:
                     return pixels
         raise CorruptInputError(f"{self.path} has changed while it was read; run again")
@@ -79,12 +82,13 @@ def open_video(path: str | os.PathLike[str]) -> VideoInput:
     """Look at every frame of a video file.
 
     mp4, mov, webm, mkv, avi and gif are told apart by their first bytes, never by their name, so
-    that ``concat:…`` or ``http:…`` are plain files and playlists are refused. Rotation by multiples
-    of 90° is applied; mirroring and non-square pixels are not. Audio is ignored.
+    that ``concat:…`` or ``http:…`` are plain files and playlists are refused. Frames are turned by
+    multiples of 90° and mirrored as the file's display matrix says, and non-square pixels made
+    square by scaling the rows of the stored frame; other angles are ignored. Audio is ignored.
 
     Raises:
-        UsageError: There is no such regular file, a frame has more than ``MAX_PIXELS`` pixels, or
-            there are more than ``MAX_FRAMES`` frames.
+        UsageError: There is no such regular file, a frame has more than ``MAX_PIXELS`` pixels,
+            there are more than ``MAX_FRAMES`` frames, or decoding costs more than the ``Budget``.
         CorruptInputError: The file is something else, is damaged or truncated, or has no frames.
     """
     try:
@@ -101,8 +105,10 @@ def open_video(path: str | os.PathLike[str]) -> VideoInput:
         _check_count(target, stream.frames)
         for frame in _decode(target, container, stream):
             if not starts:
-                quarter = frame.rotation % 180 == 90
-                sides = (frame.height, frame.width) if quarter else (frame.width, frame.height)
+                shown = max(1, round(frame.width * _pixel_aspect(stream)))
+                _check_size(target, shown, frame.height)
+                is_transposed, *_ = _orientation(frame)
+                sides = (frame.height, shown) if is_transposed else (shown, frame.height)
             starts.append(frame.time)
             _check_count(target, len(starts))
         rate = stream.average_rate or stream.guessed_rate or _DEFAULT_RATE
@@ -155,20 +161,55 @@ def _open(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
 
 def _decode(path: Path, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
     """Frames in the order in which they are shown."""
+    budget = Budget(path)
     for packet in container.demux(stream):
-        for frame in packet.decode():
+        with budget.seconds():
+            frames = packet.decode()
+        for frame in frames:
             if frame.is_corrupt:
                 raise _damaged(path, "a frame is damaged")
             _check_size(path, frame.width, frame.height)
+            budget.add_pixels(frame.width * frame.height)
             yield frame
         if packet.is_corrupt:
             raise _damaged(path, "it ends inside a frame")
 
 
-def _upright(frame: VideoFrame) -> NDArray[np.uint8]:
-    """RGB pixels, uint8 [height, width, 3], turned as the file asks."""
+def _fit(frame: VideoFrame, stream: VideoStream, height: int, width: int) -> NDArray[np.uint8]:
+    """RGB pixels, uint8 [height, width, 3], oriented as the file asks, scaled and cropped."""
     pixels = np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)
-    return np.rot90(pixels, frame.rotation // 90) if frame.rotation % 90 == 0 else pixels
+    aspect = _pixel_aspect(stream)
+    is_transposed, flips_rows, flips_columns = _orientation(frame)
+    if is_transposed:
+        pixels, aspect = pixels.swapaxes(0, 1), 1 / aspect
+    pixels = pixels[:: -1 if flips_rows else 1, :: -1 if flips_columns else 1]
+    return cover(np.ascontiguousarray(pixels), height, width, pixel_aspect=aspect)
+
+
+def _orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
+    """Read whether to transpose a frame, and then to reverse its rows and its columns.
+
+    The matrix of ISO 14496-12, [a b u, c d v, x y w], maps (x, y), y down, to (ax + cy, bx + dy).
+    One that is more than a degree off the axes is ignored.
+    """
+    from av.sidedata.sidedata import SideDataContainer, Type
+
+    side_data = cast("SideDataContainer", frame.side_data)  # where PyAV's stub has a dictionary
+    if Type.DISPLAYMATRIX not in side_data:
+        return False, False, False
+    matrix = bytes(side_data[Type.DISPLAYMATRIX])
+    a, b, _, c, d, *_ = (int(value) for value in np.frombuffer(matrix, np.int32))
+    along, across = min(abs(a), abs(d)), min(abs(b), abs(c))
+    if max(abs(b), abs(c)) <= _DEGREE * along:
+        return False, d < 0, a < 0
+    if max(abs(a), abs(d)) <= _DEGREE * across:
+        return True, b < 0, c < 0
+    return False, False, False
+
+
+def _pixel_aspect(stream: VideoStream) -> float:
+    """Width of a stored pixel by its height; 1 where the file does not say."""
+    return float(stream.sample_aspect_ratio or 1)
 
 
 def _damaged(path: Path, reason: str) -> CorruptInputError:

@@ -31,6 +31,7 @@ def branches(scale: float) -> tuple[Branch, ...]:
     return ("conditional", "unconditional")
 
 
+@np.errstate(over="ignore", invalid="ignore")  # the step refuses what is not finite
 def guide(
     conditional: NDArray[np.float32], unconditional: NDArray[np.float32], scale: float
 ) -> NDArray[np.float32]:
