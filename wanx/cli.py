@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from wanx.commands.bench import bench
 from wanx.commands.build import build
 from wanx.commands.compare import compare
+from wanx.commands.display.streams import lossless_streams
 from wanx.commands.doctor import doctor
 from wanx.commands.export import export
 from wanx.commands.inspect import inspect
@@ -48,9 +49,6 @@ class _Group(TyperGroup):
         except KeyboardInterrupt:
             _say(INTERRUPTED)
             sys.exit(EXIT_CODE)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
 
 
 app = typer.Typer(
@@ -70,12 +68,13 @@ for command in (export, build, run, compare, bench, inspect, verify, doctor):
 
 def main() -> None:
     """Run the command line; the entry point of ``wanx``."""
-    app(prog_name="wanx")
+    with lossless_streams():
+        app(prog_name="wanx")
 
 
 def _version(show: bool) -> None:
     if show:
-        typer.echo(f"wanx {__version__}")
+        print(f"wanx {__version__}")
         raise typer.Exit
 
 
@@ -89,4 +88,4 @@ def _root(
 
 
 def _say(text: str) -> None:
-    typer.echo(text.encode(errors="backslashreplace").decode(), err=True)
+    print(text, file=sys.stderr)
