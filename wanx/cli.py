@@ -26,6 +26,9 @@ from wanx.errors import WanxError
 from wanx.interruption import EXIT_CODE, INTERRUPTED
 from wanx.version import __version__
 
+# Typer has no other name for the class of what its parser raises.
+_ParserError: type[Any] = typer.BadParameter.__mro__[2]
+
 
 class _Group(TyperGroup):
     """Turns what wanx raises into one line and an exit code."""
@@ -36,6 +39,18 @@ class _Group(TyperGroup):
         for param in params:
             param.allow_from_autoenv = False  # type: ignore[attr-defined]
         return params
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse the arguments and run the command, with the parser's errors in one line."""
+        try:
+            code = super().main(*args, **kwargs | {"standalone_mode": False})
+        except _ParserError as error:
+            if type(error).__name__ == "NoArgsIsHelpError":
+                error.show()  # the help
+            else:
+                _say(f"error: {_one_line(error)}")
+            sys.exit(error.exit_code)
+        sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         """Run the command."""
@@ -85,6 +100,17 @@ def _root(
     ] = False,
 ) -> None:
     pass
+
+
+def _one_line(error: Any) -> str:
+    """Say what the parser refuses, the value, and where to read what is accepted."""
+    text = " ".join(str(error.format_message()).split()).rstrip(".")
+    details = getattr(error.__cause__, "errors", None)
+    if details is not None:  # of pydantic, whose messages leave the value out
+        text = f"{text} (found {details()[0]['input']!r:.60})"
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    command = error.ctx.command_path if getattr(error, "ctx", None) else "wanx"
+    return f"{text[:1].lower()}{text[1:]}; see {command} --help"
 
 
 def _say(text: str) -> None:
