@@ -92,13 +92,21 @@ def test_one_argument_is_a_bundle_or_a_prompt(wanx: Wanx, tmp_path: Path) -> Non
 
 
 def test_run_json_lists_every_option_and_stage(wanx: Wanx) -> None:
-    result = wanx("run", "tiny", PROMPT, "--json", "-o", "v.webm", *SMALL)
+    result = wanx("run", "tiny", PROMPT, "--json", "-q", "-o", "v.webm", *SMALL)
     facts = json.loads(result.out)
     assert facts["output"].endswith("v.webm")
     assert facts["options"]["steps"] == 2
     assert facts["options"]["seed"] == 3
     assert [stage["name"] for stage in facts["stages"]] == ["text", "denoise", "decode", "write"]
     assert result.err == ""
+
+
+def test_progress_without_a_terminal_is_a_line_per_stage(wanx: Wanx) -> None:
+    result = wanx("run", "tiny", PROMPT, "--json", "-o", "v.webm", *SMALL)
+    stages = [line.partition(":")[0] for line in result.err.splitlines()]
+    assert stages == ["encode text", "denoise", "decode"]
+    assert "denoise: 2 steps\n" in result.err
+    assert json.loads(result.out)["options"]["seed"] == 3
 
 
 def test_options_come_from_the_environment(wanx: Wanx, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,6 +236,53 @@ def test_bad_inputs_are_one_line(wanx: Wanx, arguments: list[str], words: str) -
     result = wanx("run", "tiny", PROMPT, *arguments)
     assert result.code == 2
     assert words in result.error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "--count", "0"], "'--count': Input should be greater than or equal to 1 (found"),
+        (["run", "--steps", "many"], "(found 'many'); see wanx run --help"),
+        (["run", "--steps", "two\nlines\x1b[31m"], r"(found 'two\nlines\x1b[31m')"),
+        (["run", "--guide-scale", "5,0"], "(found '5,0')"),
+        (["verify", "tiny", "--threads", "-3"], "(found '-3')"),
+        (["build", "tiny", "--frames", "0"], "(found '0')"),
+        (["run", "--step", "3"], "no such option: --step"),
+        (["run", "--a\nb\x1b[31m"], r"no such option: --a"),
+        (["run", "--steps"], "'--steps' requires an argument"),
+        (["run", "--json=1"], "'--json' does not take a value"),
+        (["inspect"], "missing argument 'BUNDLE'; see wanx inspect --help"),
+        (["inspect", "tiny", "静态", "c"], "(静态 c); see wanx inspect --help"),
+        (["runn"], "no such command 'runn'"),
+        (["--bogus"], "no such option: --bogus; see wanx --help"),
+    ],
+)
+def test_errors_of_the_parser_are_one_line(
+    wanx: Wanx, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    result = wanx(*arguments)
+    assert result.code == 2
+    assert result.out == ""
+    assert result.error.startswith("error: ")
+    assert words in result.error
+    assert result.error.isprintable()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_value_in_the_environment_is_one_line(
+    wanx: Wanx, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANX_RUN_STEPS", "many")
+    result = wanx("run", "tiny", PROMPT)
+    assert result.code == 2
+    assert result.error.startswith("error: invalid value for '--steps'")
+    assert "(found 'many')" in result.error
+
+
+def test_no_command_shows_the_help(wanx: Wanx) -> None:
+    result = wanx()
+    assert result.code == 2
+    assert "Usage: wanx" in result.out + result.err
 
 
 def test_inspect_verify_doctor(wanx: Wanx) -> None:

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from wanx.commands.bench import bench
 from wanx.commands.build import build
 from wanx.commands.compare import compare
+from wanx.commands.display.streams import lossless_streams
 from wanx.commands.doctor import doctor
 from wanx.commands.export import export
 from wanx.commands.inspect import inspect
@@ -24,6 +25,9 @@ from wanx.commands.verify import verify
 from wanx.errors import WanxError
 from wanx.interruption import EXIT_CODE, INTERRUPTED
 from wanx.version import __version__
+
+# Typer has no other name for the class of what its parser raises.
+_ParserError: type[Any] = typer.BadParameter.__mro__[2]
 
 
 class _Group(TyperGroup):
@@ -35,6 +39,18 @@ class _Group(TyperGroup):
         for param in params:
             param.allow_from_autoenv = False  # type: ignore[attr-defined]
         return params
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse the arguments and run the command, with the parser's errors in one line."""
+        try:
+            code = super().main(*args, **kwargs | {"standalone_mode": False})
+        except _ParserError as error:
+            if type(error).__name__ == "NoArgsIsHelpError":
+                error.show()  # the help
+            else:
+                _say(f"error: {_one_line(error)}")
+            sys.exit(error.exit_code)
+        sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         """Run the command."""
@@ -48,9 +64,6 @@ class _Group(TyperGroup):
         except KeyboardInterrupt:
             _say(INTERRUPTED)
             sys.exit(EXIT_CODE)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
 
 
 app = typer.Typer(
@@ -70,12 +83,13 @@ for command in (export, build, run, compare, bench, inspect, verify, doctor):
 
 def main() -> None:
     """Run the command line; the entry point of ``wanx``."""
-    app(prog_name="wanx")
+    with lossless_streams():
+        app(prog_name="wanx")
 
 
 def _version(show: bool) -> None:
     if show:
-        typer.echo(f"wanx {__version__}")
+        print(f"wanx {__version__}")
         raise typer.Exit
 
 
@@ -88,5 +102,16 @@ def _root(
     pass
 
 
+def _one_line(error: Any) -> str:
+    """Say what the parser refuses, the value, and where to read what is accepted."""
+    text = " ".join(str(error.format_message()).split()).rstrip(".")
+    details = getattr(error.__cause__, "errors", None)
+    if details is not None:  # of pydantic, whose messages leave the value out
+        text = f"{text} (found {details()[0]['input']!r:.60})"
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    command = error.ctx.command_path if getattr(error, "ctx", None) else "wanx"
+    return f"{text[:1].lower()}{text[1:]}; see {command} --help"
+
+
 def _say(text: str) -> None:
-    typer.echo(text.encode(errors="backslashreplace").decode(), err=True)
+    print(text, file=sys.stderr)

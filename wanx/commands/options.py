@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import sys
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,8 +34,9 @@ BundlePath = Annotated[
 
 
 def print_json(value: Any) -> None:
-    """Print a result for programs."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    """Print a result for programs: in pure ASCII where standard output is not UTF-8."""
+    utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
+    print(json.dumps(value, indent=2, ensure_ascii=not utf8))
 
 
 def bundle_facts(bundle: Bundle) -> dict[str, Any]:
