@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from wanx.errors import CancelledError, UsageError, WanxError
-from wanx.files.input_file import open_input, parse_json_object
 from wanx.runtime.options import FILE_OPTIONS, RunOptions
 from wanx.runtime.pipeline import Generation, Pipeline
+from wanx.runtime.prompt_lines import read_prompt_lines
 from wanx.runtime.sizes import parse_size
-
-_MAX_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +53,12 @@ def seeds(options: RunOptions, outputs: Sequence[Path]) -> list[Job]:
 
 
 def read_jobs(path: Path, folder: Path, defaults: RunOptions, suffix: str) -> list[Job]:
-    """Read a JSON Lines file: an object a line, whose keys are fields of :class:`RunOptions`.
+    """Read a file of JSON Lines: an object a line, whose keys are fields of :class:`RunOptions`.
 
     Besides those, ``size`` is width and height as in ``832x480``, and ``output`` the name of the
     file in ``folder``, otherwise ``00001.mp4`` by the number of the line. Files are relative to the
-    folder of ``path``. A line that cannot be understood becomes a job that fails.
+    folder of ``path``. A line that cannot be understood becomes a job that fails. A ``.txt`` may
+    have prompts for lines instead.
 
     Args:
         path: the file.
@@ -68,27 +67,16 @@ def read_jobs(path: Path, folder: Path, defaults: RunOptions, suffix: str) -> li
         suffix: of outputs that a line does not name.
 
     Raises:
-        UsageError: the file is missing, too large, not UTF-8 or empty.
+        UsageError: the file as a whole is refused; see :func:`read_prompt_lines`.
     """
-    if not path.is_file():
-        raise UsageError(f"{path} is not there or not a file; give a file with an object a line")
-    with open_input(path) as file:
-        data = file.read(_MAX_BYTES + 1)
-    if len(data) > _MAX_BYTES:
-        raise UsageError(f"{path} has over {_MAX_BYTES >> 20} MB; split it into several files")
-    try:
-        lines = data.decode().splitlines()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8") from None
     jobs: list[Job] = []
     taken: dict[Path, str] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, values in read_prompt_lines(path):
         name, output = f"line {number}", folder / f"{number:05d}{suffix}"
         options: RunOptions | WanxError
         try:
-            values = parse_json_object(line.encode(), path)
+            if isinstance(values, WanxError):
+                raise values
             output = folder / _output(values.pop("output", output.name))
             if output in taken:
                 raise UsageError(f"output {output.name} is already that of {taken[output]}")
@@ -97,8 +85,6 @@ def read_jobs(path: Path, folder: Path, defaults: RunOptions, suffix: str) -> li
             options = error
         taken[output] = name
         jobs.append(Job(name=name, output=output, options=options))
-    if not jobs:
-        raise UsageError(f'{path} has no lines; write one object a line, such as {{"prompt": "…"}}')
     return jobs
 
 
