@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -10,9 +12,14 @@ from typing import Any, get_args, get_type_hints
 
 from wanx.errors import CancelledError, UsageError, WanxError
 from wanx.runtime.options import FILE_OPTIONS, RunOptions
+from wanx.runtime.output.checks import MAX_NAME_BYTES
 from wanx.runtime.pipeline import Generation, Pipeline
 from wanx.runtime.prompt_lines import read_prompt_lines
 from wanx.runtime.sizes import parse_size
+
+# Categories of characters that change what a terminal shows, end a line or cannot be encoded:
+# controls, surrogates, separators of lines and paragraphs.
+_UNPRINTABLE = frozenset({"Cc", "Cs", "Zl", "Zp"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,24 +117,40 @@ def run_jobs(
         CancelledError: ``cancelled`` said so; the jobs that are left do not run.
     """
     for number, job in enumerate(jobs):
-        if resume and job.output.exists():
+        if resume and os.path.isfile(job.output):  # unlike Path.is_file, False for any bad name
             yield Outcome(job=job)
             continue
         on_start(number, job)
-        try:
-            if isinstance(job.options, WanxError):
-                raise job.options
-            result = pipeline.run(job.options, output=job.output, **runtime)
-            yield Outcome(job=job, result=result)
-        except CancelledError:
-            raise
-        except WanxError as error:
-            yield Outcome(job=job, error=error)
+        yield _run_job(pipeline, job, runtime)
+
+
+def _run_job(pipeline: Pipeline, job: Job, runtime: dict[str, Any]) -> Outcome:
+    try:
+        if isinstance(job.options, WanxError):
+            raise job.options
+        return Outcome(job=job, result=pipeline.run(job.options, output=job.output, **runtime))
+    except CancelledError:
+        raise
+    except WanxError as error:
+        return Outcome(job=job, error=error)
+    except Exception as error:  # a fault of ours in one video must not cost the others
+        reason = " ".join(str(error).split())
+        fault = WanxError(f"unexpected {type(error).__name__}: {reason}; please report it")
+        fault.__cause__ = error
+        return Outcome(job=job, error=fault)
 
 
 def _output(name: object) -> str:
-    if not isinstance(name, str) or Path(name).name != name or name.startswith("."):
-        raise UsageError(f"output is {name!r}; give the name of a file, without folders")
+    """Check the name of a line's output, which is printed and joined to a folder."""
+    if not isinstance(name, str) or not name or Path(name).name != name or name.startswith("."):
+        raise UsageError(f"output is {name!r:.80}; give the name of a file, without folders")
+    if any(unicodedata.category(character) in _UNPRINTABLE for character in name):
+        raise UsageError(f"output is {name!a:.80}; give a name of printable characters")
+    if len(os.fsencode(name)) > MAX_NAME_BYTES:
+        raise UsageError(
+            f"output is {name[:40]!r}…, {len(os.fsencode(name))} bytes long; give a name of at "
+            f"most {MAX_NAME_BYTES} bytes"
+        )
     return name
 
 
@@ -138,7 +161,7 @@ def _options(values: dict[str, Any], defaults: RunOptions, folder: Path) -> RunO
     unknown = [name for name in values if name not in _TYPES]
     if unknown:
         known = ", ".join(["output", "size", *sorted(_TYPES)])
-        raise UsageError(f"{unknown[0]!r} is not an option; choose from {known}")
+        raise UsageError(f"{unknown[0]!r:.80} is not an option; choose from {known}")
     for name, value in values.items():
         if not isinstance(value, _TYPES[name]) or isinstance(value, bool):
             raise UsageError(f"{name} is {value!r}; give {_WORDS[_TYPES[name]]}")

@@ -12,6 +12,7 @@ from wanx.errors import UsageError, WanxError
 # Bytes per pixel of each format: twice a detailed scene at quality 8 for the two video codecs, and
 # a GIF or PNG that hardly compresses.
 BYTES_PER_PIXEL = {".mp4": 0.5, ".webm": 0.5, ".gif": 1.0, ".png": 3.0}
+MAX_NAME_BYTES = 255  # of the file systems in use; they are asked for their own limit too
 _OVERHEAD = 2**20
 
 
