@@ -48,6 +48,12 @@ def test_a_line_sets_options_and_leaves_the_rest(tmp_path: Path) -> None:
     assert (second.options.steps, second.options.seed) == (1, 0)
 
 
+def test_null_leaves_an_option_and_a_whole_number_may_be_a_float(tmp_path: Path) -> None:
+    nulls = dict.fromkeys(("prompt", "steps", "seed", "size", "image", "references", "solver"))
+    (job,) = jobs_of(tmp_path, nulls | {"frames": 5.0}, defaults=RunOptions(prompt="a", steps=3))
+    assert job.options == RunOptions(prompt="a", steps=3, frames=5)
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -59,7 +65,8 @@ def test_a_line_sets_options_and_leaves_the_rest(tmp_path: Path) -> None:
         ({"steps": True}, "steps is True"),
         ({"steps": 1.5}, "steps is 1.5"),
         ({"guide_scale": "high"}, "give a number"),
-        ({"prompt": None}, "prompt is None; give a text"),
+        ({"prompt": 3}, "prompt is 3; give a text"),
+        ({"image": ["x.png"]}, "name of a file"),
         ({"size": "big"}, "WIDTHxHEIGHT"),
         ({"references": "r.png"}, "a list"),
         ({"references": [1]}, "names of files"),

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from wanx.errors import CancelledError, UsageError, WanxError
 from wanx.runtime.options import FILE_OPTIONS, RunOptions
@@ -155,46 +155,21 @@ def _output(name: object) -> str:
 
 
 def _options(values: dict[str, Any], defaults: RunOptions, folder: Path) -> RunOptions:
+    values = {name: value for name, value in values.items() if value is not None}
     if "size" in values:
         width, height = parse_size(str(values.pop("size")))
         values |= {"width": width, "height": height}
-    unknown = [name for name in values if name not in _TYPES]
-    if unknown:
-        known = ", ".join(["output", "size", *sorted(_TYPES)])
-        raise UsageError(f"{unknown[0]!r:.80} is not an option; choose from {known}")
-    for name, value in values.items():
-        if not isinstance(value, _TYPES[name]) or isinstance(value, bool):
-            raise UsageError(f"{name} is {value!r}; give {_WORDS[_TYPES[name]]}")
-    for name in FILE_OPTIONS & values.keys():
-        value = values[name]
-        if isinstance(value, str):
-            values[name] = folder / value
-        elif all(isinstance(item, str) for item in value):
-            values[name] = tuple(folder / item for item in value)
-        else:
-            raise UsageError(f"{name} is {value!r}; give names of files")
-    return replace(defaults, **values)
+    known = {option.name for option in fields(RunOptions)}
+    for name in values:
+        if name not in known:
+            choices = ", ".join(["output", "size", *sorted(known)])
+            raise UsageError(f"{name!r:.80} is not an option; choose from {choices}")
+    options = replace(defaults, **values)
+    paths: dict[str, Any] = {
+        name: _in_folder(values[name], folder) for name in FILE_OPTIONS & values.keys()
+    }
+    return replace(options, **paths)
 
 
-# In words, the types that a value may have in JSON.
-_WORDS: dict[tuple[type, ...], str] = {
-    (str,): "a text", (int,): "a whole number", (int, float): "a number", (list,): "a list",
-}  # fmt: skip
-
-
-def _json_types() -> dict[str, tuple[type, ...]]:
-    """Types that each option may have in JSON, from the fields of :class:`RunOptions`."""
-    types: dict[str, tuple[type, ...]] = {}
-    hints = get_type_hints(RunOptions)
-    for option in fields(RunOptions):
-        hint = hints[option.name]
-        if option.name in FILE_OPTIONS:
-            types[option.name] = (list,) if isinstance(option.default, tuple) else (str,)
-        elif float in (hint, *get_args(hint)):
-            types[option.name] = (int, float)
-        else:
-            types[option.name] = (int,) if int in (hint, *get_args(hint)) else (str,)
-    return types
-
-
-_TYPES = _json_types()
+def _in_folder(name: str | list[str], folder: Path) -> Path | list[Path]:
+    return folder / name if isinstance(name, str) else [folder / item for item in name]
