@@ -108,10 +108,14 @@ class Pipeline:
         """
         inputs = read_inputs(options, self.config.task)
         run = resolve(options, self.config, inputs)
-        path = None
+        path = writer = None
         if output is not None:
             path = check_output(
                 output, width=run.width, height=run.height, frames=run.frames, overwrite=overwrite
+            )
+            # Refuses what the format cannot hold; opens nothing yet.
+            writer = VideoWriter(
+                path, run.width, run.height, fps=run.fps, metadata=self.provenance(run)
             )
         parts = RunParts.of(self.bundle, threads=self.threads, vram_budget=self.vram_budget)
         timer = parts.timer
@@ -131,11 +135,11 @@ class Pipeline:
             latent = _denoise(parts, encoded.start(), on_step, cancelled, progress)
         with timer.stage("decode"):
             frames = _decode(parts, latent, cancelled, progress)
-            if path is None:
+            if writer is None:
                 pixels = np.concatenate(list(frames))
             else:
                 pixels = None
-                self._write(frames, path, run, timer)
+                _write(frames, writer, timer)
         return Generation(options=run, stages=tuple(timer.stages), path=path, frames=pixels)
 
     def provenance(self, run: ResolvedRun) -> dict[str, str]:
@@ -151,22 +155,6 @@ class Pipeline:
         }
         options = {name: value for name, value in asdict(run).items() if value is not None}
         return facts | {name: str(value) for name, value in options.items()}
-
-    def _write(
-        self, frames: Iterator[Pixels], path: Path, run: ResolvedRun, timer: StageTimer
-    ) -> None:
-        with ExitStack() as stack:
-            with timer.writing():
-                writer = stack.enter_context(
-                    VideoWriter(
-                        path, run.width, run.height, fps=run.fps, metadata=self.provenance(run)
-                    )
-                )
-            for chunk in frames:
-                with timer.writing():
-                    writer.write(chunk)
-            with timer.writing():
-                stack.close()
 
 
 _RUNTIME_KEYWORDS = {"output", "overwrite", "on_step", "cancelled", "progress"}
@@ -208,3 +196,14 @@ def _decode(
 
     yield from parts.decode(latent, check.convert, after_frame)
     check.finish()
+
+
+def _write(frames: Iterator[Pixels], writer: VideoWriter, timer: StageTimer) -> None:
+    with ExitStack() as stack:
+        with timer.writing():
+            stack.enter_context(writer)
+        for chunk in frames:
+            with timer.writing():
+                writer.write(chunk)
+        with timer.writing():
+            stack.close()
