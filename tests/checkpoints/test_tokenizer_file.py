@@ -69,6 +69,12 @@ def test_a_tokenizer_is_copied_byte_for_byte(tmp_path: Path) -> None:
     assert (tmp_path / "copy.json").read_text() == text
 
 
+def test_a_byte_order_mark_is_not_copied(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(b'\xef\xbb\xbf{"model": 1}')
+    write_tokenizer(tmp_path / "tokenizer.json", tmp_path / "copy.json")
+    assert (tmp_path / "copy.json").read_bytes() == b'{"model": 1}'
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -48,6 +48,12 @@ def test_a_line_sets_options_and_leaves_the_rest(tmp_path: Path) -> None:
     assert (second.options.steps, second.options.seed) == (1, 0)
 
 
+def test_null_leaves_an_option_and_a_whole_number_may_be_a_float(tmp_path: Path) -> None:
+    nulls = dict.fromkeys(("prompt", "steps", "seed", "size", "image", "references", "solver"))
+    (job,) = jobs_of(tmp_path, nulls | {"frames": 5.0}, defaults=RunOptions(prompt="a", steps=3))
+    assert job.options == RunOptions(prompt="a", steps=3, frames=5)
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -59,7 +65,8 @@ def test_a_line_sets_options_and_leaves_the_rest(tmp_path: Path) -> None:
         ({"steps": True}, "steps is True"),
         ({"steps": 1.5}, "steps is 1.5"),
         ({"guide_scale": "high"}, "give a number"),
-        ({"prompt": None}, "prompt is None; give a text"),
+        ({"prompt": 3}, "prompt is 3; give a text"),
+        ({"image": ["x.png"]}, "name of a file"),
         ({"size": "big"}, "WIDTHxHEIGHT"),
         ({"references": "r.png"}, "a list"),
         ({"references": [1]}, "names of files"),
@@ -67,6 +74,16 @@ def test_a_line_sets_options_and_leaves_the_rest(tmp_path: Path) -> None:
         ({"output": "/etc/x.png"}, "without folders"),
         ({"output": ".x.png"}, "without folders"),
         ({"output": 3}, "name of a file"),
+        ({"output": ""}, "name of a file"),
+        ({"output": ".."}, "name of a file"),
+        ({"output": "a" * 252 + ".png"}, "at most 255 bytes"),
+        ({"output": "猫" * 84 + ".png"}, "256 bytes long"),
+        ({"output": "\ud800.png"}, "printable characters"),
+        ({"output": "a\0.png"}, "printable characters"),
+        ({"output": "\x1b[31mred.png"}, "printable characters"),
+        ({"output": "a\u2028b.png"}, "printable characters"),
+        ({"output": "a\x85b.png"}, "printable characters"),
+        ({"\x1b[31m": 1}, r"'\x1b[31m' is not an option"),
         ({"output": "x.png"}, "already that of line 1"),
     ],
 )
@@ -75,6 +92,15 @@ def test_a_bad_line_is_a_job_that_fails(tmp_path: Path, line: object, words: str
     assert isinstance(good.options, RunOptions)
     assert isinstance(bad.options, WanxError)
     assert words in str(bad.options), str(bad.options)
+
+
+@pytest.mark.parametrize(
+    "name", ["猫\u3000犬.png", "👩\u200d🚀.png", "a b\xa0c.png", "a" * 251 + ".png"]
+)
+def test_names_of_outputs_in_any_language(tmp_path: Path, name: str) -> None:
+    (job,) = jobs_of(tmp_path, {"prompt": "a", "output": name})
+    assert isinstance(job.options, RunOptions)
+    assert job.output.name == name
 
 
 def test_files_that_are_no_batch(tmp_path: Path) -> None:
@@ -111,6 +137,52 @@ def test_one_failure_does_not_stop_the_others(pipeline: Pipeline, tmp_path: Path
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert written == ["00001.png", "00004.png"]
     assert read_metadata(tmp_path / "out" / "00004.png")["seed"] == "4"
+
+
+# Lines whose fault shows only when they are run, or that the file system refuses.
+HOSTILE_LINES: list[dict[str, object]] = [
+    {"output": "a" * 300 + ".png"},
+    {"output": "\ud800.png"},
+    {"output": "folder.png"},
+    {"output": ""},
+    {"output": "a.txt"},
+    {"prompt": "\ud800"},
+    {"prompt": "a\0b"},
+    {"negative_prompt": "\udfff"},
+    {"solver": "\ud800"},
+    {"image": "\ud800.png"},
+    {"video": "a\0.mp4"},
+    {"references": ["x" * 5000]},
+    {"seed": 10**19},
+    {"steps": -(10**18)},
+    {"size": "9" * 18 + "x1"},
+    {"guide_scale": -1e-320, "steps": 10**9},
+]
+
+
+@pytest.mark.parametrize("line", HOSTILE_LINES, ids=lambda line: ascii(line)[:30])
+def test_no_line_can_end_the_batch(
+    pipeline: Pipeline, tmp_path: Path, line: dict[str, object]
+) -> None:
+    (tmp_path / "out" / "folder.png").mkdir(parents=True)
+    jobs = jobs_of(tmp_path, {"prompt": "a"} | line, {"prompt": "a", "output": "good.png"})
+    bad, good = run_jobs(pipeline, jobs, lambda number, job: None, resume=True)
+    assert bad.error is not None
+    assert "unexpected" not in str(bad.error)
+    assert "\n" not in str(bad.error)
+    assert good.result is not None
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["folder.png", "good.png"]
+
+
+def test_a_fault_of_ours_costs_one_line(tmp_path: Path) -> None:
+    class Faulty:
+        def run(self, options: RunOptions, **_: object) -> None:
+            raise (MemoryError("of\ntwo lines") if options.seed == 1 else KeyError("x"))
+
+    jobs = seeds(RunOptions(seed=1), [tmp_path / "a.png", tmp_path / "b.png"])
+    first, second = run_jobs(Faulty(), jobs, lambda number, job: None, resume=False)  # type: ignore[arg-type]
+    assert "unexpected MemoryError: of two lines; please report it" in str(first.error)
+    assert "unexpected KeyError: 'x'" in str(second.error)
 
 
 def test_a_second_time_only_what_is_missing_is_made(pipeline: Pipeline, tmp_path: Path) -> None:

@@ -148,6 +148,31 @@ def test_a_video_file(pipeline: Pipeline, tmp_path: Path) -> None:
     assert facts["precision"] == "fp32"
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("a" * 252 + ".mp4", {}, "256 bytes long"),
+        ("\ud800.mp4", {}, "no file name can have"),
+        ("a.gif", {"fps": 60}, "fps 60 is outside 1 to 50"),
+        ("a.mp4", {"fps": 240}, "fps 240 is outside 1 to 120"),
+        ("a.webm", {"fps": 121}, "fps 121 is outside 1 to 120"),
+        ("a.png", {}, "one frame"),
+        ("no/a.mp4", {}, "does not exist"),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused_before_computing(
+    pipeline: Pipeline, tmp_path: Path, name: str, options: dict[str, int], words: str
+) -> None:
+    stages: list[str] = []
+    with pytest.raises(UsageError, match=words):
+        pipeline(
+            PROMPT, **SMALL | options, output=tmp_path / name,
+            progress=lambda stage, *_: stages.append(stage),
+        )  # fmt: skip
+    assert stages == []
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_one_frame_is_an_image(pipeline: Pipeline, tmp_path: Path) -> None:
     path = tmp_path / "image.png"
     pipeline(PROMPT, **SMALL | {"frames": 1}, output=path)

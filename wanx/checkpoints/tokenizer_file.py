@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def write_tokenizer(source: Path, destination: Path) -> None:
         if "model" not in read_json_object(source):
             raise CorruptInputError(f"{source} has no tokenizer model; download it again")
         with open_input(source) as file:
-            text = file.read()
+            text = file.read().removeprefix(codecs.BOM_UTF8)  # tokenizers refuses it
     try:
         destination.write_bytes(text)
     except OSError as error:

@@ -79,7 +79,10 @@ def run(
     count: Annotated[int, option(min=1, help="How many, with successive seeds.")] = 1,
     prompts: Annotated[
         Path | None,
-        option(help="JSON Lines: an object of options for each video; finished ones are skipped."),
+        option(
+            help="JSON Lines: an object of options for each video; or .txt, a prompt a line. "
+            "Finished videos are skipped."
+        ),
     ] = None,
     vram_budget: Annotated[
         str | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import stat
 from io import BufferedReader
@@ -52,6 +53,8 @@ def open_input(path: Path) -> BufferedReader:
 def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file; see :func:`parse_json_object`.
 
+    A byte order mark before it is skipped: editors of people who correct a config write one.
+
     Raises:
         CorruptInputError: the file cannot be opened, is above 100 MB, or is not such an object.
     """
@@ -59,19 +62,26 @@ def read_json_object(path: Path) -> dict[str, Any]:
         data = file.read(MAX_JSON_BYTES + 1)
     if len(data) > MAX_JSON_BYTES:
         raise CorruptInputError(f"{path} is larger than {MAX_JSON_BYTES} bytes; it is not a config")
-    return parse_json_object(data, path)
+    return parse_json_object(data.removeprefix(codecs.BOM_UTF8), path)
 
 
-def parse_json_object(data: bytes, path: Path) -> dict[str, Any]:
+def parse_json_object(
+    data: bytes, path: Path, *, remedy: str = "download the file again"
+) -> dict[str, Any]:
     """Parse one strict JSON object: UTF-8, no duplicate keys, no NaN, no lone surrogates.
 
     Args:
         data: the text.
         path: the file named in errors.
+        remedy: end of the errors; a file that the user wrote cannot be downloaded again.
 
     Raises:
         CorruptInputError: the text is anything else.
     """
+
+    def not_json(reason: str) -> CorruptInputError:
+        return CorruptInputError(f"{path}: cannot read its JSON: {reason}; {remedy}")
+
     try:
         value = json.loads(
             data.decode(),
@@ -80,16 +90,15 @@ def parse_json_object(data: bytes, path: Path) -> dict[str, Any]:
             parse_int=_parse_integer,
         )
     except RecursionError:
-        raise _not_json(path, "it is nested too deeply") from None
+        raise not_json("it is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno} " if error.lineno > 1 else ""
+        raise not_json(f"{error.msg.removesuffix(' at')} at {line}column {error.colno}") from None
     except ValueError as error:
-        raise _not_json(path, str(error)) from None
+        raise not_json(str(error)) from None
     if not isinstance(value, dict):
-        raise _not_json(path, f"found a JSON {type(value).__name__} instead of an object")
+        raise not_json(f"found a JSON {type(value).__name__} instead of an object")
     return value
-
-
-def _not_json(path: Path, reason: str) -> CorruptInputError:
-    return CorruptInputError(f"{path}: cannot read its JSON: {reason}; download the file again")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from wanx.errors import CancelledError, UsageError, WanxError
-from wanx.files.input_file import open_input, parse_json_object
 from wanx.runtime.options import FILE_OPTIONS, RunOptions
+from wanx.runtime.output.checks import MAX_NAME_BYTES
 from wanx.runtime.pipeline import Generation, Pipeline
+from wanx.runtime.prompt_lines import read_prompt_lines
 from wanx.runtime.sizes import parse_size
 
-_MAX_BYTES = 64 << 20
+# Categories of characters that change what a terminal shows, end a line or cannot be encoded:
+# controls, surrogates, separators of lines and paragraphs.
+_UNPRINTABLE = frozenset({"Cc", "Cs", "Zl", "Zp"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +60,12 @@ def seeds(options: RunOptions, outputs: Sequence[Path]) -> list[Job]:
 
 
 def read_jobs(path: Path, folder: Path, defaults: RunOptions, suffix: str) -> list[Job]:
-    """Read a JSON Lines file: an object a line, whose keys are fields of :class:`RunOptions`.
+    """Read a file of JSON Lines: an object a line, whose keys are fields of :class:`RunOptions`.
 
     Besides those, ``size`` is width and height as in ``832x480``, and ``output`` the name of the
     file in ``folder``, otherwise ``00001.mp4`` by the number of the line. Files are relative to the
-    folder of ``path``. A line that cannot be understood becomes a job that fails.
+    folder of ``path``. A line that cannot be understood becomes a job that fails. A ``.txt`` may
+    have prompts for lines instead.
 
     Args:
         path: the file.
@@ -68,27 +74,16 @@ def read_jobs(path: Path, folder: Path, defaults: RunOptions, suffix: str) -> li
         suffix: of outputs that a line does not name.
 
     Raises:
-        UsageError: the file is missing, too large, not UTF-8 or empty.
+        UsageError: the file as a whole is refused; see :func:`read_prompt_lines`.
     """
-    if not path.is_file():
-        raise UsageError(f"{path} is not there or not a file; give a file with an object a line")
-    with open_input(path) as file:
-        data = file.read(_MAX_BYTES + 1)
-    if len(data) > _MAX_BYTES:
-        raise UsageError(f"{path} has over {_MAX_BYTES >> 20} MB; split it into several files")
-    try:
-        lines = data.decode().splitlines()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8") from None
     jobs: list[Job] = []
     taken: dict[Path, str] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, values in read_prompt_lines(path):
         name, output = f"line {number}", folder / f"{number:05d}{suffix}"
         options: RunOptions | WanxError
         try:
-            values = parse_json_object(line.encode(), path)
+            if isinstance(values, WanxError):
+                raise values
             output = folder / _output(values.pop("output", output.name))
             if output in taken:
                 raise UsageError(f"output {output.name} is already that of {taken[output]}")
@@ -97,8 +92,6 @@ def read_jobs(path: Path, folder: Path, defaults: RunOptions, suffix: str) -> li
             options = error
         taken[output] = name
         jobs.append(Job(name=name, output=output, options=options))
-    if not jobs:
-        raise UsageError(f'{path} has no lines; write one object a line, such as {{"prompt": "…"}}')
     return jobs
 
 
@@ -124,68 +117,59 @@ def run_jobs(
         CancelledError: ``cancelled`` said so; the jobs that are left do not run.
     """
     for number, job in enumerate(jobs):
-        if resume and job.output.exists():
+        if resume and os.path.isfile(job.output):  # unlike Path.is_file, False for any bad name
             yield Outcome(job=job)
             continue
         on_start(number, job)
-        try:
-            if isinstance(job.options, WanxError):
-                raise job.options
-            result = pipeline.run(job.options, output=job.output, **runtime)
-            yield Outcome(job=job, result=result)
-        except CancelledError:
-            raise
-        except WanxError as error:
-            yield Outcome(job=job, error=error)
+        yield _run_job(pipeline, job, runtime)
+
+
+def _run_job(pipeline: Pipeline, job: Job, runtime: dict[str, Any]) -> Outcome:
+    try:
+        if isinstance(job.options, WanxError):
+            raise job.options
+        return Outcome(job=job, result=pipeline.run(job.options, output=job.output, **runtime))
+    except CancelledError:
+        raise
+    except WanxError as error:
+        return Outcome(job=job, error=error)
+    except Exception as error:  # a fault of ours in one video must not cost the others
+        reason = " ".join(str(error).split())
+        fault = WanxError(f"unexpected {type(error).__name__}: {reason}; please report it")
+        fault.__cause__ = error
+        return Outcome(job=job, error=fault)
 
 
 def _output(name: object) -> str:
-    if not isinstance(name, str) or Path(name).name != name or name.startswith("."):
-        raise UsageError(f"output is {name!r}; give the name of a file, without folders")
+    """Check the name of a line's output, which is printed and joined to a folder."""
+    if not isinstance(name, str) or not name or Path(name).name != name or name.startswith("."):
+        raise UsageError(f"output is {name!r:.80}; give the name of a file, without folders")
+    if any(unicodedata.category(character) in _UNPRINTABLE for character in name):
+        raise UsageError(f"output is {name!a:.80}; give a name of printable characters")
+    if len(os.fsencode(name)) > MAX_NAME_BYTES:
+        raise UsageError(
+            f"output is {name[:40]!r}…, {len(os.fsencode(name))} bytes long; give a name of at "
+            f"most {MAX_NAME_BYTES} bytes"
+        )
     return name
 
 
 def _options(values: dict[str, Any], defaults: RunOptions, folder: Path) -> RunOptions:
+    values = {name: value for name, value in values.items() if value is not None}
     if "size" in values:
         width, height = parse_size(str(values.pop("size")))
         values |= {"width": width, "height": height}
-    unknown = [name for name in values if name not in _TYPES]
-    if unknown:
-        known = ", ".join(["output", "size", *sorted(_TYPES)])
-        raise UsageError(f"{unknown[0]!r} is not an option; choose from {known}")
-    for name, value in values.items():
-        if not isinstance(value, _TYPES[name]) or isinstance(value, bool):
-            raise UsageError(f"{name} is {value!r}; give {_WORDS[_TYPES[name]]}")
-    for name in FILE_OPTIONS & values.keys():
-        value = values[name]
-        if isinstance(value, str):
-            values[name] = folder / value
-        elif all(isinstance(item, str) for item in value):
-            values[name] = tuple(folder / item for item in value)
-        else:
-            raise UsageError(f"{name} is {value!r}; give names of files")
-    return replace(defaults, **values)
+    known = {option.name for option in fields(RunOptions)}
+    for name in values:
+        if name not in known:
+            choices = ", ".join(["output", "size", *sorted(known)])
+            raise UsageError(f"{name!r:.80} is not an option; choose from {choices}")
+    options = replace(defaults, **values)
+    paths: dict[str, Any] = {
+        name: _in_folder(values[name], folder) for name in FILE_OPTIONS & values.keys()
+    }
+    return replace(options, **paths)
 
 
-# In words, the types that a value may have in JSON.
-_WORDS: dict[tuple[type, ...], str] = {
-    (str,): "a text", (int,): "a whole number", (int, float): "a number", (list,): "a list",
-}  # fmt: skip
-
-
-def _json_types() -> dict[str, tuple[type, ...]]:
-    """Types that each option may have in JSON, from the fields of :class:`RunOptions`."""
-    types: dict[str, tuple[type, ...]] = {}
-    hints = get_type_hints(RunOptions)
-    for option in fields(RunOptions):
-        hint = hints[option.name]
-        if option.name in FILE_OPTIONS:
-            types[option.name] = (list,) if isinstance(option.default, tuple) else (str,)
-        elif float in (hint, *get_args(hint)):
-            types[option.name] = (int, float)
-        else:
-            types[option.name] = (int,) if int in (hint, *get_args(hint)) else (str,)
-    return types
-
-
-_TYPES = _json_types()
+def _in_folder(name: str | list[str], folder: Path) -> Path | list[Path]:
+    return folder / name if isinstance(name, str) else [folder / item for item in name]

@@ -3,13 +3,76 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from wanx.errors import UsageError
+
 ImageInput = str | os.PathLike[str] | NDArray[np.uint8]
 
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise _wrong_type(name, value, "a text")
+    return value
+
+
+def _whole_number(name: str, value: object) -> int:
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        number = int(value)
+    elif isinstance(value, Real) and not isinstance(value, bool) and float(value).is_integer():
+        number = int(float(value))
+    else:
+        raise _wrong_type(name, value, "a whole number")
+    if number.bit_length() > 64:  # Python refuses to print much longer ones
+        raise UsageError(f"{name} has {number.bit_length()} bits; give a number of 64 at most")
+    return number
+
+
+def _number(name: str, value: object) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise _wrong_type(name, value, "a number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise UsageError(f"{name} is over 1e308; give a smaller number") from None
+
+
+def _file(name: str, value: object) -> str | os.PathLike[str]:
+    if isinstance(value, (str, os.PathLike)) and isinstance(os.fspath(value), str):
+        return value
+    raise _wrong_type(name, value, "the name of a file")
+
+
+def _image(name: str, value: object) -> ImageInput:
+    return value if isinstance(value, np.ndarray) else _file(name, value)
+
+
+def _images(name: str, value: object) -> tuple[ImageInput, ...]:
+    images = (str, os.PathLike, np.ndarray)
+    if isinstance(value, (list, tuple)) and all(isinstance(item, images) for item in value):
+        return tuple(_image(name, item) for item in value)
+    raise _wrong_type(name, value, "a list of names of files")
+
+
+def _wrong_type(name: str, value: object, expected: str) -> UsageError:
+    return UsageError(f"{name} is {' '.join(repr(value).split()):.80}; give {expected}")
+
+
+# The check of each option's type; it gives the value that is kept.
+_CHECKS: dict[str, Callable[[str, object], Any]] = (
+    dict.fromkeys(("prompt", "negative_prompt", "solver"), _text)
+    | dict.fromkeys(("width", "height", "frames", "fps", "steps", "seed"), _whole_number)
+    | dict.fromkeys(("guide_scale", "shift", "vace_scale"), _number)
+    | dict.fromkeys(("image", "last_image"), _image)
+    | dict.fromkeys(("video", "mask"), _file)
+    | {"references": _images}
+)
 
 # Metadata of options: those that name files, and flags that are not simply the option's name.
 _FILE = {"file": True}
@@ -18,7 +81,10 @@ _SIZE = {"flag": "--size"}
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Options of a run as the user gave them; None takes the bundle's default.
+    """Options of a run as the user gave them; None takes the default.
+
+    Types are checked here for the command line, prompts files and Python alike. A whole number may
+    be a float, and any number one of numpy.
 
     Attributes:
         prompt: what the video shows.
@@ -39,6 +105,9 @@ class RunOptions:
         mask: video that is white where ``video`` is to be drawn anew (vace).
         references: images of what the video shows (vace).
         vace_scale: weight of the control; 1 if left out (vace).
+
+    Raises:
+        UsageError: a value is of another type.
     """
 
     prompt: str | None = None
@@ -58,6 +127,12 @@ class RunOptions:
     mask: str | os.PathLike[str] | None = field(default=None, metadata=_FILE)
     references: tuple[ImageInput, ...] = field(default=(), metadata=_FILE | {"flag": "--reference"})
     vace_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            value = getattr(self, option.name)
+            checked = option.default if value is None else _CHECKS[option.name](option.name, value)
+            object.__setattr__(self, option.name, checked)
 
 
 # The options that name files.

@@ -116,6 +116,7 @@ class Pipeline:
             path = check_output(
                 output, width=run.width, height=run.height, frames=run.frames, overwrite=overwrite
             )
+            self._writer(path, run, {})  # refuses now what the format cannot hold
         parts = RunParts.of(self.bundle, threads=self.threads, vram_budget=self.vram_budget)
         timer = parts.timer
         cut: dict[str, str] = {}
@@ -143,7 +144,7 @@ class Pipeline:
                 pixels = np.concatenate(list(frames))
             else:
                 pixels = None
-                self._write(frames, path, run, cut, timer)
+                _write(frames, self._writer(path, run, cut), timer)
         return Generation(
             options=run, stages=tuple(timer.stages), path=path, frames=pixels, cut=cut
         )
@@ -162,31 +163,11 @@ class Pipeline:
         options = {name: value for name, value in asdict(run).items() if value is not None}
         return facts | {name: str(value) for name, value in options.items()}
 
-    def _write(
-        self,
-        frames: Iterator[Pixels],
-        path: Path,
-        run: ResolvedRun,
-        cut: Mapping[str, str],
-        timer: StageTimer,
-    ) -> None:
+    def _writer(self, path: Path, run: ResolvedRun, cut: Mapping[str, str]) -> VideoWriter:
+        """Prepare to write a run's video; refuses what the format cannot hold, opens nothing."""
         kept = {f"{option}_tokens": text for option, text in cut.items()}
-        with ExitStack() as stack:
-            with timer.writing():
-                writer = stack.enter_context(
-                    VideoWriter(
-                        path,
-                        run.width,
-                        run.height,
-                        fps=run.fps,
-                        metadata=self.provenance(run) | kept,
-                    )
-                )
-            for chunk in frames:
-                with timer.writing():
-                    writer.write(chunk)
-            with timer.writing():
-                stack.close()
+        metadata = self.provenance(run) | kept
+        return VideoWriter(path, run.width, run.height, fps=run.fps, metadata=metadata)
 
 
 _RUNTIME_KEYWORDS = {"output", "overwrite", "on_step", "cancelled", "progress"}
@@ -228,3 +209,14 @@ def _decode(
 
     yield from parts.decode(latent, check.convert, after_frame)
     check.finish()
+
+
+def _write(frames: Iterator[Pixels], writer: VideoWriter, timer: StageTimer) -> None:
+    with ExitStack() as stack:
+        with timer.writing():
+            stack.enter_context(writer)
+        for chunk in frames:
+            with timer.writing():
+                writer.write(chunk)
+        with timer.writing():
+            stack.close()

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -126,3 +127,35 @@ def test_one_image_holds_one_frame(tmp_path: Path) -> None:
 def test_checking_leaves_nothing(tmp_path: Path) -> None:
     check_output(tmp_path / "a.mp4", **SIZE)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("a" * 252 + ".mp4", 256), ("猫" * 84 + ".mp4", 256), ("x" * 5000 + ".gif", 5004)],
+)
+def test_a_name_that_is_too_long(tmp_path: Path, name: str, size: int) -> None:
+    with pytest.raises(OSError, match="too long"):  # what the file system itself says
+        (tmp_path / name).touch()
+    with pytest.raises(UsageError, match=f"{size} bytes long; .* takes 255 at most"):
+        check_output(tmp_path / name, **SIZE)
+
+
+@pytest.mark.parametrize("name", ["a" * 251 + ".mp4", "猫" * 83 + "ab.mp4"])
+def test_the_longest_names(tmp_path: Path, name: str) -> None:
+    assert len(os.fsencode(name)) == 255
+    check_output(tmp_path / name, **SIZE).touch()
+
+
+def test_a_path_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(25):  # longer than a path may be, so it must be entered step by step
+        os.mkdir("f" * 200)
+        os.chdir("f" * 200)
+    with pytest.raises(UsageError, match="bytes long with its folder"):
+        check_output("a.mp4", **SIZE)
+
+
+@pytest.mark.parametrize("name", ["\ud800.mp4", "folder\udfff/a.mp4", b"a.mp4", 3, None])
+def test_what_no_file_is_called(name: Any) -> None:
+    with pytest.raises(UsageError, match="the output"):
+        check_output(name, **SIZE)

@@ -12,6 +12,8 @@ from wanx.errors import UsageError, WanxError
 # Bytes per pixel of each format: twice a detailed scene at quality 8 for the two video codecs, and
 # a GIF or PNG that hardly compresses.
 BYTES_PER_PIXEL = {".mp4": 0.5, ".webm": 0.5, ".gif": 1.0, ".png": 3.0}
+MAX_NAME_BYTES = 255  # of the file systems in use; they are asked for their own limit too
+_TEMPORARY_NAME_BYTES = len(".wanx-.tmp") + 32
 _OVERHEAD = 2**20
 
 
@@ -22,12 +24,19 @@ def resolve_output(path: str | os.PathLike[str]) -> Path:
     option; an absolute path is neither.
 
     Raises:
-        UsageError: The name looks like a protocol, holds a NUL character, or its extension is not
-            one of ``BYTES_PER_PIXEL``.
+        UsageError: The name looks like a protocol, holds a NUL character or half a surrogate, or
+            its extension is not one of ``BYTES_PER_PIXEL``.
     """
-    name = os.fspath(path)
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(name := os.fspath(path), str):
+        raise UsageError(f"the output is {path!r:.80}; give the name of a file")
     if "\0" in name:
         raise UsageError(f"the output name {name!r} holds a NUL character; remove it")
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"the output name {name!a} has characters that no file name can have; choose another"
+        ) from None
     if ":" in os.path.splitdrive(name)[1].split("/")[0]:
         raise UsageError(
             f"the output name {name!r} looks like a URL or protocol and only files are written; "
@@ -57,14 +66,15 @@ def check_output(
         The absolute path.
 
     Raises:
-        UsageError: The name is refused by ``resolve_output``, the folder is missing or cannot be
-            written to, something is in the way, or a ``.png`` is to hold several frames.
+        UsageError: The name is refused by ``resolve_output`` or too long, the folder is missing or
+            cannot be written to, something is in the way, or a ``.png`` is to hold several frames.
         WanxError: The disk is too full for the size to expect.
     """
     target = resolve_output(path)
     suffix = target.suffix.lower()
     if suffix == ".png" and frames > 1:
         raise UsageError(f"{path} can hold one frame, not {frames}; use .mp4, .webm or .gif")
+    _check_length(target)
     if not target.parent.is_dir():
         raise UsageError(f"the folder {target.parent} does not exist; create it first")
     if os.path.lexists(target):
@@ -87,3 +97,24 @@ def check_output(
             f"{expected / 1e6:.1f} MB; free some space or choose another folder"
         )
     return target
+
+
+def _check_length(target: Path) -> None:
+    name_bytes, path_bytes = len(os.fsencode(target.name)), len(os.fsencode(target))
+    try:
+        most_name = os.pathconf(target.parent, "PC_NAME_MAX")
+        most_path = os.pathconf(target.parent, "PC_PATH_MAX")
+    except (AttributeError, OSError, ValueError):  # Windows has none, some file systems no answer
+        most_name, most_path = MAX_NAME_BYTES, 4096
+    if name_bytes > most_name:
+        raise UsageError(
+            f"the output name {target.name[:40]!r}… is {name_bytes} bytes long; the folder "
+            f"{target.parent} takes {most_name} at most"
+        )
+    # The hidden file that is written first may have a longer name.
+    most_path -= 1 + max(0, _TEMPORARY_NAME_BYTES - name_bytes)
+    if path_bytes > most_path:
+        raise UsageError(
+            f"the output {str(target)[:40]!r}… is {path_bytes} bytes long with its folder; choose "
+            f"{most_path} at most"
+        )
