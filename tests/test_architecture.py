@@ -31,7 +31,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     *("__main__", "cli", "commands", "", "benchmarks", "exporter", "models", "kernels"),
     *("checkpoints", "accuracy", "runtime", "builtin", "bundle", "files", "config"),
-    *("interruption", "memory_size", "progress", "version", "errors"),
+    *("interruption", "memory_size", "privacy", "progress", "version", "errors"),
 )
 # Parts that PyTorch belongs to; the installation without extras cannot import them.
 EXPORTER = {"exporter", "kernels", "models", "checkpoints"}

@@ -20,6 +20,7 @@ from wanx.errors import (
     UsageError,
     WanxError,
 )
+from wanx.privacy import disable_telemetry
 from wanx.progress import Progress, no_progress
 from wanx.version import __version__
 
@@ -53,6 +54,9 @@ __all__ = [
     "plan_export",
     "verify",
 ]
+
+# Here, since every module of wanx is imported after this one, in worker processes too.
+disable_telemetry()
 
 
 def load(

@@ -3,8 +3,10 @@
 import string
 
 import pytest
-from data import all_scenes
+from data import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, all_scenes
 from vocabulary import SPECIALS, build_tokenizer, pieces
+
+from wanx.builtin import prompts
 
 PROMPTS = [
     "a red circle moving right on a blue background",
@@ -50,3 +52,9 @@ def test_ascii_has_no_unknown_characters():
 
 def test_empty_prompt_is_the_end_alone():
     assert build_tokenizer().encode("").ids == [1]
+
+
+def test_the_package_tells_the_words_of_the_captions():
+    told = prompts.SHAPES, prompts.COLOURS, prompts.DIRECTIONS, prompts.BACKGROUNDS
+    assert told == tuple(map(tuple, (SHAPES, COLOURS, DIRECTIONS, BACKGROUNDS)))
+    assert [prompts.unknown_words(scene.caption) for scene in all_scenes()] == [[]] * 276

@@ -41,7 +41,9 @@ def _convert_sentencepiece(source: Path) -> bytes:
     open_input(source).close()
     try:
         transformers = importlib.import_module("transformers")
-        tokenizer = transformers.T5TokenizerFast.from_pretrained(source.parent)
+        tokenizer = transformers.T5TokenizerFast.from_pretrained(
+            source.parent, local_files_only=True
+        )
         text: str = tokenizer.backend_tokenizer.to_str()
     except ImportError:  # of transformers, or of what it reads the model with
         raise EnvironmentMismatchError(

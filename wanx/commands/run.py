@@ -97,7 +97,10 @@ def run(
 ) -> None:
     """Generate a video from a prompt, and from images or videos where the task takes them.
 
-    Options that are left out take the bundle's defaults.
+    Options that are left out take the bundle's defaults. The built-in tiny models know prompts of
+    the form "a COLOUR SHAPE moving DIRECTION on a BACKGROUND background" only: colours red, green,
+    blue, yellow, purple, orange; shapes circle, square, triangle; directions left, right, up, down;
+    backgrounds black, white, gray, blue.
     """
     import wanx
     from wanx.commands.display.generation import log_lines, print_generation, progress_bars

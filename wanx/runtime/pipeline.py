@@ -6,6 +6,7 @@ of its largest component.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from wanx.builtin.prompts import prompt_warning
 from wanx.bundle.reader import Bundle
 from wanx.errors import CancelledError
 from wanx.progress import Progress, no_progress, step_counter
@@ -32,6 +34,8 @@ from wanx.runtime.stages import Stage, StageTimer
 
 Float32 = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
+_log = logging.getLogger("wanx.runtime")
+
 OnStep = Callable[[int, int, Float32], None]
 
 
@@ -117,6 +121,8 @@ class Pipeline:
                 output, width=run.width, height=run.height, frames=run.frames, overwrite=overwrite
             )
             self._writer(path, run, {})  # refuses now what the format cannot hold
+        if warning := prompt_warning(self.bundle.manifest, run.prompt):
+            _log.warning(warning)
         parts = RunParts.of(self.bundle, threads=self.threads, vram_budget=self.vram_budget)
         timer = parts.timer
         cut: dict[str, str] = {}

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from wanx.builtin.prompts import prompt_hint
 from wanx.bundle.reader import Bundle, FileCheck
 from wanx.commands.display.lines import format_bytes, format_seconds, progress_lines
 from wanx.interruption import cleanup_on_sigint
@@ -89,11 +90,9 @@ def log_lines(quiet: bool, name: str) -> Iterator[None]:
     """Show the messages of a logger on stderr; with ``quiet`` only warnings."""
     logger = logging.getLogger(name)
     handler, level = _StderrHandler(), logger.level
-    if quiet:
-        yield
-        return
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    if not quiet:
+        logger.setLevel(logging.INFO)
     try:
         yield
     finally:
@@ -138,6 +137,8 @@ def print_bundle(bundle: Bundle) -> None:
         f"defaults: {defaults.width}x{defaults.height}, {defaults.frames} frames, "
         f"{defaults.steps} steps, guide scale {defaults.guide_scale:g}, shift {defaults.shift:g}"
     )
+    if hint := prompt_hint(manifest):
+        STDOUT.print(f"prompts: {hint}")
     source = manifest.provenance
     STDOUT.print(
         f"made by wanx {manifest.wanx_version} from {source.source} ({source.source_layout} "

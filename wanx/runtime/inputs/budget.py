@@ -15,7 +15,7 @@ MAX_SECONDS = 60.0
 
 
 class Budget:
-    """What remains to be spent on one pass over a file."""
+    """Remaining budget of one pass over a file."""
 
     def __init__(self, path: Path) -> None:
         """Start with all of it; ``path`` is named where it does not suffice."""
