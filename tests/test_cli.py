@@ -342,6 +342,14 @@ def test_a_read_only_bundle_runs(wanx: Wanx, bundle: Path) -> None:
             path.chmod(0o755 if path.is_dir() else 0o644)
 
 
+STOPPED = [
+    (signal.SIGINT, 130),
+    (signal.SIGTERM, 143),
+    (signal.SIGHUP, 129),
+    (signal.SIGKILL, -9),
+]
+
+
 def test_two_runs_share_a_bundle(bundle: Path, tmp_path: Path) -> None:
     runs = [start("run", bundle, PROMPT, "-o", f"{i}.gif", *SMALL, cwd=tmp_path) for i in (1, 2)]
     for run in runs:
@@ -350,7 +358,7 @@ def test_two_runs_share_a_bundle(bundle: Path, tmp_path: Path) -> None:
     assert (tmp_path / "1.gif").read_bytes() == (tmp_path / "2.gif").read_bytes()
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(("sent", "code"), STOPPED)
 def test_a_stopped_run_leaves_no_video(tmp_path: Path, sent: signal.Signals, code: int) -> None:
     program = (
         "from functools import partialmethod\n"
@@ -374,7 +382,7 @@ def test_a_stopped_run_leaves_no_video(tmp_path: Path, sent: signal.Signals, cod
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(("sent", "code"), STOPPED)
 def test_a_stopped_export_shows_no_bundle(tmp_path: Path, sent: signal.Signals, code: int) -> None:
     export = start("export", "-o", "bundle", cwd=tmp_path)
     deadline = time.monotonic() + 300
@@ -389,28 +397,75 @@ def test_a_stopped_export_shows_no_bundle(tmp_path: Path, sent: signal.Signals, 
     assert b"Traceback" not in error
     visible = [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")]
     assert visible == []
-    if sent == signal.SIGINT:
-        assert list(tmp_path.glob(".bundle*/*")) == []
+    if sent != signal.SIGKILL:
+        assert list(tmp_path.iterdir()) == []
+        return
+    left = sorted(path.name for path in tmp_path.glob(".bundle.wanx-*"))
+    assert len(left) == 1
+    assert left[0] in leftovers(tmp_path)
+    run = start("run", "tiny", PROMPT, "-q", "-o", "v.png", *ONE, cwd=tmp_path)
+    _, error = run.communicate(timeout=300)
+    assert (run.returncode, error) == (0, b"")
+    assert [path.name for path in tmp_path.iterdir()] == ["v.png"]
+    assert "no files" in leftovers(tmp_path)
 
 
-def test_stopped_while_encoding_leaves_no_video(tmp_path: Path) -> None:
-    """A plain MP4 is unreadable when its writer dies, so it must not have the asked name yet."""
+def leftovers(folder: Path) -> str:
+    """Return what ``wanx doctor`` says of the leftovers in a folder."""
+    doctor = start("doctor", "--json", cwd=folder)
+    out, error = doctor.communicate(timeout=300)
+    assert doctor.returncode == 0, error
+    (detail,) = (check["detail"] for check in json.loads(out) if check["name"] == "leftovers")
+    return str(detail)
+
+
+def start_writer(path: Path) -> subprocess.Popen[str]:
+    """Start a process that is writing a video when this returns, and for a minute."""
     program = (
         "import sys, time, numpy as np\n"
         "from wanx.runtime.output.video import VideoWriter\n"
         "with VideoWriter(sys.argv[1], 64, 64, metadata={}) as writer:\n"
-        "    writer.write(np.random.randint(0, 255, (9, 64, 64, 3), dtype=np.uint8))\n"
+        "    frames = 1 if sys.argv[1].endswith('png') else 9\n"
+        "    writer.write(np.random.randint(0, 255, (frames, 64, 64, 3), dtype=np.uint8))\n"
         "    print('writing', flush=True); time.sleep(60)\n"
     )
-    target = tmp_path / "v.mp4"
     child = subprocess.Popen(
-        [sys.executable, "-c", program, str(target)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True
     )
     assert child.stdout is not None
     assert child.stdout.readline() == "writing\n"
+    return child
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".gif", ".png"])
+def test_stopped_while_encoding_leaves_no_video(tmp_path: Path, suffix: str) -> None:
+    """A plain MP4 is unreadable when its writer dies, so it must not have the asked name yet.
+
+    The next command removes the file that grew; not that of a process that is alive.
+    """
+    target = tmp_path / f"v{suffix}"
+    child = start_writer(target)
     child.kill()
     child.wait()
     assert not target.exists()
+    (dead,) = tmp_path.iterdir()
+    os.utime(dead)  # young, which says nothing
+    (tmp_path / ".wanx-notes.tmp").write_text("not ours")
+    assert leftovers(tmp_path).startswith(f"killed commands left {dead.name};")
+    alive = start_writer(tmp_path / f"w{suffix}")
+    try:
+        assert not dead.exists()
+        (growing,) = tmp_path.glob(".wanx-*[0-9a-f].tmp")
+        os.utime(growing, (0, 0))  # old, which says nothing either
+        assert leftovers(tmp_path) == "no files of killed commands here"
+        run = start("run", "tiny", PROMPT, "-o", "r.png", *ONE, cwd=tmp_path)
+        _, error = run.communicate(timeout=300)
+        assert run.returncode == 0, error
+        assert growing.exists()
+        assert (tmp_path / ".wanx-notes.tmp").exists()
+    finally:
+        alive.kill()
+        alive.wait()
 
 
 def test_debugging_shows_the_traceback(tmp_path: Path) -> None:

@@ -8,19 +8,25 @@ from pathlib import Path
 
 import pytest
 
-from wanx.interruption import INTERRUPTED, cleanup_on_sigint, exit_on_sigint
+from wanx.interruption import (
+    INTERRUPTED,
+    cleanup_on_sigint,
+    exit_code,
+    exit_on_sigint,
+    interrupt_on_signals,
+)
 
 # The C library calls back into Python, which is interrupted there.
 PROGRAM = """
 import ctypes, os, signal, sys
 from contextlib import ExitStack
 from pathlib import Path
-from wanx.interruption import exit_on_sigint, cleanup_on_sigint
+from wanx.interruption import cleanup_on_sigint, exit_on_sigint, interrupt_on_signals
 
 @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 def compare(a, b):
     try:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), getattr(signal, sys.argv[3]))
     except KeyboardInterrupt:
         print("raised")
         raise
@@ -35,6 +41,7 @@ def fails():
     raise RuntimeError
 
 with ExitStack() as stack:
+    stack.enter_context(interrupt_on_signals())
     if sys.argv[2] == "ends":
         stack.enter_context(exit_on_sigint())
     stack.enter_context(cleanup_on_sigint(lambda: undo("first ")))
@@ -46,21 +53,27 @@ with ExitStack() as stack:
 """
 
 
-def start(tmp_path: Path, how: str) -> "subprocess.CompletedProcess[str]":
+SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
+
+
+def start(tmp_path: Path, how: str, name: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path / "undone"), how],
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "undone"), how, name],
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
 
-def test_ends_inside_c_and_undoes_the_latest_first(tmp_path: Path) -> None:
-    done = start(tmp_path, "ends")
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{INTERRUPTED}\n")
+@pytest.mark.parametrize("name", SIGNALS)
+def test_ends_inside_c_and_undoes_the_latest_first(tmp_path: Path, name: str) -> None:
+    done = start(tmp_path, "ends", name)
+    code = 128 + signal.Signals[name]
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", f"{INTERRUPTED}\n")
     assert (tmp_path / "undone").read_text() == "fails first "
 
 
-def test_an_exception_would_not_have_ended_it(tmp_path: Path) -> None:
-    done = start(tmp_path, "raises")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_exception_would_not_have_ended_it(tmp_path: Path, name: str) -> None:
+    done = start(tmp_path, "raises", name)
     assert done.stdout == "raised\nwent on\n"
     assert not (tmp_path / "undone").exists()
 
@@ -74,3 +87,35 @@ def test_the_handler_before_comes_back(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), cleanup_on_sigint(lambda: undone.append("no")):
         os.kill(os.getpid(), signal.SIGINT)
     assert undone == []
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_signal_raises_once_and_its_handler_comes_back(name: str) -> None:
+    number = signal.Signals[name]
+    before = signal.getsignal(number)
+    cleaned_up = []
+
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), number)
+        finally:
+            if number != signal.SIGINT:  # a second Ctrl-C is of somebody who cannot wait
+                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), signal.SIGTERM)
+            cleaned_up.append(name)
+
+    with pytest.raises(KeyboardInterrupt), interrupt_on_signals():
+        work()
+    assert cleaned_up == [name]
+    assert exit_code() == 128 + number
+    assert signal.getsignal(number) == before
+
+
+def test_what_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with interrupt_on_signals(), exit_on_sigint():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -22,8 +22,8 @@ from wanx.commands.inspect import inspect
 from wanx.commands.options import option
 from wanx.commands.run import run
 from wanx.commands.verify import verify
-from wanx.errors import WanxError
-from wanx.interruption import EXIT_CODE, INTERRUPTED
+from wanx.errors import CancelledError, WanxError
+from wanx.interruption import INTERRUPTED, exit_code, interrupt_on_signals
 from wanx.version import __version__
 
 # Typer has no other name for the class of what its parser raises.
@@ -60,10 +60,10 @@ class _Group(TyperGroup):
             if os.environ.get("WANX_DEBUG"):
                 raise
             _say(f"error: {error}")
-            sys.exit(error.exit_code)
+            sys.exit(exit_code() if isinstance(error, CancelledError) else error.exit_code)
         except KeyboardInterrupt:
             _say(INTERRUPTED)
-            sys.exit(EXIT_CODE)
+            sys.exit(exit_code())
 
 
 app = typer.Typer(
@@ -83,7 +83,7 @@ for command in (export, build, run, compare, bench, inspect, verify, doctor):
 
 def main() -> None:
     """Run the command line; the entry point of ``wanx``."""
-    with lossless_streams():
+    with lossless_streams(), interrupt_on_signals():
         app(prog_name="wanx")
 
 

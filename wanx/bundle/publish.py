@@ -40,6 +40,7 @@ from wanx.interruption import cleanup_on_sigint
 _OLD = "wanx-old"
 _RECOVERY_SECONDS = 5.0
 _CLEANING_SECONDS = 0.3  # an opening may hold the lock for a moment, to remove what was left
+_LEFTOVER = re.compile(r"\.(.+)\.wanx-(?:\d+\.partial|old|old\.partial)")
 
 
 @contextmanager
@@ -220,6 +221,25 @@ def _require_writable(target: Path) -> None:
 
 def _temporary_manifest(folder: Path) -> Path:
     return folder / f".{MANIFEST}.partial"
+
+
+def find_leftovers(folder: Path, *, remove: bool = False) -> list[Path]:
+    """List what killed exports and builds left in ``folder``; remove it where asked.
+
+    A bundle that was moved out of the way is put back. What a living process writes is left alone.
+    """
+    leftovers: list[Path] = []
+    with suppress(OSError):
+        names = sorted(os.listdir(folder))
+        matches = [match for name in names if (match := _LEFTOVER.fullmatch(name))]
+        for name in dict.fromkeys(match[1] for match in matches):
+            with suppress(OSError, UsageError):  # read-only, or being written
+                target = _absolute(folder / name)
+                with _locked(target, timeout=0):
+                    leftovers += [folder / match[0] for match in matches if match[1] == name]
+                    if remove:
+                        _clean_up(target)
+    return leftovers
 
 
 def _clean_up(target: Path) -> None:

@@ -108,6 +108,7 @@ def bench(
     from wanx.benchmarks.speed.suite import BenchOptions
     from wanx.commands.display.generation import progress_bars
     from wanx.commands.display.speed import print_results
+    from wanx.commands.leftovers import find_leftovers
     from wanx.runtime.options import RunOptions
     from wanx.runtime.sizes import parse_size
 
@@ -119,6 +120,7 @@ def bench(
     )  # fmt: skip
     extras = Extras(roofline=roofline or profile, profile=profile, sweep=sweep is not None)
     command = shlex.join(["wanx", *sys.argv[1:]])
+    find_leftovers(output.absolute().parent, remove=True)
     with progress_bars(quiet) as progress:
         results = wanx.bench(
             *(bundles or []), output=output, options=options, extras=extras, command=command,

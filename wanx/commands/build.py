@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from wanx.commands.completion import complete_target
@@ -52,9 +53,11 @@ def build(
     """Build the engines of another target into a bundle, from the bundle alone."""
     import wanx
     from wanx.commands.display.generation import log_lines, print_bundle, progress_bars
+    from wanx.commands.leftovers import find_leftovers
     from wanx.exporter.targets.options import parse_workspace
     from wanx.runtime.sizes import parse_size
 
+    find_leftovers(Path(bundle).absolute().parent, remove=True)
     with exit_on_sigint(), progress_bars(quiet) as progress, log_lines(quiet, "wanx.exporter"):
         built = wanx.build(
             bundle,

@@ -59,6 +59,7 @@ def compare(
     from wanx.benchmarks.report.files import prepare_folder
     from wanx.commands.display.accuracy import print_comparison
     from wanx.commands.display.generation import progress_bars
+    from wanx.commands.leftovers import find_leftovers
     from wanx.runtime.sizes import parse_size
 
     if prompt is not None and prompts is not None:
@@ -66,6 +67,7 @@ def compare(
     if output is not None:
         prepare_folder(output)
     width, height = (None, None) if size is None else parse_size(size)
+    find_leftovers((output or Path("report")).absolute().parent, remove=True)
     with progress_bars(quiet) as progress:
         comparison = wanx.compare(
             candidate, reference, prompts=prompts, clips=clips, threads=threads, progress=progress,

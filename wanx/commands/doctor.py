@@ -53,6 +53,7 @@ def run_checks() -> list[CheckResult]:
         _export(),
         _gpu(),
         _compiler(),
+        _leftovers(Path.cwd()),
     ]
 
 
@@ -135,6 +136,18 @@ def _compiler() -> CheckResult:
             return CheckResult("c++", True, f"{name}, which --target aoti calls", required=False)
     detail = "no g++ or clang++; --target aoti needs one (apt install g++)"
     return CheckResult("c++", False, detail, required=False)
+
+
+def _leftovers(folder: Path) -> CheckResult:
+    from wanx.commands.leftovers import find_leftovers
+
+    paths = find_leftovers(folder)
+    if not paths:
+        return CheckResult("leftovers", True, "no files of killed commands here", required=False)
+    names = ", ".join(path.name for path in paths[:10])
+    more = f" and {len(paths) - 10} more" if len(paths) > 10 else ""
+    detail = f"killed commands left {names}{more}; the next wanx run or export here removes them"
+    return CheckResult("leftovers", False, detail, required=False)
 
 
 def _print(results: Sequence[CheckResult]) -> None:

@@ -125,6 +125,7 @@ def export(
     import wanx
     from wanx.commands.display.accuracy import print_quantization
     from wanx.commands.display.generation import print_bundle, print_estimate, progress_bars
+    from wanx.commands.leftovers import find_leftovers
     from wanx.exporter.calibration.options import CalibrationOptions
     from wanx.exporter.quantization.scheme import QUANTIZED, QuantizeOptions
     from wanx.runtime.sizes import parse_size
@@ -160,6 +161,7 @@ def export(
         else:
             print_estimate(resolved, needs)
         return
+    find_leftovers((output or Path("bundle")).absolute().parent, remove=True)
     with exit_on_sigint(), progress_bars(quiet) as progress:
         bundle = wanx.export(**options, progress=progress)
     if as_json:

@@ -104,6 +104,7 @@ def run(
     """
     import wanx
     from wanx.commands.display.generation import log_lines, print_generation, progress_bars
+    from wanx.commands.leftovers import find_leftovers
     from wanx.runtime.batch import read_jobs, seeds
     from wanx.runtime.options import RunOptions
     from wanx.runtime.sessions.device.vram_budget import parse_vram_budget
@@ -122,6 +123,7 @@ def run(
         raise UsageError("--count and --prompts do not go together; give each seed a line")
     budget = None if vram_budget is None else parse_vram_budget(vram_budget)
     load = partial(wanx.load, folder, threads=threads, vram_budget=budget)
+    find_leftovers((output or Path("out")).absolute().parent, remove=True)
     with log_lines(quiet, "wanx.runtime"):
         if prompts is not None:
             jobs = read_jobs(prompts, _batch_folder(output), options, suffix)

@@ -201,7 +201,7 @@ class _ImageFile:
     """One PNG."""
 
     def __init__(self, path: Path, comment: str) -> None:
-        self._stream: IO[bytes] = open(path, "xb")  # noqa: SIM115 - closed by finish and close
+        self._stream: IO[bytes] = open(path, "wb")  # noqa: SIM115 - closed by finish and close
         self._comment = comment
 
     def write(self, frame: NDArray[np.uint8]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import uuid
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -16,6 +16,7 @@ from wanx.errors import UsageError, WanxError
 from wanx.runtime.output.checks import resolve_output
 from wanx.runtime.output.encoding import MediaFile, MediaOptions, open_media
 from wanx.runtime.output.provenance import to_comment
+from wanx.runtime.output.temporary import create_temporary, find_leftovers
 
 
 class VideoWriter:
@@ -58,16 +59,19 @@ class VideoWriter:
             quality=quality,
             comment=to_comment(metadata or {}),
         )
-        self._temporary = self._path.with_name(f".wanx-{uuid.uuid4().hex}.tmp")
+        self._temporary: Path | None = None
+        self._lock: int | None = None
         self._file: MediaFile | None = None
         self._frames = 0
 
     def __enter__(self) -> Self:
+        find_leftovers(self._path.parent, remove=True)
         try:
             with self._errors():
+                self._temporary, self._lock = create_temporary(self._path.parent)
                 self._file = open_media(self._temporary, self._options)
         except BaseException:
-            self._temporary.unlink(missing_ok=True)
+            self._discard()
             raise
         return self
 
@@ -94,6 +98,7 @@ class VideoWriter:
         trace: TracebackType | None,
     ) -> None:
         assert self._file is not None
+        assert self._temporary is not None
         try:
             if kind is None:
                 if self._frames == 0:
@@ -107,7 +112,14 @@ class VideoWriter:
             try:
                 self._file.close()
             finally:
-                self._temporary.unlink(missing_ok=True)
+                self._discard()
+
+    def _discard(self) -> None:
+        if self._temporary is not None:
+            self._temporary.unlink(missing_ok=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
