@@ -45,7 +45,7 @@ def test_commands_and_code_run_in_order(tmp_path: Path) -> None:
     lines = [line for block in blocks("sh") for line in block.splitlines()]
     commands = [shlex.split(stand_in(line), comments=True) for line in lines]
     wanx = [words for words in commands if words and words[0] == "wanx"]
-    commands_shown = {"run", "export", "compare", "bench", "inspect", "verify", "doctor"}
+    commands_shown = {"run", "export", "build", "compare", "bench", "inspect", "verify", "doctor"}
     assert {words[1] for words in wanx} == commands_shown
     line = '{"prompt": "a cat", "seed": 7, "output": "cat.mp4"}'
     assert line in README
