@@ -27,6 +27,14 @@ def wanx(
     )  # fmt: skip
 
 
+def without_hint(stderr: bytes) -> bytes:
+    """The lines of ``stderr`` but for the one hint that the built-in model lacks TEXT's words."""
+    lines = stderr.splitlines(keepends=True)
+    hints = [line for line in lines if line.startswith(b"tiny does not know ")]
+    assert len(hints) <= 1
+    return b"".join(line for line in lines if line not in hints)
+
+
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_a_run_says_what_it_wrote_in_any_encoding(tmp_path: Path, encoding: str) -> None:
     name = f"{TEXT}.png"
@@ -91,7 +99,7 @@ def test_streams_that_fail_cost_no_video(
     # Two jobs, since the second one must not suffer from what the first one could not print.
     arguments = ["run", "tiny", TEXT, "--count", "2", *ONE]
     done = wanx(*arguments, cwd=tmp_path, redirect=redirect, python=python)
-    assert (done.returncode, done.stderr) == (code, error)
+    assert (done.returncode, without_hint(done.stderr)) == (code, error)
     assert {path.name for path in tmp_path.iterdir()} == {"v-1.png", "v-2.png"}
     for path in tmp_path.iterdir():
         assert read_metadata(path)["prompt"] == TEXT
@@ -110,4 +118,4 @@ def test_a_reader_that_leaves_costs_no_video(tmp_path: Path, stream: str) -> Non
     assert done.returncode == (1 if stream == "stdout" else 0)
     assert len(list(tmp_path.iterdir())) == 2
     if stream == "stdout":
-        assert done.stderr == b""
+        assert without_hint(done.stderr) == b""
