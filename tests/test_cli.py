@@ -271,6 +271,31 @@ def test_a_bad_value_in_the_environment_is_one_line(
     assert "(found 'many')" in result.error
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "tiny", PROMPT, *SMALL],
+        ["run", "--prompts", "p.jsonl"],
+        ["run", "tiny-i2v", PROMPT, "--image", "x.png"],
+        ["compare", "a", "b"],
+        ["bench", "tiny"],
+        ["inspect", "b"],
+        ["verify", "b"],
+    ],
+)
+def test_a_working_folder_that_is_gone_is_one_line(
+    wanx: Wanx, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    result = wanx(*arguments)
+    assert result.code in (1, 2)
+    assert result.error.startswith("error: ")
+    assert wanx("doctor").code == 0
+
+
 def test_no_command_shows_the_help(wanx: Wanx) -> None:
     result = wanx()
     assert result.code == 2

@@ -206,7 +206,7 @@ def test_leftovers_in_a_folder_that_cannot_be_written_do_not_matter(
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("wanx.bundle.publish.FileLock.acquire", refuse)
+    monkeypatch.setattr("wanx.bundle.recovery.FileLock.acquire", refuse)
     assert text_of(target) == "one"
     assert names(tmp_path) == [".b.wanx-123.partial", "b"]
 

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import pytest
 
 from tests.support.paths import ROOT
-from wanx.bundle import publish
+from wanx.bundle import recovery
 from wanx.bundle.manifest import Manifest, Provenance
 from wanx.bundle.publish import add_engines, publish_bundle, record_files, write_manifest
 from wanx.bundle.reader import open_bundle, read_bundle
@@ -397,13 +397,13 @@ def test_opening_waits_for_a_replacement_in_progress(
     export(tmp_path / "b", "one")
     process = start(tmp_path / "b", "after rename 1")
     killer = threading.Timer(0.5, process.kill)
-    acquire = publish.FileLock.acquire
+    acquire = recovery.FileLock.acquire
 
     def wait(lock: Any, *arguments: Any, **options: Any) -> Any:
         killer.start()
         return acquire(lock, *arguments, **options)
 
-    monkeypatch.setattr(publish.FileLock, "acquire", wait)
+    monkeypatch.setattr(recovery.FileLock, "acquire", wait)
     assert text_of(tmp_path / "b") == "one"
     killer.join()
     assert process.wait() == -signal.SIGKILL
@@ -538,6 +538,17 @@ def extend(target: Path, key: str, text: str, then: Callable[[], object] = lambd
         kept = {n: r for n, r in before.files.items() if not n.startswith("engines/")}
         files = kept | record_files(folder)
         commit(before.model_copy(update={"files": files, "target": "aoti"}))
+
+
+def test_listed_engines_are_never_replaced_by_others_of_their_name(tmp_path: Path) -> None:
+    target = tmp_path / "b"
+    export(target, "one")
+    extend(target, "key", "plan")
+    with pytest.raises(WanxError, match="lists other engines as key: export it again"):
+        extend(target, "key", "another plan")
+    assert (target / "engines/key/plan.json").read_text() == "plan"
+    open_bundle(target, verify="full")
+    assert names(tmp_path) == ["b"]
 
 
 def test_engines_are_added_and_replaced(tmp_path: Path) -> None:

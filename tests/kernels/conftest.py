@@ -2,79 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import onnx
-import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, helper
-from onnxscript import OnnxFunction
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tests.support.interpreter import DEVICE, patch_interpreter
+from tests.support.onnx_runs import run_function
 from wanx.kernels.launch import capture_launches, sm_of
 from wanx.kernels.registry import NODES
 
 patch_interpreter()
 
-TYPES = {
-    torch.float32: TensorProto.FLOAT,
-    torch.float16: TensorProto.FLOAT16,
-    torch.bfloat16: TensorProto.BFLOAT16,
-}
 # Largest relative error of rounding to nearest.
 ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 GUARD = 64  # elements on both sides of a tensor; keeps it aligned as kernels like it
 
 
-def _run_onnx(
-    function: OnnxFunction, inputs: Sequence[Tensor], outputs: int = 1, **attributes: Any
-) -> list[Tensor]:
-    """Run a model of one node; narrow types are cast inside, as numpy has no bfloat16."""
-    names = [f"x{i}" for i in range(len(inputs))]
-    results = [f"y{i}" for i in range(outputs)]
-    casts = [
-        helper.make_node("Cast", [f"{name}.wide"], [name], to=TYPES[value.dtype])
-        for name, value in zip(names, inputs, strict=True)
-    ]
-    node = helper.make_node(
-        function.name, names, [f"{name}.raw" for name in results], domain="wanx", **attributes
-    )
-    widen = [helper.make_node("Cast", [f"{n}.raw"], [n], to=TensorProto.FLOAT) for n in results]
-    graph = helper.make_graph(
-        [*casts, node, *widen],
-        "op",
-        [
-            helper.make_tensor_value_info(f"{name}.wide", TensorProto.FLOAT, value.shape)
-            for name, value in zip(names, inputs, strict=True)
-        ],
-        [
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, value.shape)
-            for name, value in zip(results, inputs, strict=False)
-        ],
-    )
-    model = helper.make_model(
-        graph,
-        functions=[function.to_function_proto()],
-        opset_imports=[helper.make_opsetid("", 23), helper.make_opsetid("wanx", 1)],
-        ir_version=10,
-    )
-    onnx.checker.check_model(model)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    feeds = {f"{n}.wide": v.float().numpy() for n, v in zip(names, inputs, strict=True)}
-    return [torch.from_numpy(value) for value in session.run(results, feeds)]
-
-
 @pytest.fixture
 def run_onnx() -> Callable[..., list[Tensor]]:
-    return _run_onnx
+    return run_function
 
 
 @pytest.fixture

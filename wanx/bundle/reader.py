@@ -28,8 +28,8 @@ from wanx.bundle.manifest import (
     Provenance,
     parse_manifest,
 )
-from wanx.bundle.publish import recover, remove_unlisted
 from wanx.bundle.record import printable
+from wanx.bundle.recovery import recover, remove_unlisted
 from wanx.errors import CorruptInputError, UsageError, WanxError
 
 __all__ = [

@@ -120,7 +120,7 @@ def bench(
     )  # fmt: skip
     extras = Extras(roofline=roofline or profile, profile=profile, sweep=sweep is not None)
     command = shlex.join(["wanx", *sys.argv[1:]])
-    find_leftovers(output.absolute().parent, remove=True)
+    find_leftovers(output.parent, remove=True)
     with progress_bars(quiet) as progress:
         results = wanx.bench(
             *(bundles or []), output=output, options=options, extras=extras, command=command,

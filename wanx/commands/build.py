@@ -57,7 +57,7 @@ def build(
     from wanx.exporter.targets.options import parse_workspace
     from wanx.runtime.sizes import parse_size
 
-    find_leftovers(Path(bundle).absolute().parent, remove=True)
+    find_leftovers(Path(bundle).parent, remove=True)
     with exit_on_sigint(), progress_bars(quiet) as progress, log_lines(quiet, "wanx.exporter"):
         built = wanx.build(
             bundle,

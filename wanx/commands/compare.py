@@ -67,7 +67,7 @@ def compare(
     if output is not None:
         prepare_folder(output)
     width, height = (None, None) if size is None else parse_size(size)
-    find_leftovers((output or Path("report")).absolute().parent, remove=True)
+    find_leftovers((output or Path("report")).parent, remove=True)
     with progress_bars(quiet) as progress:
         comparison = wanx.compare(
             candidate, reference, prompts=prompts, clips=clips, threads=threads, progress=progress,

@@ -46,14 +46,14 @@ def run_checks() -> list[CheckResult]:
     return [
         CheckResult("python", True, f"{platform.python_version()} on {platform.platform()}"),
         CheckResult("processor", True, f"{os.cpu_count()} cores, {_memory()}"),
-        CheckResult("disk", True, f"{shutil.disk_usage(Path.cwd()).free / 1e9:.0f} GB free here"),
+        CheckResult("disk", True, f"{shutil.disk_usage('.').free / 1e9:.0f} GB free here"),
         _check("onnxruntime", _onnxruntime),
         _check("video", _video),
         _check("built-in model", _builtin),
         _export(),
         _gpu(),
         _compiler(),
-        _leftovers(Path.cwd()),
+        _leftovers(Path()),
     ]
 
 

@@ -161,7 +161,7 @@ def export(
         else:
             print_estimate(resolved, needs)
         return
-    find_leftovers((output or Path("bundle")).absolute().parent, remove=True)
+    find_leftovers((output or Path("bundle")).parent, remove=True)
     with exit_on_sigint(), progress_bars(quiet) as progress:
         bundle = wanx.export(**options, progress=progress)
     if as_json:

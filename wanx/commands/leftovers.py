@@ -10,10 +10,10 @@ def find_leftovers(folder: Path, *, remove: bool = False) -> list[Path]:
 
     Locks tell what is left from what another process is writing.
     """
-    from wanx.bundle import publish
+    from wanx.bundle import recovery
     from wanx.runtime.output import temporary
 
     return [
         *temporary.find_leftovers(folder, remove=remove),
-        *publish.find_leftovers(folder, remove=remove),
+        *recovery.find_leftovers(folder, remove=remove),
     ]

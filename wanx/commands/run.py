@@ -123,7 +123,7 @@ def run(
         raise UsageError("--count and --prompts do not go together; give each seed a line")
     budget = None if vram_budget is None else parse_vram_budget(vram_budget)
     load = partial(wanx.load, folder, threads=threads, vram_budget=budget)
-    find_leftovers((output or Path("out")).absolute().parent, remove=True)
+    find_leftovers((output or Path("out")).parent, remove=True)
     with log_lines(quiet, "wanx.runtime"):
         if prompts is not None:
             jobs = read_jobs(prompts, _batch_folder(output), options, suffix)

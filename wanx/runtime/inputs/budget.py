@@ -47,10 +47,7 @@ class Budget:
         yield
         self._seconds += time.monotonic() - start
         if self._seconds > MAX_SECONDS:
-            raise UsageError(
-                f"{self._path} takes more than {MAX_SECONDS:g} s to decode; save it again, "
-                f"shorter or smaller"
-            )
+            raise _too_slow(self._path)
 
 
 class TimedReader(BufferedReader):
@@ -70,8 +67,11 @@ class TimedReader(BufferedReader):
             UsageError: The time is over.
         """
         if time.monotonic() > self._end:
-            raise UsageError(
-                f"{self._path} takes more than {MAX_SECONDS:g} s to decode; save it again, "
-                f"shorter or smaller"
-            )
+            raise _too_slow(self._path)
         return super().read(size)
+
+
+def _too_slow(path: Path) -> UsageError:
+    return UsageError(
+        f"{path} takes more than {MAX_SECONDS:g} s to decode; save it again, shorter or smaller"
+    )

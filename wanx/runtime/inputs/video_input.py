@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from wanx.errors import CorruptInputError, UsageError
 from wanx.runtime.inputs.budget import Budget
+from wanx.runtime.inputs.container_ends import gif_end, matroska_end, mov_end
 from wanx.runtime.inputs.image import MAX_PIXELS
 from wanx.runtime.inputs.resize import cover
 
@@ -244,13 +245,13 @@ def _demuxer(path: Path, file: BufferedReader) -> str:
     if head[:6] in (b"GIF87a", b"GIF89a") and len(head) > 10:
         # A larger GIF than FFmpeg can handle would come out as 0x0.
         _check_size(path, *(int.from_bytes(head[at : at + 2], "little") for at in (6, 8)))
-        name, end = "gif", _gif_end(file, head)
+        name, end = "gif", gif_end(file, head)
     elif head.startswith(b"\x1a\x45\xdf\xa3"):
-        name, end = "matroska", _matroska_end(head)
+        name, end = "matroska", matroska_end(head)
     elif head[:4] == b"RIFF" and head[8:11] == b"AVI":
         name, end = "avi", 8 + int.from_bytes(head[4:8], "little")
     elif head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide"):
-        name, end = "mov", _mov_end(file, size)
+        name, end = "mov", mov_end(file, size)
     else:
         reason = "it is neither mp4, mov, webm, mkv, avi nor gif" if size else "it is empty"
         raise _damaged(path, reason)
@@ -258,52 +259,3 @@ def _demuxer(path: Path, file: BufferedReader) -> str:
         raise _damaged(path, f"{size} bytes are there of at least {end}")
     file.seek(0)
     return name
-
-
-def _mov_end(file: BufferedReader, size: int) -> int:
-    """End of the last box with frames or their index; boxes are length, kind, contents."""
-    at = end = 0
-    while at + 8 <= size:
-        file.seek(at)
-        head = file.read(16)
-        length = int.from_bytes(head[:4], "big")
-        if length == 1:
-            length = int.from_bytes(head[8:16], "big")
-        if length < 8:  # 0 is a box that reaches to the end of the file
-            break
-        at += length
-        if head[4:8] in (b"moov", b"mdat", b"moof"):
-            end = at
-    return end
-
-
-def _matroska_end(head: bytes) -> int:
-    """End of the one segment behind the EBML header; 0 if it was streamed with unknown length."""
-
-    def skip_number(at: int) -> tuple[int, int]:
-        first = head[at] if at < len(head) else 0
-        width = 9 - first.bit_length()  # leading zeros count the bytes that follow
-        ones = (1 << 7 * width) - 1
-        number = int.from_bytes(head[at : at + width], "big") & ones
-        return at + width, 0 if number == ones else number
-
-    at, length = skip_number(4)
-    at, length = skip_number(at + length + 4)
-    return at + length if length else 0
-
-
-def _gif_end(file: BufferedReader, head: bytes) -> int:
-    """End of the trailer, or one byte more than there are if the file ends without one."""
-
-    def skip_table(flags: int) -> None:
-        file.seek(3 << (flags & 7) + 1 if flags & 0x80 else 0, os.SEEK_CUR)
-
-    file.seek(13)
-    skip_table(head[10])
-    while (block := file.read(1)) in (b"!", b","):
-        if block == b",":
-            skip_table((file.read(9) or b"\0")[-1])
-        file.seek(1, os.SEEK_CUR)  # label of an extension, code size of an image
-        while any(length := file.read(1)):
-            file.seek(length[0], os.SEEK_CUR)
-    return file.tell() if block else os.fstat(file.fileno()).st_size + 1

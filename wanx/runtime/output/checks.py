@@ -26,6 +26,7 @@ def resolve_output(path: str | os.PathLike[str]) -> Path:
     Raises:
         UsageError: The name looks like a protocol, holds a NUL character or half a surrogate, or
             its extension is not one of ``BYTES_PER_PIXEL``.
+        WanxError: It is relative to a working folder that is gone.
     """
     if not isinstance(path, (str, os.PathLike)) or not isinstance(name := os.fspath(path), str):
         raise UsageError(f"the output is {path!r:.80}; give the name of a file")
@@ -47,7 +48,13 @@ def resolve_output(path: str | os.PathLike[str]) -> Path:
         raise UsageError(
             f"the output {name!r} has no known extension; use one of {', '.join(BYTES_PER_PIXEL)}"
         )
-    return Path(os.path.realpath(folder or "."), file)
+    try:
+        return Path(os.path.realpath(folder or "."), file)
+    except OSError as error:
+        raise WanxError(
+            f"the working folder cannot be used ({error.strerror}): go to another one, or give "
+            f"the whole path of {name!r}"
+        ) from None
 
 
 def check_output(
