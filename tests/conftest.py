@@ -31,9 +31,10 @@ Export = Callable[..., "Bundle"]
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Remember nothing from other runs: neither which files are sound nor what was calibrated."""
+    """Remember nothing from other runs: which files are sound, calibration, compiled code."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        for name in ("XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+            patch.setenv(name, str(tmp_path_factory.mktemp("cache")))
         yield
 
 

@@ -16,7 +16,7 @@ import pytest
 import wanx
 from tests.bundle.test_publish import export, extend, names
 from tests.support.paths import ROOT
-from tests.support.users import not_root
+from tests.support.users import not_root, public_folder
 from wanx.builtin import builtin_bundle
 from wanx.bundle.manifest import FileRecord
 from wanx.bundle.publish import publish_bundle
@@ -79,24 +79,22 @@ def test_commands_on_a_read_only_bundle(read_only: Path, tmp_path: Path, command
 
 
 @pytest.mark.parametrize("closed", ["bundle", "parent"])
-def test_a_build_without_permission(tmp_path: Path, closed: str) -> None:
-    tmp_path.chmod(0o755)
-    for parent in tmp_path.parents[:2]:
-        parent.chmod(0o755)
-    target = tmp_path / "place/b"
-    export(target, "one")
-    folder = {"bundle": target, "parent": target.parent}[closed]
-    other = {"bundle": target.parent, "parent": target}[closed]
-    other.chmod(0o777)
-    folder.chmod(0o555)
-    before = open_bundle(target).hash
-    with not_root():
-        assert open_bundle(target, verify="full").hash == before
-        message = one_line(lambda: extend(target, "key", "one"))
-    assert message.startswith("cannot write ")
-    assert "Permission denied" in message
-    assert names(target.parent) == ["b"]
-    assert names(target) == ["manifest.json", "tokenizer", "weights"]
+def test_a_build_without_permission(closed: str) -> None:
+    with public_folder() as root:
+        target = root / "place/b"
+        export(target, "one")
+        folder = {"bundle": target, "parent": target.parent}[closed]
+        other = {"bundle": target.parent, "parent": target}[closed]
+        other.chmod(0o777)
+        folder.chmod(0o555)
+        before = open_bundle(target).hash
+        with not_root():
+            assert open_bundle(target, verify="full").hash == before
+            message = one_line(lambda: extend(target, "key", "one"))
+        assert message.startswith("cannot write ")
+        assert "Permission denied" in message
+        assert names(target.parent) == ["b"]
+        assert names(target) == ["manifest.json", "tokenizer", "weights"]
 
 
 CODES = [errno.EROFS, errno.EACCES, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ENOENT]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ from tests.support.checkpoints import (
     write_original,
     write_sparse,
 )
-from tests.support.users import not_root
+from tests.support.users import not_root, public_folder
 from wanx.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from wanx.config.models import PRESETS
 from wanx.errors import CorruptInputError, UsageError, WanxError
@@ -297,10 +295,8 @@ def test_a_tokenizer_that_git_lfs_left_behind(copied: Path) -> None:
 
 
 def test_an_unreadable_folder_is_one_line(copied: Path) -> None:
-    # Not below tmp_path, which its owner alone may enter.
-    with tempfile.TemporaryDirectory() as parent:
-        os.chmod(parent, 0o755)
-        folder = shutil.copytree(copied, Path(parent) / "copy")
+    with public_folder() as parent:
+        folder = shutil.copytree(copied, parent / "copy")
         for path in (folder, *folder.rglob("*")):
             path.chmod(0o755)
         open_checkpoint(folder)  # imports what another user may not read

@@ -1,8 +1,10 @@
 """Another user than root, whom no permission stops."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 @contextmanager
@@ -15,3 +17,11 @@ def not_root() -> Iterator[None]:
         yield
     finally:
         os.seteuid(user)
+
+
+@contextmanager
+def public_folder() -> Iterator[Path]:
+    """Make a folder that everybody may enter, which is not so of ``tmp_path``."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)

@@ -25,6 +25,7 @@ from tests.support.gpu_bench import CONFIG, MODEL, SIZE, run_one, tiny_bench
 from wanx.benchmarks.speed.roofline.gpu_peaks import COPY, EXACT_FP8, FP8
 from wanx.builtin import builtin_bundle
 from wanx.errors import EnvironmentMismatchError
+from wanx.exporter.partition.segments import Partition
 from wanx.kernels.attention.backends import AttentionBackend
 from wanx.kernels.attention.op import attention_reference
 
@@ -260,24 +261,24 @@ def test_commands_of_programs(tmp_path: Path) -> None:
 
 
 def test_a_program_is_compiled_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from wanx.exporter.targets import aoti
+    from wanx.exporter.targets.aoti import AotiBuilder
 
-    built = []
+    built: list[Partition] = []
 
-    def build(spec: object, dtype: torch.dtype, folder: Path) -> None:
-        built.append((spec, dtype))
+    def build(self: AotiBuilder, component: str, parts: Partition, folder: Path) -> None:
+        assert component == "dit"
+        built.append(parts)
         folder.mkdir()
 
-    monkeypatch.setattr(aoti, "build", build)
+    monkeypatch.setattr(AotiBuilder, "build", build)
     monkeypatch.setattr(sys, "argv", ["programs", "1.3B", "fp8", str(tmp_path / "1.3B-fp8")])
     programs.main()
     assert (tmp_path / "1.3B-fp8").is_dir()
-    ((spec, dtype),) = built
-    assert dtype == torch.bfloat16
-    with torch.device("meta"):
-        names = {name for name, _ in spec.module().named_parameters()}  # type: ignore[attr-defined]
-    assert "blocks.0.ffn.2.input_scale" in names
-    assert not any(name.startswith("blocks.1.") for name in names)
+    (parts,) = built
+    assert torch.bfloat16 in {item.dtype for item in parts.segments["block"].inputs}
+    assert [step.prefix for step in parts.steps if step.program == "block"] == ["blocks.0."]
+    names = {name for name, _ in parts.segments["block"].parameters}
+    assert "ffn.2.input_scale" in names
 
 
 def test_distances() -> None:

@@ -29,7 +29,8 @@ kernel_cases.gated_residual = lambda *_: os.abort()
 kernel_cases.rms_norm = lambda *_, **__: time.sleep(600)
 
 def selected(items, only):
-    return [replace(i, subject_seconds={seconds}) for i in catalog.selected(items, only)]
+    chosen = catalog.selected(items, only)
+    return [replace(item, seconds=1, max_seconds=600, subject_seconds={seconds}) for item in chosen]
 
 worker.selected = selected
 worker.main()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.users import not_root
+from tests.support.users import not_root, public_folder
 from wanx.errors import UsageError, WanxError
 from wanx.runtime.output.checks import check_output, resolve_output
 
@@ -87,15 +86,14 @@ def test_existing_files_need_permission(tmp_path: Path) -> None:
 
 
 def test_read_only_folder() -> None:
-    # Not below tmp_path, which its owner alone may enter.
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o777)
+    with public_folder() as folder:
+        folder.chmod(0o777)
         with not_root():
-            check_output(Path(folder) / "a.mp4", **SIZE)
-        os.chmod(folder, 0o555)
+            check_output(folder / "a.mp4", **SIZE)
+        folder.chmod(0o555)
         message = rf"cannot write to the folder {folder}: Permission denied"
         with not_root(), pytest.raises(UsageError, match=message):
-            check_output(Path(folder) / "a.mp4", **SIZE)
+            check_output(folder / "a.mp4", **SIZE)
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that takes no files")

@@ -129,7 +129,7 @@ def test_one_kernel_is_compiled_for_equal_nodes(monkeypatch: pytest.MonkeyPatch)
         size=4,
         warps=1,
         shared=0,
-        example_arguments=(),
+        arguments=(),
         grid=((1,), (1,), (1,)),
     )
     description = Description(op="f", inputs=(value,), outputs=(value,), variants=(variant,))

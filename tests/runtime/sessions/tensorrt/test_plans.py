@@ -76,7 +76,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, dict[str,
             write_engine(folder / f"{name}.engine", key, segment)
             programs[name] = Program(file=f"{name}.engine", weights=segment.weights)
         schedule = EngineSchedule(
-            compiler="tensorrt 99.0", device="sm89", input_dtypes=parts.types,
+            compiler="tensorrt 99.0", device="sm89", input_dtypes=parts.input_dtypes,
             batched=parts.batched,
             max_batched_tokens=BATCH_LIMIT, programs=programs, steps=parts.steps,
         )  # fmt: skip
