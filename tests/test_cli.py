@@ -82,6 +82,45 @@ def test_bare_run_uses_the_builtin_model_and_never_overwrites(wanx: Wanx, tmp_pa
         assert (tmp_path / name).exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "videos"),
+    [((), 3), (("--frames", "1"), 3), (("--count", "2", "--frames", "1"), 6)],
+    ids=["video", "image", "count"],
+)
+def test_runs_beside_each_other_take_names_of_their_own(
+    tmp_path: Path, options: tuple[str, ...], videos: int
+) -> None:
+    arguments = ("run", "tiny", PROMPT, "--json", "-q", *SMALL, *options)
+    processes = [start(*arguments, "--seed", seed, cwd=tmp_path) for seed in (10, 20, 30)]
+    outputs: dict[str, str] = {}
+    for process in processes:
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        facts = json.loads(out)
+        for fact in facts if isinstance(facts, list) else [facts]:
+            outputs[fact["output"]] = str(fact["options"]["seed"])
+    assert len(outputs) == videos
+    assert sorted(outputs) == sorted(str(path) for path in tmp_path.iterdir())
+    for path, seed in outputs.items():
+        assert read_metadata(Path(path))["seed"] == seed
+
+
+def test_two_workers_on_one_file_of_prompts_make_no_line_twice(tmp_path: Path) -> None:
+    lines = [{"prompt": PROMPT, "seed": seed} for seed in range(6)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    arguments = ("run", "--prompts", "p.jsonl", "-o", "many", "--json", "-q", *ONE)
+    results = []
+    for process in [start(*arguments, cwd=tmp_path) for _ in range(2)]:
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        results.append({fact["name"]: fact for fact in json.loads(out)})
+    for number in range(1, 7):
+        made = [result[f"line {number}"] for result in results]
+        assert sum("stages" in fact for fact in made) == 1
+    names = sorted(path.name for path in (tmp_path / "many").iterdir())
+    assert names == [f"{number:05d}.png" for number in range(1, 7)]
+
+
 def test_one_argument_is_a_bundle_or_a_prompt(wanx: Wanx, tmp_path: Path) -> None:
     assert wanx("run", PROMPT, "-o", "p.gif", *SMALL).code == 0
     assert read_metadata(tmp_path / "p.gif")["prompt"] == PROMPT

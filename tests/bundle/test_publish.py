@@ -18,12 +18,12 @@ from typing import Any, NoReturn
 import pytest
 
 from tests.support.paths import ROOT
-from wanx.bundle import recovery
 from wanx.bundle.manifest import Manifest, Provenance
 from wanx.bundle.publish import add_engines, publish_bundle, record_files, write_manifest
 from wanx.bundle.reader import open_bundle, read_bundle
 from wanx.config.models import PRESETS
 from wanx.errors import UsageError, WanxError
+from wanx.files import file_lock
 from wanx.files.checksum import sha256_file
 from wanx.files.disk import preflight_space
 
@@ -397,13 +397,13 @@ def test_opening_waits_for_a_replacement_in_progress(
     export(tmp_path / "b", "one")
     process = start(tmp_path / "b", "after rename 1")
     killer = threading.Timer(0.5, process.kill)
-    acquire = recovery.FileLock.acquire
+    acquire = file_lock.FileLock.acquire
 
     def wait(lock: Any, *arguments: Any, **options: Any) -> Any:
         killer.start()
         return acquire(lock, *arguments, **options)
 
-    monkeypatch.setattr(recovery.FileLock, "acquire", wait)
+    monkeypatch.setattr(file_lock.FileLock, "acquire", wait)
     assert text_of(tmp_path / "b") == "one"
     killer.join()
     assert process.wait() == -signal.SIGKILL

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import wanx
 from wanx.errors import CancelledError, UsageError, WanxError
 from wanx.runtime.batch import Job, read_jobs, run_jobs, seeds
 from wanx.runtime.options import RunOptions
+from wanx.runtime.output.claims import claimed
 from wanx.runtime.output.provenance import read_metadata
 from wanx.runtime.pipeline import Pipeline
 
@@ -194,6 +196,36 @@ def test_a_second_time_only_what_is_missing_is_made(pipeline: Pipeline, tmp_path
     assert (first.result, first.error) == (None, None)
     assert second.result is not None
     assert (folder / "00001.png").read_bytes() == b"finished"
+
+
+def test_what_another_worker_is_making_is_looked_at_again_at_the_end(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    jobs = jobs_of(tmp_path, *({"prompt": "a", "seed": seed} for seed in range(4)))
+    started: list[int] = []
+    with ExitStack() as finished, ExitStack() as died, claimed(jobs[2].output):
+        finished.enter_context(claimed(jobs[0].output))
+        died.enter_context(claimed(jobs[1].output))
+
+        def on_start(number: int, job: Job) -> None:
+            started.append(number)
+            if number == 3:
+                jobs[0].output.write_bytes(b"by the other")
+                finished.close()
+                died.close()
+
+        outcomes = list(run_jobs(pipeline, jobs, on_start, resume=True))
+    assert started == [3, 1]
+    assert [(o.job.name, o.result is not None, o.claimed) for o in outcomes] == [
+        ("line 4", True, False),
+        ("line 1", False, False),
+        ("line 2", True, False),
+        ("line 3", False, True),
+    ]
+    assert jobs[0].output.read_bytes() == b"by the other"
+    assert sorted(p.name for p in folder.iterdir()) == [f"0000{i}.png" for i in (1, 2, 4)]
 
 
 def test_seeds_follow_each_other(pipeline: Pipeline, tmp_path: Path) -> None:

@@ -9,17 +9,17 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from wanx.bundle.integrity import unlisted_engines
 from wanx.bundle.manifest import MANIFEST, Manifest, parse_manifest
 from wanx.bundle.record import printable
 from wanx.errors import UsageError, WanxError
 from wanx.files.disk import sync, translate_disk_errors
-from wanx.interruption import cleanup_on_sigint
+from wanx.files.file_lock import locked_file
 
 OLD = "wanx-old"
 _RECOVERY_SECONDS = 5.0
@@ -137,23 +137,16 @@ def locked(target: Path, timeout: float) -> Iterator[None]:
     Raises:
         UsageError: another process holds it.
     """
-    path = sibling(target, "lock")
-    lock = FileLock(path, timeout=timeout)
-    try:
-        lock.acquire()
-    except Timeout:
-        pids = [match[1] for name in _partials(target) if (match := re.search(r"-(\d+)\.", name))]
-        who = f" (pid {pids[0]})" if pids else ""
-        raise UsageError(
-            f"another export is writing {target}{who}: wait for it or choose another name"
-        ) from None
-    try:
-        with cleanup_on_sigint(path.unlink):
-            yield
-    finally:
-        with suppress(OSError):  # safe while held: filelock never grants a lock on an unlinked file
-            path.unlink()
-        lock.release()
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked_file(sibling(target, "lock"), timeout))
+        except Timeout:
+            pids = [m[1] for name in _partials(target) if (m := re.search(r"-(\d+)\.", name))]
+            who = f" (pid {pids[0]})" if pids else ""
+            raise UsageError(
+                f"another export is writing {target}{who}: wait for it or choose another name"
+            ) from None
+        yield
 
 
 def absolute(target: str | Path) -> Path:

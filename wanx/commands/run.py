@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -129,14 +128,14 @@ def run(
             jobs = read_jobs(prompts, _batch_folder(output), options, suffix)
             _run_jobs(load(), jobs, progress_bars(quiet), as_json, resume=True)
             return
-        if count > 1:
-            jobs = seeds(options, _numbered(output, Path(f"out{suffix}"), count))
-            _run_jobs(load(), jobs, progress_bars(quiet), as_json, resume=False)
-            return
-        with progress_bars(quiet) as progress:
-            pipeline = load()
-            path = output or _free_name(Path(f"out{suffix}"))
-            result = pipeline.run(options, output=path, progress=progress)
+        with _names(output, Path(f"out{suffix}"), count) as paths:
+            if count > 1:
+                jobs = seeds(options, paths)
+                _run_jobs(load(), jobs, progress_bars(quiet), as_json, resume=False)
+                return
+            with progress_bars(quiet) as progress:
+                pipeline = load()
+                result = pipeline.run(options, output=paths[0], progress=progress)
     if as_json:
         print_json(_generation_facts(result, pipeline))
     else:
@@ -176,6 +175,7 @@ def _run_jobs(
         print_json(
             [
                 {"name": outcome.job.name, "output": str(outcome.job.output)}
+                | ({"claimed": True} if outcome.claimed else {})
                 | ({"error": str(outcome.error)} if outcome.error else {})
                 | (_generation_facts(outcome.result, pipeline) if outcome.result else {})
                 for outcome in outcomes
@@ -227,19 +227,16 @@ def _batch_folder(output: Path | None) -> Path:
     return folder
 
 
-def _free_name(path: Path) -> Path:
-    number = 0
-    candidate = path
-    while os.path.lexists(candidate):
-        number += 1
-        candidate = path.with_stem(f"{path.stem}-{number}")
-    return candidate
+def _names(output: Path | None, default: Path, count: int) -> AbstractContextManager[list[Path]]:
+    """Names of the outputs: ``output``, or with -1, -2, … for several; without it, free ones.
 
+    Free ones are ``default`` with the next numbers, and nobody else takes them in the block.
+    """
+    from wanx.runtime.output.claims import claimed_names
 
-def _numbered(output: Path | None, default: Path, count: int) -> list[Path]:
-    """``output`` with -1, -2, …; without it, ``default`` with the next free numbers."""
     path = output or default
     numbers = (path.with_stem(f"{path.stem}-{i}") for i in itertools.count(1))
-    if output is None:
-        numbers = (candidate for candidate in numbers if not os.path.lexists(candidate))
-    return list(itertools.islice(numbers, count))
+    names = itertools.chain([path], numbers) if count == 1 else numbers
+    if output is not None:
+        return nullcontext(list(itertools.islice(names, count)))
+    return claimed_names(names, count)

@@ -13,6 +13,7 @@ from typing import Any
 from wanx.errors import CancelledError, UsageError, WanxError
 from wanx.runtime.options import FILE_OPTIONS, RunOptions
 from wanx.runtime.output.checks import MAX_NAME_BYTES
+from wanx.runtime.output.claims import claimed
 from wanx.runtime.pipeline import Generation, Pipeline
 from wanx.runtime.prompt_lines import read_prompt_lines
 from wanx.runtime.sizes import parse_size
@@ -39,11 +40,20 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Outcome of a job: a ``result``, an ``error``, or neither when its output was there."""
+    """Outcome of a job.
+
+    Attributes:
+        job: which.
+        result: the video; None where it failed, or was not made.
+        error: why it failed.
+        claimed: whether another process is making it; otherwise a job without result and error has
+            its output already.
+    """
 
     job: Job
     result: Generation | None = None
     error: WanxError | None = None
+    claimed: bool = False
 
 
 def seeds(options: RunOptions, outputs: Sequence[Path]) -> list[Job]:
@@ -108,20 +118,32 @@ def run_jobs(
     Args:
         pipeline: runs them.
         jobs: from :func:`seeds` or :func:`read_jobs`.
-        resume: leave an output that exists as it is: outputs appear whole or not at all, so it is
-            finished.
+        resume: leave an output that exists as it is (outputs appear whole or not at all, so it is
+            finished), and one that another process is making, which is looked at again at the end.
         on_start: called with the number, from 0, of each job that is about to run.
         runtime: keywords of :meth:`Pipeline.run`.
 
     Raises:
         CancelledError: ``cancelled`` said so; the jobs that are left do not run.
     """
-    for number, job in enumerate(jobs):
-        if resume and os.path.isfile(job.output):  # unlike Path.is_file, False for any bad name
-            yield Outcome(job=job)
-            continue
-        on_start(number, job)
-        yield _run_job(pipeline, job, runtime)
+    if not resume:
+        for number, job in enumerate(jobs):
+            on_start(number, job)
+            yield _run_job(pipeline, job, runtime)
+        return
+    waiting: list[tuple[int, Job]] = []
+    for last_time, numbered in ((False, enumerate(jobs)), (True, waiting)):
+        for number, job in numbered:
+            with claimed(job.output) as ours:
+                if os.path.isfile(job.output):  # unlike Path.is_file, False for any bad name
+                    yield Outcome(job=job)
+                elif ours:
+                    on_start(number, job)
+                    yield _run_job(pipeline, job, runtime)
+                elif last_time:
+                    yield Outcome(job=job, claimed=True)
+                else:
+                    waiting.append((number, job))
 
 
 def _run_job(pipeline: Pipeline, job: Job, runtime: dict[str, Any]) -> Outcome:

@@ -178,7 +178,8 @@ def print_outcome(outcome: Outcome, bundle: Bundle) -> None:
     elif outcome.error is not None:
         STDOUT.print(Text("failed", style="red"), f"{outcome.job.name}: {outcome.error}")
     else:
-        STDOUT.print(f"{outcome.job.output} is there; skipped")
+        why = "is being made by another process" if outcome.claimed else "is there"
+        STDOUT.print(f"{outcome.job.output} {why}; skipped")
 
 
 def print_outcomes(outcomes: Sequence[Outcome]) -> None:

@@ -1,6 +1,7 @@
-"""Hidden files that outputs grow in, with a lock that tells those of dead processes.
+"""Hidden files that outputs grow in, and the removal of those that dead processes left.
 
-The system frees a lock when its process dies, however it dies.
+Each has a lock, which the system frees when its process dies, however it dies. Claims are hidden
+files with a lock too (``wanx.runtime.output.claims``).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_NAME = re.compile(r"\.wanx-[0-9a-f]{32}\.tmp")
+_NAME = re.compile(r"\.wanx-[0-9a-f]{32}\.(tmp|lock)")
 
 
 def create_temporary(folder: Path) -> tuple[Path, int]:
