@@ -18,7 +18,7 @@ from tests.bundle.test_publish import export, extend, names, text_of
 from wanx.builtin import builtin_bundle
 from wanx.bundle.manifest import MANIFEST
 from wanx.bundle.publish import add_engines
-from wanx.bundle.reader import open_bundle, verify_bundle
+from wanx.bundle.reader import open_bundle, read_bundle, verify_bundle
 from wanx.errors import UsageError
 
 # Python's audit events of everything that changes a file system, and of opening files.
@@ -102,8 +102,8 @@ def add_engine(target: Path) -> None:
 
 def switch_target(target: Path) -> None:
     """Change nothing but the manifest, as ``wanx build --target cpu`` does."""
-    with add_engines(target) as (_, commit):
-        commit(open_bundle(target).manifest.model_copy(update={"target": "cpu"}))
+    with add_engines(bundle := open_bundle(target)) as (_, commit):
+        commit(bundle.manifest.model_copy(update={"target": "cpu"}))
 
 
 def prepare_nothing(target: Path) -> None:
@@ -126,7 +126,7 @@ def state(target: Path) -> object:
     except UsageError as error:
         assert "does not exist" in str(error)  # noqa: PT017
         return None
-    assert not any(check.problem for check in verify_bundle(target))
+    assert not any(check.problem for check in verify_bundle(read_bundle(target)))
     return bundle.manifest.target, bundle.manifest.files
 
 
@@ -189,7 +189,7 @@ def test_leftover_engines_of_older_versions(tmp_path: Path) -> None:
     expected = open_bundle(target, verify="full").hash
     (target / "engines/rtx-sm89-0123456789ab/dit").mkdir(parents=True)
     (target / "engines/rtx-sm89-0123456789ab/dit/plan.json").write_text(json.dumps({}))
-    assert not any(check.problem for check in verify_bundle(target))
+    assert not any(check.problem for check in verify_bundle(read_bundle(target)))
     assert open_bundle(target, verify="full").hash == expected
     assert names(target / "engines") == ["onnxruntime-cpu"]
 
@@ -206,7 +206,7 @@ def test_leftovers_in_a_folder_that_cannot_be_written_do_not_matter(
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("wanx.bundle.recovery.FileLock.acquire", refuse)
+    monkeypatch.setattr("wanx.files.file_lock.FileLock.acquire", refuse)
     assert text_of(target) == "one"
     assert names(tmp_path) == [".b.wanx-123.partial", "b"]
 
@@ -214,10 +214,11 @@ def test_leftovers_in_a_folder_that_cannot_be_written_do_not_matter(
 def test_what_a_living_process_is_writing_stays(tmp_path: Path) -> None:
     target = tmp_path / "b"
     export(target, "one")
-    with add_engines(target) as (folder, _):
+    with add_engines(open_bundle(target)) as (folder, _):
         (target / "engines/moved").mkdir(parents=True)
         assert text_of(target) == "one"
         assert folder.is_dir()
         assert (target / "engines/moved").is_dir()
+    del _  # which holds the bundle
     assert text_of(target) == "one"
     assert not (target / "engines/moved").exists()

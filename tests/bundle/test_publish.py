@@ -530,11 +530,12 @@ def test_a_disk_that_is_really_full(small_disk: Path) -> None:
 
 def extend(target: Path, key: str, text: str, then: Callable[[], object] = lambda: None) -> None:
     """Add one engine file, and leave out the engines that were there."""
-    with add_engines(target) as (folder, commit):
+    bundle = open_bundle(target)
+    with add_engines(bundle) as (folder, commit):
         (folder / f"engines/{key}").mkdir(parents=True)
         (folder / f"engines/{key}/plan.json").write_text(text)
         then()
-        before = open_bundle(target).manifest
+        before = bundle.manifest
         kept = {n: r for n, r in before.files.items() if not n.startswith("engines/")}
         files = kept | record_files(folder)
         commit(before.model_copy(update={"files": files, "target": "aoti"}))
@@ -556,8 +557,7 @@ def test_engines_are_added_and_replaced(tmp_path: Path) -> None:
     export(target, "one")
     for key in ("first", "second", "second"):
         extend(target, key, f"plan of {key}")
-        bundle = open_bundle(target, verify="full")
-        assert bundle.manifest.target == "aoti"
+        assert open_bundle(target, verify="full").manifest.target == "aoti"
         assert [p.name for p in (target / "engines").iterdir()] == [key]
         assert (target / "engines" / key / "plan.json").read_text() == f"plan of {key}"
     assert names(tmp_path) == ["b"]
@@ -589,10 +589,11 @@ def test_a_build_after_one_that_was_killed(tmp_path: Path) -> None:
     export(target, "one")
     (target / "engines/key").mkdir(parents=True)
     (target / "engines/key/plan.json").write_text("half")
-    with add_engines(target) as (folder, commit):
+    bundle = read_bundle(target)
+    with add_engines(bundle) as (folder, commit):
         (folder / "engines/key").mkdir(parents=True)
         (folder / "engines/key/plan.json").write_text("whole")
-        before = read_bundle(target).manifest
+        before = bundle.manifest
         commit(before.model_copy(update={"files": before.files | record_files(folder)}))
     assert open_bundle(target, verify="full").manifest.files.keys() >= {"engines/key/plan.json"}
 
@@ -600,7 +601,10 @@ def test_a_build_after_one_that_was_killed(tmp_path: Path) -> None:
 def test_building_while_exporting_is_refused(tmp_path: Path) -> None:
     target = tmp_path / "b"
     export(target, "one")
-    with add_engines(target), pytest.raises(UsageError, match="another export is writing"):
+    with (
+        add_engines(read_bundle(target)),
+        pytest.raises(UsageError, match="another export is writing"),
+    ):
         export(target, "two", force=True)
 
 

@@ -43,7 +43,7 @@ COMPONENTS = {
 @pytest.mark.parametrize(("task", "precision"), BUNDLES)
 def test_bundle_is_whole(task: str, precision: str, bundle_of: BundleOf) -> None:
     bundle = bundle_of(task, precision)
-    assert all(check.problem is None for check in verify_bundle(bundle.root))
+    assert all(check.problem is None for check in verify_bundle(bundle))
     assert bundle.manifest.precision == precision
     assert bundle.manifest.task == task
     assert bundle.manifest.provenance.source_layout == "diffusers"

@@ -23,7 +23,8 @@ def check_golden(
     """
     if GOLDEN not in bundle.manifest.files:
         return ()
-    samples = list(read_golden(bundle.root / GOLDEN).samples())
+    with bundle.names_in_errors():
+        samples = list(read_golden(bundle.held(GOLDEN)).samples())
     agreements = []
     with open_session(bundle, "dit", threads=threads) as session:
         for done, (step, branch, feeds) in enumerate(samples, 1):

@@ -58,15 +58,15 @@ def verify(
         WanxError: the manifest cannot be used.
     """
     folder = find_bundle(bundle)
-    total = read_bundle(folder).size_bytes
+    opened = read_bundle(folder)
     files = tuple(
         verify_bundle(
-            folder,
-            on_bytes=byte_counter(progress, "verify", total),
+            opened,
+            on_bytes=byte_counter(progress, "verify", opened.size_bytes),
             allow_hard_links=is_builtin(folder),
         )
     )
     steps: tuple[Agreement, ...] = ()
     if golden and not any(check.problem for check in files):
-        steps = check_golden(read_bundle(folder), threads=threads, progress=progress)
+        steps = check_golden(opened, threads=threads, progress=progress)
     return Verification(files=files, golden_steps=steps)

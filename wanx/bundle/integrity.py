@@ -29,12 +29,19 @@ def find_problems(
     root: Path,
     manifest: Manifest,
     verify: Verify,
+    digests: DigestCache,
     on_bytes: Callable[[int], None] | None,
     allow_hard_links: bool,
 ) -> Iterator[tuple[str, str]]:
     """Yield each problem of a bundle with the file it is about, the cheap checks first.
 
-    The arguments are those of ``wanx.bundle.reader.open_bundle``.
+    Args:
+        root: folder to read the bundle in.
+        manifest: of the bundle.
+        verify: as for ``wanx.bundle.reader.open_bundle``.
+        digests: of the bundle's files.
+        on_bytes: as for ``open_bundle``.
+        allow_hard_links: likewise.
     """
     files = manifest.files
     whole: list[str] = []
@@ -51,16 +58,15 @@ def find_problems(
 
     damaged: set[str] = set()
     if verify != "size":
-        cache = DigestCache(root)
         try:
             for name in whole:
                 record = files[name]
-                problem = _hash_problem(root, name, record, cache, verify == "auto", on_bytes)
+                problem = _hash_problem(root, name, record, digests, verify == "auto", on_bytes)
                 if problem:
                     damaged.add(name)
                     yield name, problem
         finally:
-            cache.save()
+            digests.save()
 
     for component in manifest.components.values():
         for graph in _graphs(component):
@@ -108,17 +114,17 @@ def _hash_problem(
     root: Path,
     name: str,
     record: FileRecord,
-    cache: DigestCache,
+    digests: DigestCache,
     trust_cache: bool,
     on_bytes: Callable[[int], None] | None,
 ) -> str | None:
     path = root / name
     try:
         before = path.stat()
-        digest = cache.digest(name, before) if trust_cache else None
+        digest = digests.digest(name, before) if trust_cache else None
         if digest is None:
             digest = sha256_file(path, on_bytes)
-            cache.record(name, before, path.stat(), digest)
+            digests.record(name, before, path.stat(), digest)
         elif on_bytes:
             on_bytes(record.size)
     except OSError as error:

@@ -6,7 +6,7 @@ Everything is written into a hidden sibling of the target and renamed at the end
     .b.lock                 held while an export runs; the system frees it when the process dies
     .b.wanx-<pid>.partial   the bundle being written
     .b.wanx-old             the bundle being replaced, whole, between two renames
-    .b.wanx-old.partial     the same on its way to deletion
+    .b.wanx-old.1.partial   the same on its way to deletion, which waits for those who read it
 
 Replacing renames ``b`` to ``.b.wanx-old``, the new bundle to ``b``, and only then deletes. A
 process killed at any point leaves either ``b`` whole, or no ``b`` and ``.b.wanx-old`` whole; the
@@ -27,6 +27,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from wanx.bundle.manifest import MANIFEST, FileRecord, Manifest
+from wanx.bundle.reader import Bundle
 from wanx.bundle.recovery import (
     OLD,
     abandon,
@@ -88,24 +89,26 @@ def publish_bundle(
 
 
 @contextmanager
-def add_engines(target: str | Path) -> Iterator[tuple[Path, Callable[[Manifest], None]]]:
-    """Yield an empty folder for engines to be added to the bundle ``target``, and what adds them.
+def add_engines(bundle: Bundle) -> Iterator[tuple[Path, Callable[[Manifest], None]]]:
+    """Yield an empty folder for engines to be added to a bundle, and what adds them.
 
     The block writes ``engines/<key>`` into the folder and calls the function with the new manifest.
-    Engines that it lists no more are deleted. If the block raises, the bundle stays as it was.
+    Engines that it lists no more are deleted, now or once nobody reads the bundle as it was. If the
+    block raises, the bundle stays as it was.
 
     Raises:
-        UsageError: another process is writing ``target``.
+        UsageError: another process is writing the bundle.
         WanxError: the disk is full or the place cannot be written.
     """
-    target = absolute(target)
+    target, directory = bundle.root, bundle.directory
+    assert directory is not None, "the bundle was not opened"
     folder = sibling(target, f"wanx-{os.getpid()}.partial")
 
     def commit(manifest: Manifest) -> None:
         engines = target / "engines"
         present = manifest_of(target).files
         engines.mkdir(exist_ok=True)
-        with cleanup_on_sigint(lambda: clear_unlisted(target)):
+        with cleanup_on_sigint(lambda: clear_unlisted(target, directory)):
             try:
                 for new in sorted((folder / "engines").glob("*")):
                     for path in (*new.rglob("*"), new):
@@ -126,7 +129,7 @@ def add_engines(target: str | Path) -> Iterator[tuple[Path, Callable[[Manifest],
                 sync(engines)
                 write_manifest(target, manifest)
             finally:
-                clear_unlisted(target)
+                clear_unlisted(target, directory)
 
     with (
         translate_disk_errors(target, folder, 0),

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from wanx.bundle.integrity import RECOPY_HINT, Verify, find_problems, regular_file_problem
@@ -31,6 +32,8 @@ from wanx.bundle.manifest import (
 from wanx.bundle.record import printable
 from wanx.bundle.recovery import recover, remove_unlisted
 from wanx.errors import CorruptInputError, UsageError, WanxError
+from wanx.files.checksum import DigestCache
+from wanx.files.held_directory import HeldDirectory
 
 __all__ = [
     "Bundle",
@@ -50,11 +53,37 @@ _MAX_MANIFEST_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle on disk; ``hash`` (SHA-256 of its manifest, hex) covers every byte of it."""
+    """A bundle on disk.
+
+    Attributes:
+        root: its folder.
+        manifest: what is in it.
+        hash: SHA-256 of the manifest in hex, which covers every byte of the bundle.
+        directory: keeps the files that were verified, even when the bundle is replaced.
+    """
 
     root: Path
     manifest: Manifest
     hash: str
+    directory: HeldDirectory | None = field(default=None, repr=False, compare=False)
+
+    def held(self, file: str | Path) -> Path:
+        """Path of one of the bundle's files that stays the same file as long as this object lives.
+
+        Args:
+            file: its name in the manifest, or its path below ``root``.
+        """
+        root = self.root if self.directory is None else self.directory.path
+        return root / (file if isinstance(file, str) else file.relative_to(self.root))
+
+    @contextmanager
+    def names_in_errors(self) -> Iterator[None]:
+        """Let errors name files as the user knows them, not by their held paths."""
+        try:
+            yield
+        except WanxError as error:
+            error.args = (str(error).replace(f"{self.held('')}", str(self.root)),)
+            raise
 
     def graph_path(self, component: str) -> Path:
         """The ONNX file of a component.
@@ -120,9 +149,7 @@ def open_bundle(
         EnvironmentMismatchError: a newer wanx wrote the bundle.
     """
     bundle = read_bundle(path)
-    for _, problem in find_problems(
-        bundle.root, bundle.manifest, verify, on_bytes, allow_hard_links
-    ):
+    for _, problem in _problems(bundle, verify, on_bytes, allow_hard_links):
         if read_bundle(path).hash != bundle.hash:  # replaced by an export while it was checked
             return open_bundle(
                 path, verify=verify, on_bytes=on_bytes, allow_hard_links=allow_hard_links
@@ -132,21 +159,14 @@ def open_bundle(
 
 
 def verify_bundle(
-    path: str | Path,
+    bundle: Bundle,
     *,
     on_bytes: Callable[[int], None] | None = None,
     allow_hard_links: bool = False,
 ) -> list[FileCheck]:
-    """Hash every file of a bundle and report on all of them, sorted by path.
-
-    Raises:
-        UsageError, CorruptInputError, EnvironmentMismatchError: the manifest cannot be used.
-    """
-    bundle = read_bundle(path)
+    """Hash every file of a bundle and report on all of them, sorted by path."""
     problem_by_file: dict[str, str] = {}
-    for name, problem in find_problems(
-        bundle.root, bundle.manifest, "full", on_bytes, allow_hard_links
-    ):
+    for name, problem in _problems(bundle, "full", on_bytes, allow_hard_links):
         problem_by_file.setdefault(name, problem)
     names = sorted({*bundle.manifest.files, *problem_by_file})
     return [FileCheck(name, problem_by_file.get(name)) for name in names]
@@ -164,22 +184,36 @@ def read_bundle(path: str | Path) -> Bundle:
         if not root.is_dir():
             what = "is a file, not a bundle's folder" if root.exists() else "does not exist"
             raise UsageError(f"{printable(path)} {what}: give a folder made by wanx export")
-        manifest = root / MANIFEST
-        if not os.path.lexists(manifest):
+        directory = HeldDirectory(root)
+        if not os.path.lexists(directory.path / MANIFEST):
             raise CorruptInputError(f"{root}: not a wanx bundle, it has no {MANIFEST}")
-        problem = regular_file_problem(root, MANIFEST, allow_hard_links=True)
+        problem = regular_file_problem(directory.path, MANIFEST, allow_hard_links=True)
         if problem:
             raise CorruptInputError(f"{root}: {problem}")
-        with manifest.open("rb") as file:
+        with (directory.path / MANIFEST).open("rb") as file:
             data = file.read(_MAX_MANIFEST_BYTES + 1)
     except ValueError:
         raise UsageError(f"{printable(path)} is not a possible path") from None
     except OSError as error:
         raise WanxError(f"{path} cannot be read: {error.strerror}") from None
+    manifest = root / MANIFEST
     if len(data) > _MAX_MANIFEST_BYTES:
         raise CorruptInputError(
             f"{manifest}: larger than {_MAX_MANIFEST_BYTES} bytes: {RECOPY_HINT}"
         )
-    bundle = Bundle(root, parse_manifest(data, manifest), hashlib.sha256(data).hexdigest())
-    remove_unlisted(root, bundle.manifest)
-    return bundle
+    parsed = parse_manifest(data, manifest)
+    remove_unlisted(root, parsed, directory)
+    return Bundle(root, parsed, hashlib.sha256(data).hexdigest(), directory)
+
+
+def _problems(
+    bundle: Bundle,
+    verify: Verify,
+    on_bytes: Callable[[int], None] | None,
+    allow_hard_links: bool,
+) -> Iterator[tuple[str, str]]:
+    """Yield the problems of a bundle; see :func:`find_problems`."""
+    digests = DigestCache(bundle.root)
+    return find_problems(
+        bundle.held(""), bundle.manifest, verify, digests, on_bytes, allow_hard_links
+    )

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -20,10 +21,11 @@ from wanx.bundle.record import printable
 from wanx.errors import UsageError, WanxError
 from wanx.files.disk import sync, translate_disk_errors
 from wanx.files.file_lock import locked_file
+from wanx.files.held_directory import HeldDirectory, delete_unless_held, is_held
 
 OLD = "wanx-old"
 _RECOVERY_SECONDS = 5.0
-_LEFTOVER = re.compile(r"\.(.+)\.wanx-(?:\d+\.partial|old|old\.partial)")
+_LEFTOVER = re.compile(r"\.(.+)\.wanx-(?:\d+\.partial|old|old\.\d+\.partial)")
 
 
 def recover(target: Path) -> None:
@@ -46,22 +48,28 @@ def recover(target: Path) -> None:
                 clean_up(target)
 
 
-def remove_unlisted(target: Path, manifest: Manifest) -> None:
+def remove_unlisted(target: Path, manifest: Manifest, directory: HeldDirectory) -> None:
     """Remove the engines that the manifest of a bundle does not list, and half a manifest.
 
-    Where another process is writing the bundle, or its folder cannot be written, nothing is done.
+    Where another process is writing or reading the bundle, or its folder cannot be written, nothing
+    is done.
     """
     if unlisted_engines(target, manifest.files) or temporary_manifest(target).exists():
         with suppress(OSError, WanxError), locked(target, timeout=0):
-            clear_unlisted(target)
+            clear_unlisted(target, directory)
 
 
-def clear_unlisted(target: Path) -> None:
-    """Remove what is not part of a bundle from its folder; the caller holds the lock."""
+def clear_unlisted(target: Path, directory: HeldDirectory) -> None:
+    """Remove what is not part of a bundle from its folder; the caller holds the lock.
+
+    Another process that reads the bundle may have opened it before they were left out.
+    """
     with suppress(OSError, WanxError):
-        for engines in unlisted_engines(target, manifest_of(target).files):
-            shutil.rmtree(engines, ignore_errors=True)
         temporary_manifest(target).unlink(missing_ok=True)
+        with directory.alone() as alone:
+            if alone:
+                for engines in unlisted_engines(target, manifest_of(target).files):
+                    shutil.rmtree(engines, ignore_errors=True)
 
 
 def manifest_of(target: Path) -> Manifest:
@@ -88,7 +96,8 @@ def find_leftovers(folder: Path, *, remove: bool = False) -> list[Path]:
             with suppress(OSError, UsageError):  # read-only, or being written
                 target = absolute(folder / name)
                 with locked(target, timeout=0):
-                    leftovers += [folder / match[0] for match in matches if match[1] == name]
+                    own = [folder / match[0] for match in matches if match[1] == name]
+                    leftovers += [path for path in own if not is_held(path)]
                     if remove:
                         clean_up(target)
     return leftovers
@@ -97,7 +106,7 @@ def find_leftovers(folder: Path, *, remove: bool = False) -> list[Path]:
 def clean_up(target: Path) -> None:
     """Remove what dead exports left; the caller holds the lock, so no other is alive."""
     for name in _partials(target):
-        shutil.rmtree(target.parent / name, ignore_errors=True)
+        delete_unless_held(target.parent / name)
     old = sibling(target, OLD)
     if old.is_dir():
         if not os.path.lexists(target):
@@ -115,10 +124,14 @@ def abandon(target: Path, folder: Path) -> None:
 
 
 def discard(old: Path) -> None:
-    """Delete a replaced bundle; renamed first, since ``.wanx-old`` promises a whole bundle."""
-    doomed = old.with_name(f"{old.name}.partial")
+    """Delete a replaced bundle, or leave it to its last reader's next command.
+
+    Renamed first, since ``.wanx-old`` promises a whole bundle.
+    """
+    names = (old.with_name(f"{old.name}.{number}.partial") for number in itertools.count(1))
+    doomed = next(name for name in names if not os.path.lexists(name))
     os.rename(old, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    delete_unless_held(doomed)
 
 
 def is_wanx_bundle(folder: Path) -> bool:
@@ -177,5 +190,5 @@ def sibling(target: Path, suffix: str) -> Path:
 
 
 def _partials(target: Path) -> list[str]:
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.wanx-(\d+|old)\.partial")
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.wanx-(\d+|old\.\d+)\.partial")
     return sorted(name for name in os.listdir(target.parent) if pattern.fullmatch(name))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wanx.commands.completion import complete_bundle
+from wanx.config.bounds import MAX_THREADS
 
 if TYPE_CHECKING:
     from wanx.bundle.reader import Bundle
@@ -21,7 +22,8 @@ option = partial(typer.Option, show_envvar=False)
 Json = Annotated[bool, option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, option("--quiet", "-q", help="No progress on stderr.")]
 Threads = Annotated[
-    int | None, option(min=1, help="Threads of the processor.", show_default="all cores")
+    int | None,
+    option(min=1, max=MAX_THREADS, help="Threads of the processor.", show_default="all cores"),
 ]
 BundlePath = Annotated[
     str,

@@ -14,6 +14,7 @@ import typer
 
 from wanx.commands.completion import complete_bundle, complete_solver
 from wanx.commands.options import Json, Quiet, Threads, option, print_json
+from wanx.config.bounds import MAX_VIDEOS
 from wanx.errors import UsageError
 
 if TYPE_CHECKING:
@@ -75,7 +76,9 @@ def run(
         str | None, option(help='What the video should not show; "" is nothing, not the default.')
     ] = None,
     fps: Annotated[int | None, option(help="Frames per second of the file.")] = None,
-    count: Annotated[int, option(min=1, help="How many, with successive seeds.")] = 1,
+    count: Annotated[
+        int, option(min=1, max=MAX_VIDEOS, help="How many, with successive seeds.")
+    ] = 1,
     prompts: Annotated[
         Path | None,
         option(

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from wanx.config.bounds import MAX_LATENT_VALUES
 from wanx.config.models import ModelConfig
 
 # Integers of wanx.config.models that need another ceiling than _LARGEST.
@@ -32,7 +33,6 @@ _MAXIMA = {
     "steps": 10_000,
 }
 _MAX_TEXT = 20_000
-_MAX_LATENT_VALUES = 1 << 27  # 512 MiB of float32; 720p, 81 frames, VACE is 29 M
 
 
 def _leaves(name: str, value: object) -> Iterator[tuple[str, Any]]:
@@ -109,6 +109,6 @@ def bounded_config(config: ModelConfig) -> ModelConfig:
     channels = max(dit.in_dim, dit.out_dim, dit.vace_in_dim, vae.z_dim)
     latent_frames = (run.frames - 1) // vae.temporal_stride + 1
     values = run.width * run.height // vae.spatial_stride**2 * latent_frames * channels
-    if values > _MAX_LATENT_VALUES:
-        raise ValueError(f"config.defaults ask for {values} latent values ({_MAX_LATENT_VALUES=})")
+    if values > MAX_LATENT_VALUES:
+        raise ValueError(f"config.defaults ask for {values} latent values ({MAX_LATENT_VALUES=})")
     return config

@@ -40,7 +40,7 @@ def build(
     """
     parsed = parse_target(target)
     specs = component_specs(bundle.manifest.config)
-    with add_engines(bundle.root) as (folder, commit):
+    with add_engines(bundle) as (folder, commit):
         if read_bundle(bundle.root).hash != bundle.hash:
             raise WanxError(f"{bundle.root} was changed by another command: run this one again")
         manifest = with_engines(

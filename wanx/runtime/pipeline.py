@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from wanx.builtin.prompts import prompt_warning
 from wanx.bundle.reader import Bundle
+from wanx.config.bounds import MAX_THREADS, require_between
 from wanx.errors import CancelledError
 from wanx.progress import Progress, no_progress, step_counter
 from wanx.runtime.denoise import DenoisingRun
@@ -73,8 +74,10 @@ class Pipeline:
             vram_budget: most bytes of the GPU's memory to take; None takes what is free.
 
         Raises:
-            UsageError: a budget was given for a bundle that cannot keep to one.
+            UsageError: a budget was given for a bundle that cannot keep to one, or there are more
+                threads than any machine needs.
         """
+        require_between("threads", threads, 1, MAX_THREADS)
         if vram_budget is not None:
             require_streaming(bundle.manifest.target)
         self.bundle = bundle

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from wanx.config.bounds import MAX_PROMPTS
 from wanx.errors import UsageError, WanxError
 from wanx.files.input_file import open_input, parse_json_object
 
@@ -26,7 +27,8 @@ def read_prompt_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | WanxEr
         The number of a line, from 1, and its object, or the error in it.
 
     Raises:
-        UsageError: the file is missing, too large, not UTF-8 or empty, or JSON but not JSON Lines.
+        UsageError: the file is missing, too large or long, not UTF-8 or empty, or JSON but not
+            JSON Lines.
     """
     text = _read_text(path)
     lines = [
@@ -40,6 +42,10 @@ def read_prompt_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | WanxEr
     plain = path.suffix.lower() == ".txt" and not first.startswith("{")
     if not plain:
         _require_object_a_line(first, path)
+    if len(lines) > MAX_PROMPTS:
+        raise UsageError(
+            f"{path} has {len(lines)} lines, and at most {MAX_PROMPTS} are read; split it"
+        )
     for number, line in lines:
         yield number, {"prompt": line.strip()} if plain else _parse_line(line, path)
 

@@ -126,7 +126,8 @@ class RunParts:
             For each run the text features ``[1, text_len, text_dim]`` by branch.
         """
         encoded, text_len = [], self.config.dit.text_len
-        tokenizer = PromptTokenizer(self.bundle.tokenizer_path)
+        with self.bundle.names_in_errors():
+            tokenizer = PromptTokenizer(self.bundle.held(self.bundle.tokenizer_path))
         with self.session("text_encoder") as session:
             for run in runs:
                 contexts: Contexts = {}

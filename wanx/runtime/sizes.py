@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 
+from wanx.config.bounds import MAX_LATENT_VALUES
 from wanx.config.models import ModelConfig, VAEConfig
 from wanx.errors import UsageError
 
@@ -31,7 +32,8 @@ def check_size(width: int, height: int, frames: int, config: ModelConfig) -> Non
     """Check that the latent of a video exists and is a whole number of patches.
 
     Raises:
-        UsageError: It is not; the message names every wrong value and the nearest valid ones.
+        UsageError: It is not, and the message names every wrong value and the nearest valid ones;
+            or it has more than ``MAX_LATENT_VALUES``.
     """
     stride, temporal_stride = config.vae.spatial_stride, config.vae.temporal_stride
     patch_time, patch_height, patch_width = config.dit.patch_size
@@ -42,6 +44,21 @@ def check_size(width: int, height: int, frames: int, config: ModelConfig) -> Non
     ]
     if any(problems):
         raise UsageError("; ".join(filter(None, problems)))
+    check_latent(width, height, frames, config)
+
+
+def check_latent(width: int, height: int, frames: int, config: ModelConfig) -> None:
+    """Check that the latent of a video has at most ``MAX_LATENT_VALUES``.
+
+    Raises:
+        UsageError: It has more.
+    """
+    values = math.prod(latent_shape(width, height, frames, config.vae))
+    if values > MAX_LATENT_VALUES:
+        raise UsageError(
+            f"{frames} frames of {width}x{height} have a latent of {values:,} values; choose a "
+            f"size or length of at most {MAX_LATENT_VALUES:,}"
+        )
 
 
 def size_for_image(height: int, width: int, area: float, config: ModelConfig) -> tuple[int, int]:

@@ -191,7 +191,7 @@ def _scheduler(diffusers: Any, run: ResolvedRun) -> Any:
 def _tokenizer(bundle: Bundle) -> Any:
     transformers: Any = importlib.import_module("transformers")
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(bundle.tokenizer_path),
+        tokenizer_file=str(bundle.held(bundle.tokenizer_path)),
         pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
     )  # fmt: skip
 

@@ -29,7 +29,7 @@ def plain_weights(bundle: Bundle, component: str) -> Iterator[tuple[str, Tensor]
     Yields:
         Original name and float32 tensor of each parameter.
     """
-    files = [bundle.root / name for name in bundle.manifest.components[component].weights]
+    files = [bundle.held(name) for name in bundle.manifest.components[component].weights]
     with ExitStack() as stack:
         opened = [stack.enter_context(safe_open(file, "pt")) for file in files]
         holder = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - no mapping

@@ -120,7 +120,7 @@ def _roofline(
     subject: int,
     case: int,
 ) -> Roofline:
-    costs = component_cost(bundle.graph_path(call.component), call.sizes)
+    costs = component_cost(bundle.held(bundle.graph_path(call.component)), call.sizes)
     threads, profile = results.settings.threads, None
     if not BACKENDS[bundle.manifest.target].uses_gpu:
         inputs = bundle.manifest.components[call.component].inputs
@@ -145,7 +145,8 @@ def _profiled_calls(
     config, threads = bundle.manifest.config, results.settings.threads
     texts = _calls(trials, "text", 0)
     if texts:
-        tokenizer = PromptTokenizer(bundle.tokenizer_path)
+        with bundle.names_in_errors():
+            tokenizer = PromptTokenizer(bundle.held(bundle.tokenizer_path))
         ids, mask = tokenizer.encode(clean_prompt(case.prompt), config.dit.text_len)
         words = int(mask.sum())
         yield ProfiledCall(

@@ -14,6 +14,7 @@ from wanx.benchmarks.speed.results import Case, Peer, Results, Settings, Subject
 from wanx.benchmarks.speed.sample_images import as_json, with_sample_images
 from wanx.benchmarks.speed.trial import run_trial
 from wanx.bundle.reader import Bundle
+from wanx.config.bounds import MAX_REPEATS, MAX_THREADS, require_between
 from wanx.config.models import ModelConfig
 from wanx.errors import UsageError, WanxError
 from wanx.progress import Progress, Unit, no_progress
@@ -84,8 +85,8 @@ def prepare(bundles: Sequence[Bundle], options: BenchOptions, command: str) -> S
     """
     if options.peers:
         require_peer(bundles[0])
-    if options.repeat < 1:
-        raise UsageError(f"--repeat {options.repeat} measures nothing; give 1 or more")
+    require_between("--repeat", options.repeat, 1, MAX_REPEATS)
+    require_between("threads", options.threads, 1, MAX_THREADS)
     tasks = {bundle.manifest.task for bundle in bundles}
     if len(tasks) > 1:
         tasks_by_bundle = ", ".join(
@@ -190,7 +191,7 @@ def _trial(
         progress(f"{described.label}: {stage}", done, total, unit)
 
     outcome = run_trial(
-        suite.bundles[subject].root,
+        suite.bundles[subject],
         options[case],
         folder,
         name=trial_name(subject, case, number),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any, TypedDict
 from wanx.benchmarks.process import child_session, describe_exit, last_line
 from wanx.benchmarks.speed.results import Memory, Peer
 from wanx.benchmarks.speed.telemetry import MemoryWatch
+from wanx.bundle.reader import Bundle
 from wanx.errors import WanxError
 from wanx.progress import Progress, no_progress
 from wanx.runtime.stages import Stage
@@ -28,7 +30,7 @@ class Outcome(TypedDict):
 
 
 def run_trial(
-    bundle: Path,
+    bundle: Bundle,
     options: Mapping[str, Any],
     folder: Path,
     *,
@@ -40,7 +42,7 @@ def run_trial(
     """Make one video in a new process.
 
     Args:
-        bundle: its folder.
+        bundle: an opened bundle, which may meanwhile be replaced.
         options: of :class:`wanx.runtime.options.RunOptions`, as JSON has them.
         folder: gets ``<name>.mp4`` and ``<name>.npz``, the latents after the first and last step.
         name: of the trial's files.
@@ -52,7 +54,8 @@ def run_trial(
         WanxError: what the process raised, or how it ended.
     """
     spec = {
-        "bundle": str(bundle),
+        "bundle": os.path.realpath(bundle.held("")),
+        "hash": bundle.hash,
         "peer": peer,
         "options": dict(options),
         "threads": threads,

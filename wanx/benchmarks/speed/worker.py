@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from wanx.errors import WanxError
 
 if TYPE_CHECKING:
+    from wanx.bundle.reader import Bundle
     from wanx.runtime.options import RunOptions
 
 
@@ -30,10 +31,9 @@ def main(spec_path: str, result_path: str) -> None:
 
 
 def _wanx(spec: dict[str, Any]) -> dict[str, Any]:
-    from wanx.builtin import open_named
     from wanx.runtime.pipeline import Pipeline
 
-    pipeline = Pipeline(open_named(spec["bundle"]), threads=spec["threads"])
+    pipeline = Pipeline(_bundle(spec), threads=spec["threads"])
     ready = time.monotonic()
     latents = []
     generated = pipeline.run(
@@ -49,11 +49,10 @@ def _wanx(spec: dict[str, Any]) -> dict[str, Any]:
 
 def _peer(spec: dict[str, Any]) -> dict[str, Any]:
     from wanx.benchmarks.peers.diffusers import generate
-    from wanx.builtin import open_named
     from wanx.runtime.inputs.reading import read_inputs
     from wanx.runtime.resolve import resolve
 
-    bundle = open_named(spec["bundle"])
+    bundle = _bundle(spec)
     options = _options(spec)
     inputs = read_inputs(options, bundle.manifest.task)
     run = resolve(options, bundle.manifest.config, inputs)
@@ -67,6 +66,16 @@ def _peer(spec: dict[str, Any]) -> dict[str, Any]:
     finished = time.monotonic()
     _keep(spec, generated.first_latent, generated.latent)
     return _result(spec, ready, finished, [asdict(stage) for stage in generated.stages])
+
+
+def _bundle(spec: dict[str, Any]) -> Bundle:
+    """Open the bundle of a spec, and no other one that has taken its place."""
+    from wanx.builtin import open_named
+
+    bundle = open_named(spec["bundle"])
+    if bundle.hash != spec["hash"]:
+        raise WanxError(f"{bundle.root} was replaced while it was measured: run this again")
+    return bundle
 
 
 def _options(spec: dict[str, Any]) -> RunOptions:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from wanx.config.bounds import MAX_WORKSPACE, require_between
 from wanx.errors import UsageError
 from wanx.memory_size import parse_memory
 
@@ -36,8 +37,7 @@ class BuilderOptions:
     opt_level: int | None = None
 
     def __post_init__(self) -> None:
-        if self.workspace is not None and self.workspace < 1:
-            raise UsageError(f"--workspace: {self.workspace} is not a size; give bytes, at least 1")
+        require_between("--workspace in bytes", self.workspace, 1, MAX_WORKSPACE)
         if self.opt_level is not None and self.opt_level not in _LEVELS:
             raise UsageError(
                 f"--opt-level {self.opt_level} is not a level; choose 0 to {_LEVELS[-1]}"

@@ -99,8 +99,8 @@ class OnnxRuntimeSession(Session):
         self._name = component
         with self._explained():
             self._session: onnxruntime.InferenceSession | None = create_session(
-                bundle.root / record.engines.get("cpu", record.graph),
-                bundle.root,
+                bundle.held(record.engines.get("cpu", record.graph)),
+                bundle.held(""),
                 threads=threads,
                 fold=folds(record),
             )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from wanx.bundle.reader import Bundle
+from wanx.config.bounds import MAX_THREADS, require_between
 from wanx.errors import EnvironmentMismatchError, UsageError
 from wanx.runtime.sessions.base import Session
 from wanx.runtime.sessions.engine_session import RUNS_BEFORE_CAPTURE
@@ -21,10 +22,17 @@ CPU = "cpu"  # the target that every bundle can run on
 
 @dataclass(frozen=True, kw_only=True)
 class SessionOptions:
-    """Options of a session; see :func:`wanx.runtime.sessions.open_session`."""
+    """Options of a session; see :func:`wanx.runtime.sessions.open_session`.
+
+    Raises:
+        UsageError: there are more threads than any machine needs.
+    """
 
     threads: int | None = None
     vram_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        require_between("threads", self.threads, 1, MAX_THREADS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +131,8 @@ def load_component(bundle: Bundle, component: str, options: SessionOptions) -> S
             f"the engines of {bundle.root} need {backend.product or backend.module}, which is not "
             f"installed; pip install 'wanx[{backend.extra}]'"
         )
-    return backend.load(bundle, component, options)
+    with bundle.names_in_errors():
+        return backend.load(bundle, component, options)
 
 
 def require_streaming(target: str) -> None:

@@ -26,7 +26,7 @@ from tests.support.tensorrt_segments import KINDS, spec_of, values_of
 from wanx.accuracy.metrics import cosine, psnr_db
 from wanx.builtin import builtin_bundle
 from wanx.bundle.engine_schedule import EngineSchedule, read_schedule
-from wanx.bundle.reader import open_bundle, verify_bundle
+from wanx.bundle.reader import open_bundle, read_bundle, verify_bundle
 from wanx.config.models import PRESETS
 from wanx.errors import UsageError, WanxError
 from wanx.exporter.components import (
@@ -220,7 +220,7 @@ def test_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         inputs = {n for step in schedule.steps for n in step.inputs}
         assert set(component.inputs) <= inputs, name
         assert schedule.input_dtypes.keys() == set(component.inputs)
-    assert {c.problem for c in verify_bundle(root)} == {None}
+    assert {c.problem for c in verify_bundle(read_bundle(root))} == {None}
 
     def build(builder: TensorRTBuilder, *_: Any) -> None:
         built.append(builder)

@@ -81,12 +81,12 @@ def profile_component(
 
     record = bundle.manifest.components[component]
     model = onnx.load(
-        bundle.root / record.engines.get("cpu", record.graph), load_external_data=False
+        bundle.held(record.engines.get("cpu", record.graph)), load_external_data=False
     )
     name_nodes(model, parts_of(model))
     data = model.SerializeToString()
     with tempfile.TemporaryDirectory() as folder:
-        options = session_options(bundle.root, threads=threads, graph=data)
+        options = session_options(bundle.held(""), threads=threads, graph=data)
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder, "profile"))
         session = ort.InferenceSession(

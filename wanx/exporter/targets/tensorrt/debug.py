@@ -101,7 +101,7 @@ def _layout(bundle: Bundle, spec: ComponentSpec, parts: Partition) -> list[StepW
         programs=programs,
         steps=parts.steps,
     )
-    files = [bundle.root / file for file in bundle.manifest.components[spec.name].weights]
+    files = [bundle.held(file) for file in bundle.manifest.components[spec.name].weights]
     return plan_weights(schedule, files, spec.name)
 
 
@@ -150,7 +150,7 @@ def _inputs_of(
 def _feeds(bundle: Bundle, spec: ComponentSpec) -> dict[str, Array]:
     """Inputs of a component: a golden step's for the denoiser, else noise and token ids."""
     if spec.name == "dit" and GOLDEN in bundle.manifest.files:
-        *_, (_, _, inputs) = read_golden(bundle.root / GOLDEN).samples()
+        *_, (_, _, inputs) = read_golden(bundle.held(GOLDEN)).samples()
         return dict(inputs)
     generator = np.random.default_rng(0)
     feeds: dict[str, Array] = {}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from wanx.config.models import ModelConfig
 from wanx.errors import UsageError
+from wanx.runtime.sizes import check_latent
 
 # 81 frames of 1280x720, the largest videos of Wan2.1; smaller models have smaller limits.
 MAX_TOKENS = 75_600
@@ -46,7 +47,7 @@ def ranges(
         By axis: ``L`` tokens, ``B`` branches at once, ``n`` words, ``h`` and ``w`` of a latent.
 
     Raises:
-        UsageError: there is no video of a size.
+        UsageError: there is no video of a size, or none that is so large.
     """
     if frames is not None and frames < 1:
         raise UsageError(f"--frames {frames}: a video has 1 or more")
@@ -55,6 +56,8 @@ def ranges(
         raise UsageError(f"--sizes {width}x{height}: sides are {MIN_SIDE} pixels or more")
     defaults, stride = config.defaults, config.vae.spatial_stride
     longest = frames or defaults.frames
+    for width, height in sizes or [(defaults.width, defaults.height)]:
+        check_latent(width, height, longest, config)
     cells = [(h // stride, w // stride) for w, h in sizes or [(defaults.width, defaults.height)]]
     tokens = [_tokens(config, longest, h, w) for h, w in cells]
     (height, width), most_tokens = cells[0], max(tokens)

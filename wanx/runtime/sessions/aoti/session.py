@@ -46,7 +46,7 @@ class AotiSession(EngineSession):
             WanxError: the device has too little memory.
         """
         record = bundle.manifest.components[component]
-        path = bundle.root / record.engines[TARGET]
+        path = bundle.held(record.engines[TARGET])
         self.component = component
         schedule = read_schedule(path)
         _require_machine(schedule, bundle)
@@ -57,7 +57,7 @@ class AotiSession(EngineSession):
         self._constants: dict[str, Tensor] = {}
         with self._explained(), ExitStack() as stack:
             opened = [
-                stack.enter_context(safe_open(bundle.root / f, framework="pt", device=device))
+                stack.enter_context(safe_open(bundle.held(f), framework="pt", device=device))
                 for f in record.weights
             ]
             files = {name: file for file in opened for name in file.keys()}  # noqa: SIM118

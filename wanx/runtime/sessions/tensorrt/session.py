@@ -45,7 +45,7 @@ class TensorRTSession(EngineSession):
         self.component = component
         self.target = bundle.manifest.target
         record = bundle.manifest.components[component]
-        path = bundle.root / record.engines[self.target]
+        path = bundle.held(record.engines[self.target])
         schedule = read_schedule(path)
         trt = _require_module(schedule, bundle)
         with self._explained(), ExitStack() as stack:
@@ -53,7 +53,7 @@ class TensorRTSession(EngineSession):
             stack.callback(cuda.close)
             _require_gpu(schedule, bundle, cuda.sm)
             require_trusted(bundle, component, self.target)
-            files = [bundle.root / file for file in record.weights]
+            files = [bundle.held(file) for file in record.weights]
             weights = plan_weights(schedule, files, component)
             loader = Loader(trt, cuda.sm, _rebuild(bundle, cuda.sm))
             self._runner = ScheduleRunner(
