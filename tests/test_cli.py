@@ -557,3 +557,46 @@ def test_dry_run_says_what_an_export_takes(wanx: Wanx, tmp_path: Path) -> None:
     assert sum(facts["weight_bytes"].values()) < stored
     assert facts["seconds"] > 0
     assert list(tmp_path.iterdir()) == []
+
+
+ABSURD: list[tuple[list[str], str]] = [
+    (["run", "tiny", "a", "--threads", "9999"], "9999"),
+    (["run", "tiny", "a", "--threads", "0"], "0"),
+    (["run", "tiny", "a", "--threads", "9" * 30], "less than or equal to "),
+    (["verify", "tiny", "--threads", "100000"], "100000"),
+    (["bench", "tiny", "--threads", "9999"], "9999"),
+    (["bench", "tiny", "--repeat", "100000"], "--repeat is 100000; choose 1 to 1000"),
+    (["compare", "tiny", "tiny", "--threads", "9999"], "9999"),
+    (["run", "tiny", "a", "--count", "10001"], "10001"),
+    (["run", "tiny", "a", "--steps", "1001"], "steps is 1001; choose 1 to 1000"),
+    (["run", "tiny", "a", "--size", "100000x100000"], "have a latent of "),
+    (["run", "tiny", "a", "--frames", str(4 * 10**9 + 1)], "have a latent of "),
+    (["run", "tiny", "a", "--size", "9999999999x9999999999"], "9999999999"),
+    (["bench", "tiny", "--sizes", "100000x100000"], "have a latent of "),
+    (["bench", "tiny", "--frames", "400000001"], "have a latent of "),
+    (["compare", "tiny", "tiny", "--size", "100000x100000"], "have a latent of "),
+    (["export", "--precision", "int8", "--calibration-size", "100000x100000"], "have a latent of "),
+    (["export", "--precision", "int8", "--calibration-prompts", "10001"], "choose 1 to 10000"),
+    (["export", "--precision", "int8", "--calibration-steps", "1001"], "choose 1 to 1000"),
+    (["export", "--golden-steps", "101"], "choose 0 to 100"),
+    (["build", "b", "--target", "rtx:sm89", "--workspace", "2048G"], "choose 1 to 1099511627776"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), ABSURD, ids=str)
+def test_no_number_buys_a_whole_machine(
+    wanx: Wanx, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    start = time.monotonic()
+    result = wanx(*arguments)
+    assert result.code == 2, result.err
+    assert words in result.error
+    assert time.monotonic() - start < 30
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_too_many_prompts(wanx: Wanx, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a\n" * 100_001)
+    result = wanx("run", "--prompts", "p.txt", *ONE)
+    assert result.code == 2
+    assert "p.txt has 100001 lines, and at most 100000 are read; split it" in result.error

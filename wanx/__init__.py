@@ -281,13 +281,11 @@ def bench(
         CancelledError: it was interrupted; the report has what was measured so far.
         WanxError: a bundle is damaged, or the bundles cannot be compared.
     """
-    from wanx.benchmarks.report.files import prepare_folder
     from wanx.benchmarks.speed.bench import Extras
     from wanx.benchmarks.speed.bench import bench as run_bench
     from wanx.benchmarks.speed.suite import BenchOptions, prepare
     from wanx.builtin import open_named
 
-    prepare_folder(Path(output))
     opened = [open_named(bundle) for bundle in bundles or ("tiny",)]
     suite = prepare(opened, options or BenchOptions(), command)
     return run_bench(suite, Path(output), extras or Extras(), progress=progress)

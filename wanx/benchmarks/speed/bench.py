@@ -18,6 +18,7 @@ from wanx.benchmarks.speed.suite import Suite, measure
 from wanx.benchmarks.speed.sweep import default_sizes, sweep
 from wanx.errors import CancelledError, WanxError
 from wanx.progress import Progress, no_progress
+from wanx.runtime.sizes import check_size
 
 DATA, PAGE, TABLE = "report.json", "report.html", "report.md"
 # Of the published models; what they take is predicted where a sweep fits it.
@@ -51,9 +52,11 @@ def bench(
     Raises:
         CancelledError: it was interrupted; what was measured is in the report, marked incomplete.
         EnvironmentMismatchError: the packages of ``wanx[report]`` are missing.
-        UsageError: the folder cannot be had.
+        UsageError: the folder cannot be had, or there is no video of a size to sweep.
         WanxError: the disk is full.
     """
+    for size in extras.sweep_sizes:
+        check_size(*size, suite.bundles[0].manifest.config)
     prepare_folder(folder)
     if extras.roofline:
         require_packages()

@@ -22,7 +22,7 @@ from wanx.runtime.inputs.reading import read_inputs
 from wanx.runtime.options import RunOptions
 from wanx.runtime.resolve import resolve
 from wanx.runtime.sessions.registry import BACKENDS
-from wanx.runtime.sizes import latent_shape
+from wanx.runtime.sizes import check_size, latent_shape
 from wanx.runtime.tokens import token_grid
 
 _PROMPT = "a cat surfing on a wave at sunset, film grain"
@@ -223,12 +223,14 @@ def _baseline(name: str | None, labels: Sequence[str]) -> int:
 def _runs(config: ModelConfig, options: BenchOptions) -> list[RunOptions]:
     defaults = config.defaults
     runs = []
+    frames = defaults.frames if options.frames is None else options.frames
     for width, height in options.sizes or ((defaults.width, defaults.height),):
+        check_size(width, height, frames, config)  # images are made of that size
         run = replace(
             options.run,
             width=width,
             height=height,
-            frames=options.frames or defaults.frames,
+            frames=frames,
             prompt=options.run.prompt or defaults.prompt or _PROMPT,
         )
         runs.append(with_sample_images(run, config.task, width, height))
