@@ -185,6 +185,7 @@ def build(
     bundle: str | Path,
     *,
     target: str = "aoti",
+    force: bool = False,
     progress: Progress = no_progress,
     **options: Any,
 ) -> Bundle:
@@ -194,6 +195,7 @@ def build(
         bundle: folder made by :func:`export`.
         target: ``aoti``, ``rtx:sm89`` (and other GPUs, with commas), ``tensorrt``,
             ``tensorrt:sm80+``, or ``cpu``, which needs none.
+        force: build engines that are there too; those of another machine are built anew anyway.
         progress: told how far each stage is.
         options: of TensorRT's builder, such as ``plugins`` and ``sizes``; see
             :class:`wanx.exporter.targets.options.BuilderOptions`.
@@ -217,7 +219,7 @@ def build(
             f"{bundle} is built in and stays as it is; `wanx export {bundle} --target {target}` "
             "makes a bundle of it"
         )
-    return run_build(open_bundle(folder), target, progress, settings)
+    return run_build(open_bundle(folder), target, progress, settings, force=force)
 
 
 def compare(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -75,6 +76,11 @@ class Bundle:
         """
         root = self.root if self.directory is None else self.directory.path
         return root / (file if isinstance(file, str) else file.relative_to(self.root))
+
+    def build_command(self, target: str, *, force: bool = False) -> str:
+        """Command that builds this bundle's engines for a target, for a shell."""
+        command = f"wanx build {shlex.quote(str(self.root))} --target {target}"
+        return f"{command} --force" if force else command
 
     @contextmanager
     def names_in_errors(self) -> Iterator[None]:

@@ -36,21 +36,25 @@ def mark_trusted(engine: str, files: Mapping[str, FileRecord]) -> bool:
     return True
 
 
+def is_trusted(engine: str, files: Mapping[str, FileRecord]) -> bool:
+    """True if the engine whose schedule is ``engine`` was built here, or all are trusted."""
+    marker = _trust_marker(engine, files)
+    return os.environ.get(TRUST_VARIABLE) == "1" or (marker is not None and marker.exists())
+
+
 def require_trusted(bundle: Bundle, component: str, target: str) -> None:
     """Refuse a compiled engine that comes from elsewhere.
 
     Raises:
         EnvironmentMismatchError: says how to build it here, or to trust it.
     """
-    marker = _trust_marker(
-        bundle.manifest.components[component].engines[target], bundle.manifest.files
-    )
-    if os.environ.get(TRUST_VARIABLE) == "1" or (marker is not None and marker.exists()):
+    engine = bundle.manifest.components[component].engines[target]
+    if is_trusted(engine, bundle.manifest.files):
         return
     raise EnvironmentMismatchError(
         f"the engines of {bundle.root} were compiled elsewhere, and a compiled engine can do "
-        f"anything: run `wanx build {bundle.root} --target {target}`, or set {TRUST_VARIABLE}=1 if "
-        "you trust where it comes from"
+        f"anything: run `{bundle.build_command(target)}`, or set {TRUST_VARIABLE}=1 if you trust "
+        "where it comes from"
     )
 
 

@@ -47,6 +47,7 @@ def build(
         int | None,
         option(help="TensorRT: 0 to 5; more tries more kernels.", show_default="TensorRT's own"),
     ] = None,
+    force: Annotated[bool, option(help="Build engines that are there too.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -62,6 +63,7 @@ def build(
         built = wanx.build(
             bundle,
             target=target,
+            force=force,
             progress=progress,
             plugins=plugins,
             sizes=tuple(parse_size(size) for size in sizes.split(",")) if sizes else (),

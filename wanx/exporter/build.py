@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import os
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -11,7 +14,7 @@ from wanx.bundle.engine_schedule import SCHEDULE
 from wanx.bundle.manifest import Manifest
 from wanx.bundle.publish import add_engines, record_files
 from wanx.bundle.reader import Bundle, open_bundle, read_bundle
-from wanx.bundle.trust import TRUST_VARIABLE, mark_trusted
+from wanx.bundle.trust import TRUST_VARIABLE, is_trusted, mark_trusted
 from wanx.errors import WanxError
 from wanx.exporter.components import ComponentSpec, component_specs
 from wanx.exporter.engine_key import engine_key
@@ -31,8 +34,12 @@ def build(
     target: str,
     progress: Progress = no_progress,
     options: BuilderOptions = DEFAULT_OPTIONS,
+    *,
+    force: bool = False,
 ) -> Bundle:
     """Make ``target`` the one that runs a bundle; build its engines unless they are there.
+
+    Engines that were built elsewhere, or all with ``force``, are built anew.
 
     Raises:
         UsageError: there is no such target, or its GPU lacks the precision.
@@ -44,7 +51,7 @@ def build(
         if read_bundle(bundle.root).hash != bundle.hash:
             raise WanxError(f"{bundle.root} was changed by another command: run this one again")
         manifest = with_engines(
-            bundle.root, bundle.manifest, parsed, specs, folder, progress, options
+            bundle.root, bundle.manifest, parsed, specs, folder, progress, options, force=force
         )
         commit(manifest)
     return open_bundle(bundle.root, verify="size")
@@ -58,6 +65,8 @@ def with_engines(
     folder: Path,
     progress: Progress = no_progress,
     options: BuilderOptions = DEFAULT_OPTIONS,
+    *,
+    force: bool = False,
 ) -> Manifest:
     """Write what a target needs beyond the portable graphs.
 
@@ -69,6 +78,7 @@ def with_engines(
         folder: where ``engines/<key>`` is written, unless the bundle has it already.
         progress: told how many components are built.
         options: of the builder.
+        force: build engines that are there too.
 
     Returns:
         The manifest of the bundle with them; engines of the target that they replace are left out.
@@ -88,8 +98,9 @@ def with_engines(
         for spec in specs
     }
     key = engine_key(partitions, target.name, builder.device, __version__, builder.fingerprint)
-    engines = {name: f"engines/{key}/{name}/{SCHEDULE}" for name in partitions}
-    if any(c.engines.get(target.name) != engines[n] for n, c in manifest.components.items()):
+    if force or not _has_engines(manifest, target.name, key):
+        key = _free_key(root, key)
+        engines = {name: f"engines/{key}/{name}/{SCHEDULE}" for name in partitions}
         for name, parts in partitions.items():
             stage = f"build {name}"
             progress(stage, 0, 100, "steps")
@@ -100,6 +111,23 @@ def with_engines(
             _log.warning(note)
         manifest = _manifest_with_engines(manifest, target.name, engines, folder)
     return manifest.model_copy(update={"target": target.name})
+
+
+def _has_engines(manifest: Manifest, target: str, key: str) -> bool:
+    """True if a bundle has all engines of a target under a key, and they were built here."""
+    engines = [component.engines.get(target) for component in manifest.components.values()]
+    return all(
+        engine is not None
+        and re.fullmatch(rf"{re.escape(key)}(-\d+)?", PurePosixPath(engine).parts[1])
+        and is_trusted(engine, manifest.files)
+        for engine in engines
+    )
+
+
+def _free_key(root: Path, key: str) -> str:
+    """The key, numbered where engines are there: what a reader may have open is never replaced."""
+    numbered = itertools.chain([key], (f"{key}-{number}" for number in itertools.count(2)))
+    return next(name for name in numbered if not os.path.lexists(root / "engines" / name))
 
 
 def _percent(progress: Progress, stage: str, done: float) -> None:

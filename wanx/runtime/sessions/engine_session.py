@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from wanx.bundle.engine_schedule import EngineSchedule
+from wanx.bundle.reader import Bundle
 from wanx.errors import CorruptInputError, WanxError
 from wanx.runtime.sessions.base import Array, Session
 
@@ -38,10 +39,12 @@ class EngineSession(Session):
     """A component as compiled programs, called in the order of a schedule.
 
     Attributes:
+        bundle: it is of.
         component: its name.
         target: what its programs were built for, such as ``aoti``.
     """
 
+    bundle: Bundle
     component: str
     target: str
 
@@ -85,8 +88,9 @@ class EngineSession(Session):
                     "smaller size or fewer frames, or export with --precision fp8"
                 ) from error
             raise WanxError(
-                f"the engine of {self.component} failed ({text:.240}); `wanx build --target "
-                f"{self.target}` makes it again, and --target cpu does without it"
+                f"the engine of {self.component} failed ({text:.240}); "
+                f"`{self.bundle.build_command(self.target, force=True)}` makes it again, and "
+                f"`{self.bundle.build_command('cpu')}` does without it"
             ) from error
 
 

@@ -47,7 +47,7 @@ class AotiSession(EngineSession):
         """
         record = bundle.manifest.components[component]
         path = bundle.held(record.engines[TARGET])
-        self.component = component
+        self.component, self.bundle = component, bundle
         schedule = read_schedule(path)
         _require_machine(schedule, bundle)
         require_trusted(bundle, component, TARGET)
@@ -147,6 +147,6 @@ def _require_machine(schedule: EngineSchedule, bundle: Bundle) -> None:
         problem = f"for {schedule.device}, and this machine {gpu}"
     if problem:
         raise EnvironmentMismatchError(
-            f"the engines of {bundle.root} were built {problem}: run `wanx build {bundle.root} "
-            f"--target {TARGET}`"
+            f"the engines of {bundle.root} were built {problem}: run "
+            f"`{bundle.build_command(TARGET)}`"
         )

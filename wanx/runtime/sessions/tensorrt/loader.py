@@ -51,10 +51,10 @@ class Loader:
         if reasons and "MALFORMED_ENGINE" not in reasons:
             raise EnvironmentMismatchError(
                 f"{path}: TensorRT {self.trt.__version__} cannot run this engine on {self.sm}: "
-                f"{', '.join(reasons)} ({problem}); run `{self.rebuild}`"
+                f"{', '.join(reasons)} ({problem}); run `{self.rebuild} --force`"
             )
         raise CorruptInputError(
-            f"{path}: TensorRT does not load this engine: {problem}; run `{self.rebuild}`"
+            f"{path}: TensorRT does not load this engine: {problem}; run `{self.rebuild} --force`"
         )
 
     def _reasons(self, data: bytes) -> list[str]:

@@ -55,7 +55,7 @@ class EngineContext:
         weights = [(self.types[n], tuple(engine.get_tensor_shape(n))) for n in self.weights]
         if weights != [(weight.dtype, weight.shape) for weight in program.weights]:
             raise CorruptInputError(
-                f"{path}: its weights are not those of its plan; run `{loader.rebuild}`"
+                f"{path}: its weights are not those of its plan; run `{loader.rebuild} --force`"
             )
         self._config: Any = None
         self._cache: RuntimeCache | None = None

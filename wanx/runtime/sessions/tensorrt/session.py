@@ -42,7 +42,7 @@ class TensorRTSession(EngineSession):
             CorruptInputError: engines, schedule and weights do not fit together.
             WanxError: the GPU has too little memory.
         """
-        self.component = component
+        self.component, self.bundle = component, bundle
         self.target = bundle.manifest.target
         record = bundle.manifest.components[component]
         path = bundle.held(record.engines[self.target])
@@ -129,4 +129,4 @@ def _rebuild(bundle: Bundle, sm: str | None = None) -> str:
     if target == "rtx" and sm is not None:
         # TensorRT-RTX is for GeForce and workstations; data-centre GPUs have TensorRT.
         target = f"{target}:{sm}" if sm in RTX_SMS else "tensorrt"
-    return f"wanx build {bundle.root} --target {target}"
+    return bundle.build_command(target)
