@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import shlex
 import shutil
@@ -76,6 +77,7 @@ def use_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> UseCache:
 
 def keys(bundle: Path) -> list[str]:
     """Folders of engines that are on disk, all of them listed."""
+    gc.collect()  # tracebacks that hold a bundle
     files = open_bundle(bundle, verify="full").manifest.files
     present = sorted(path.name for path in (bundle / "engines").iterdir())
     assert sorted({name.split("/")[1] for name in files if name.startswith("engines/")}) == present
