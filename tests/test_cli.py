@@ -131,13 +131,21 @@ def test_one_argument_is_a_bundle_or_a_prompt(wanx: Wanx, tmp_path: Path) -> Non
 
 
 def test_run_json_lists_every_option_and_stage(wanx: Wanx) -> None:
-    result = wanx("run", "tiny", PROMPT, "--json", "-o", "v.webm", *SMALL)
+    result = wanx("run", "tiny", PROMPT, "--json", "-q", "-o", "v.webm", *SMALL)
     facts = json.loads(result.out)
     assert facts["output"].endswith("v.webm")
     assert facts["options"]["steps"] == 2
     assert facts["options"]["seed"] == 3
     assert [stage["name"] for stage in facts["stages"]] == ["text", "denoise", "decode", "write"]
     assert result.err == ""
+
+
+def test_progress_without_a_terminal_is_a_line_per_stage(wanx: Wanx) -> None:
+    result = wanx("run", "tiny", PROMPT, "--json", "-o", "v.webm", *SMALL)
+    stages = [line.partition(":")[0] for line in result.err.splitlines()]
+    assert stages == ["encode text", "denoise", "decode"]
+    assert "denoise: 2 steps\n" in result.err
+    assert json.loads(result.out)["options"]["seed"] == 3
 
 
 def test_options_come_from_the_environment(wanx: Wanx, monkeypatch: pytest.MonkeyPatch) -> None:

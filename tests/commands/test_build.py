@@ -91,7 +91,7 @@ def test_plug_ins_that_do_not_fit_are_told(
     code, out, err = wanx("build", bundle, "--target", "rtx:sm89", *plugins, "--json")
     assert code == 0
     assert json.loads(out)["path"] == str(bundle)
-    assert err.splitlines() == [
+    assert [line for line in err.splitlines() if line.startswith("plug-in")] == [
         "plug-in RMSNormRope: takes 0 of 1 nodes, not those where heads are narrow (1)",
         "plug-in GeluQuantize: takes 0 of 0 nodes",  # nothing is quantised
     ]

@@ -42,7 +42,7 @@ def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_equal_bundles(wanx: Wanx, tmp_path: Path) -> None:
-    code, out, err = wanx("tiny", "tiny", *SMALL, "--gate")
+    code, out, err = wanx("tiny", "tiny", *SMALL, "--gate", "-q")
     assert (code, err) == (0, "")
     lines = out.splitlines()
     for output in ("velocity, conditional", "velocity, unconditional", "text features, conditional",
@@ -56,7 +56,7 @@ def test_equal_bundles(wanx: Wanx, tmp_path: Path) -> None:
 
 
 def test_the_gate(wanx: Wanx, noisy: Path, tmp_path: Path) -> None:
-    code, out, err = wanx(noisy, "tiny", *SMALL, "--gate", "-o", "report")
+    code, out, err = wanx(noisy, "tiny", *SMALL, "--gate", "-q", "-o", "report")
     assert code == 3
     (line,) = err.splitlines()
     assert "not accurate enough" in line
@@ -114,7 +114,7 @@ def test_several_prompts(wanx: Wanx, noisy: Path, tmp_path: Path) -> None:
     ],
 )
 def test_refused_in_one_line(arguments: list[str], code: int, message: str, wanx: Wanx) -> None:
-    got, out, err = wanx(*arguments)
+    got, out, err = wanx(*arguments, "-q")
     assert (got, out) == (code, "")
     (line,) = err.splitlines()
     assert message in line

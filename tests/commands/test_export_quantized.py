@@ -298,7 +298,7 @@ def test_a_model_that_cannot_be_quantised(
     cache: Path,
 ) -> None:
     source = edited(checkpoint, tmp_path / "edited", change)
-    result = export(source, "--precision", precision, *FEW)
+    result = export(source, "--precision", precision, *FEW, "-q")
     assert result.code == code
     assert all(word in result.error for word in words)
     assert list(folder.iterdir()) == []
@@ -314,7 +314,7 @@ def test_what_was_calibrated_survives_a_failure(
     steps: list[int],
 ) -> None:
     for attempt, gate in enumerate((200, 150), 1):
-        result = export(checkpoint, *INT8, *FEW, "--layer-gate", gate, "-o", "bundle")
+        result = export(checkpoint, *INT8, *FEW, "-q", "--layer-gate", gate, "-o", "bundle")
         assert result.code == 1
         assert f"no layer can be int8: below {gate} dB" in result.error
         assert list(folder.iterdir()) == []

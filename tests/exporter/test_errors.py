@@ -310,7 +310,7 @@ def test_running_out_of_memory_names_the_component(tmp_path: Path, megabytes: in
         "        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
         "    return trace(spec)\n"
         "exporter.trace = limited\n"
-        "sys.argv = ['wanx', 'export', 'tiny', '-o', 'bundle']\n"
+        "sys.argv = ['wanx', 'export', 'tiny', '-o', 'bundle', '-q']\n"
         "main()\n"
     )
     for _ in range(5):

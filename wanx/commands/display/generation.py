@@ -15,6 +15,7 @@ from rich.text import Text
 
 from wanx.builtin.prompts import prompt_hint
 from wanx.bundle.reader import Bundle, FileCheck
+from wanx.commands.display.lines import format_bytes, format_seconds, progress_lines
 from wanx.interruption import cleanup_on_sigint
 from wanx.progress import Progress as ProgressCallback
 from wanx.progress import Unit, no_progress
@@ -27,22 +28,6 @@ if TYPE_CHECKING:
 
 # Without markup: paths and messages may hold brackets.
 STDOUT = Console(highlight=False, soft_wrap=True, markup=False)
-
-
-def format_bytes(count: float) -> str:
-    """``count`` bytes in decimal units, with three digits."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
-def format_seconds(seconds: float) -> str:
-    """``seconds`` as a person would say it."""
-    if seconds < 120:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 class _AmountColumn(ProgressColumn):
@@ -65,9 +50,13 @@ class _AmountColumn(ProgressColumn):
 
 @contextmanager
 def progress_bars(quiet: bool) -> Iterator[ProgressCallback]:
-    """Yield a progress function that draws one bar per stage, on a terminal only."""
-    if quiet or not sys.stderr.isatty():
+    """Yield a progress function: a bar per stage on a terminal, and else plain lines."""
+    if quiet:
         yield no_progress
+        return
+    if not sys.stderr.isatty():
+        with progress_lines() as report_line:
+            yield report_line
         return
     columns = (TextColumn("{task.description:<20}"), BarColumn(bar_width=30), _AmountColumn())
     progress = Progress(*columns, console=Console(stderr=True))
