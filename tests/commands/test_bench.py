@@ -111,7 +111,7 @@ def test_a_sweep_is_in_the_report(wanx: Wanx, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--repeat", "0"], "--repeat 0 measures nothing"),
+        (["--repeat", "0"], "--repeat is 0; choose 1 to 1000"),
         (["--warm-up", "3"], "--warm-up 3 leaves none of 3 steps to measure; give 0 to 2"),
         (["--baseline", "other"], "--baseline other is not measured here; choose tiny"),
         (["--peer", "comfy"], "--peer comfy is not available; choose diffusers or"),

@@ -61,7 +61,7 @@ def wanx(
 
 
 def test_verify_prints_them(wanx: Wanx, case: Callable[[str], Case]) -> None:
-    code, out, err = wanx("verify", case("t2v").bundle.root, "--threads", "1")
+    code, out, err = wanx("verify", case("t2v").bundle.root, "--threads", "1", "-q")
     assert (code, err) == (0, "")
     rows = [line.split() for line in out.splitlines() if line.strip().endswith("dB")]
     assert [(row[0], row[3], row[4]) for row in rows] == [
@@ -85,7 +85,7 @@ def test_verify_as_json(wanx: Wanx, case: Callable[[str], Case]) -> None:
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_verify_of_a_bundle_that_is_not_accurate(as_json: bool, wanx: Wanx, noisy: Bundle) -> None:
-    code, out, err = wanx("verify", noisy.root, "--threads", "1", *["--json"] * as_json)
+    code, out, err = wanx("verify", noisy.root, "--threads", "1", "-q", *["--json"] * as_json)
     assert code == 3
     (line,) = err.splitlines()
     assert "4 of 4 golden steps are below the gate" in line
@@ -99,7 +99,7 @@ def test_verify_without_golden_steps(
     wanx: Wanx, noisy: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(judge, "check_golden", None)  # nothing may call it
-    code, out, err = wanx("verify", noisy.root, "--no-golden")
+    code, out, err = wanx("verify", noisy.root, "--no-golden", "-q")
     assert (code, err) == (0, "")
     assert "golden step" not in out
     assert json.loads(wanx("verify", noisy.root, "--no-golden", "--json")[1])["golden_steps"] == []
@@ -111,7 +111,7 @@ def test_a_bundle_without_golden_steps(
     shutil.copytree(case("t2v").bundle.root, tmp_path / "bundle")
     bundle = with_golden_steps(open_bundle(tmp_path / "bundle"), None)
     assert check_golden(bundle) == ()
-    code, out, err = wanx("verify", bundle.root)
+    code, out, err = wanx("verify", bundle.root, "-q")
     assert (code, err) == (0, "")
     assert "golden" not in out
 
@@ -138,7 +138,7 @@ def test_golden_steps_that_are_none_of_any(wanx: Wanx, noisy: Bundle, tmp_path: 
     shutil.copytree(noisy.root, tmp_path / "bundle")
     (tmp_path / "bundle" / GOLDEN).write_bytes(b"steps")
     update_hashes(tmp_path / "bundle")
-    code, _, err = wanx("verify", "bundle")
+    code, _, err = wanx("verify", "bundle", "-q")
     assert code == 5
     (line,) = err.splitlines()
     assert "holds no golden steps" in line
