@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wanx.checkpoints.pickle_scan import MAX_PICKLE_BYTES, PickleError, scan_pickle
 from wanx.checkpoints.tensor_source import CHUNK_BYTES, TensorSource
 from wanx.config.number_formats import FLOATS
 from wanx.errors import CorruptInputError
@@ -48,12 +50,12 @@ def read_pickle(path: Path) -> dict[str, TensorSource]:
 
     _check_archive(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of unusual versions of the format, say
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a hostile or damaged pickle can raise anything
         if match := re.search(r"(?:GLOBAL|global|class|function) ([\w.]+)", str(error)):
-            raise CorruptInputError(
-                f"{path} would run {match[1]!r} when loaded, so it was refused; {_WAY_OUT}"
-            ) from None
+            raise _would_run(path, match[1]) from None
         raise CorruptInputError(
             f"{path} cannot be read as tensors ({type(error).__name__}); download it again, or "
             f"{_WAY_OUT}"
@@ -67,18 +69,41 @@ def read_pickle(path: Path) -> dict[str, TensorSource]:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse what cannot be mapped: compressed entries could also expand without bound."""
+    """Refuse what cannot be mapped, and a pickle that builds more than a dictionary of tensors."""
     with open_input(path) as file:
         try:
             with zipfile.ZipFile(file) as archive:
-                stored = all(e.compress_type == zipfile.ZIP_STORED for e in archive.infolist())
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-            raise CorruptInputError(
-                f"{path} is not a whole PyTorch archive (truncated, or from before PyTorch 1.6); "
-                f"download it again, or {_WAY_OUT}"
-            ) from None
-    if not stored:
+                entries = archive.infolist()
+                stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+                # PyTorch finds entries without regard to case; there must be no other to find.
+                names = {entry.filename.lower() for entry in entries}
+                pickles = [e for e in entries if e.filename.lower().endswith("/data.pkl")]
+                sound = len(names) == len(entries) and len(pickles) == 1
+                size = MAX_PICKLE_BYTES + 1
+                data = archive.open(pickles[0]).read(size) if stored and sound else b""
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError):
+            sound = False
+    if not sound:
+        raise CorruptInputError(
+            f"{path} is not a whole PyTorch archive (truncated, or from before PyTorch 1.6); "
+            f"download it again, or {_WAY_OUT}"
+        )
+    if not stored:  # they could expand without bound
         raise CorruptInputError(f"{path} holds compressed entries, unlike torch.save; {_WAY_OUT}")
+    try:
+        scan_pickle(data)
+    except PickleError as error:
+        if error.function:
+            raise _would_run(path, error.function) from None
+        raise CorruptInputError(
+            f"{path} cannot be read as tensors ({error}); download it again, or {_WAY_OUT}"
+        ) from None
+
+
+def _would_run(path: Path, function: str) -> CorruptInputError:
+    return CorruptInputError(
+        f"{path} would run {function!r:.80} when loaded, so it was refused; {_WAY_OUT}"
+    )
 
 
 def _source(path: Path, name: object, value: object, file_size: int) -> PickledTensor:
