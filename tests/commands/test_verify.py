@@ -161,7 +161,7 @@ def test_export_with_so_many_steps(steps: int, wanx: Wanx, tmp_path: Path) -> No
     few = ["--calibration-size", "32x32", "--calibration-frames", "5", "--gate"] if steps else []
     code, _, _ = wanx("export", "tiny", "-o", "bundle", "-q", "--golden-steps", steps, *few)
     assert code == 0
-    assert (tmp_path / "bundle" / "golden").exists() == (steps == 1)
+    assert (tmp_path / "bundle" / GOLDEN).exists() == (steps == 1)
     assert len(check_golden(open_bundle(tmp_path / "bundle"), threads=1)) == 2 * steps
 
 

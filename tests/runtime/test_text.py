@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast, T5TokenizerFast
 
 from wanx.errors import CorruptInputError, UsageError
+from wanx.runtime import text as text_module
 from wanx.runtime.text import PROMPT_BYTES, PromptTokenizer, check_prompt, clean_prompt, zero_pad
 
 WORDS = ["a", "red", "circle", "mov", "ing", "right", "on", "blue", "back", "ground", "猫", "é"]
@@ -148,6 +149,69 @@ def test_broken_tokenizer_files(tmp_path: Path, tokenizer_json: Path) -> None:
         PromptTokenizer(tmp_path / "missing.json")
     with pytest.raises(CorruptInputError, match=r"cannot read .*: Is a directory"):
         PromptTokenizer(tmp_path)
+
+
+MODEL: dict[str, Any] = {
+    "type": "WordLevel", "vocab": {"<pad>": 0, "</s>": 1, "a": 2}, "unk_token": "a",
+}  # fmt: skip
+BACKTRACKING = {
+    "type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False,
+}  # fmt: skip
+CANNOT_ENCODE: dict[str, tuple[dict[str, Any], str]] = {
+    "no unknown word": ({"model": MODEL | {"unk_token": "<unk>"}}, "Missing"),
+    "no unknown piece": (
+        {"model": {"type": "Unigram", "vocab": [["<pad>", 0.0], ["</s>", 0.0]], "unk_id": None}},
+        "unk_id",
+    ),
+    "pieces of words": (
+        {
+            "model": {
+                "type": "WordPiece", "vocab": {"<pad>": 0, "</s>": 1}, "unk_token": "?",
+                "continuing_subword_prefix": "##", "max_input_chars_per_word": 100,
+            }
+        },
+        "Missing",
+    ),
+    "a panic": ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "non-zero"),
+    "backtracking": ({"pre_tokenizer": BACKTRACKING}, "retry-limit"),
+}  # fmt: skip
+
+
+def tokenizer_of(path: Path, changes: dict[str, Any]) -> Path:
+    """Write a tokenizer whose words are <pad>, </s> and a, but for some parts of it."""
+    end = {"SpecialToken": {"id": "</s>", "type_id": 0}}
+    parts = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
+        "normalizer": None, "pre_tokenizer": None, "decoder": None, "model": MODEL,
+        "post_processor": {
+            "type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}, end],
+            "pair": [], "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
+        },
+    }  # fmt: skip
+    path.write_text(json.dumps(parts | changes))
+    return path
+
+
+@pytest.mark.parametrize("kind", CANNOT_ENCODE)
+def test_a_tokenizer_that_cannot_encode(
+    tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    changes, words = CANNOT_ENCODE[kind]
+    tokenizer = PromptTokenizer(tokenizer_of(tmp_path / "t.json", changes))
+    for encode in (tokenizer.encode, tokenizer.count):
+        with pytest.raises(CorruptInputError, match=r"t\.json cannot encode the prompt") as caught:
+            encode("a" * 28 + "b c")
+        assert words in str(caught.value)
+        assert str(caught.value).isprintable()
+    assert capfd.readouterr().err == ""
+
+
+def test_encoding_has_a_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tokenizer_of(tmp_path / "t.json", {"pre_tokenizer": BACKTRACKING})
+    tokenizer = PromptTokenizer(path)
+    monkeypatch.setattr(text_module, "ENCODING_SECONDS", 1e-4)
+    with pytest.raises(CorruptInputError, match=r"it did not end within 0\.0001 s"):
+        tokenizer.encode("a" * 28 + "b")
 
 
 def test_a_tokenizer_that_cannot_end_or_pad_is_refused(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_it_equals_a_fresh_export(name: str, tmp_path: Path) -> None:
     fresh = made.manifest
     assert fresh.files.keys() == shipped.manifest.files.keys()
     for path, record in shipped.manifest.files.items():
-        if path.startswith("golden/"):
+        if path.startswith("golden/") and path.endswith(".safetensors"):
             # In fp32 the last bits differ between processors. The shipped ones come from the
             # trained weights, these from the bundle's, which may be rounded to 16 bits.
             within = 1e-4 if shipped.manifest.precision == "fp32" else 1e-2

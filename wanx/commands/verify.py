@@ -34,6 +34,7 @@ def verify(
         print_json(
             {"files": [asdict(check) for check in verification.files]}
             | {"golden_steps": [asdict(step) for step in verification.golden_steps]}
+            | {"text_error": verification.text_error and str(verification.text_error)}
         )
     else:
         print_checks(verification.files)

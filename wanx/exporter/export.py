@@ -19,6 +19,7 @@ import torch
 
 from wanx.accuracy.gates import Gates
 from wanx.accuracy.golden_check import check_golden, require_golden
+from wanx.accuracy.golden_tokens import write_golden_tokens
 from wanx.bundle.golden_steps import GOLDEN, write_golden
 from wanx.bundle.manifest import TOKENIZER, Component, Manifest, Provenance
 from wanx.bundle.publish import publish_bundle, record_files, write_manifest
@@ -136,7 +137,6 @@ def _build(resolved: ResolvedExport, folder: Path, progress: Progress) -> None:
                 checkpoint, build.bundle(), options.calibration, progress, resolved.runs
             )
     if golden is not None and options.calibration.golden_steps:
-        (folder / GOLDEN).parent.mkdir()
         write_golden(golden, folder / GOLDEN)
     plain = build.bundle()
     target = parse_target(options.target)
@@ -167,6 +167,7 @@ class _Build:
         for name in ("graphs", "weights", "tokenizer"):
             (folder / name).mkdir()
         write_tokenizer(resolved.checkpoint.tokenizer, folder / TOKENIZER)
+        write_golden_tokens(folder, resolved.checkpoint.config.text_encoder.vocab_size)
 
     def add(self, specs: list[ComponentSpec], recipes: Mapping[str, Recipe]) -> None:
         """Write the weights and the graphs of some components."""

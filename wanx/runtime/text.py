@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import html
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wanx.errors import CorruptInputError, UsageError
+from wanx.runtime.native_call import NativeError, call_native
 from wanx.runtime.sessions.base import Session
 
 TEXT_LEN = 512
+ENCODING_SECONDS = 60.0  # of a prompt; those of 1 MB take one
 PROMPT_BYTES = 2**20
 
 
@@ -64,18 +69,22 @@ class PromptTokenizer:
     """
 
     def __init__(self, path: Path) -> None:
+        # There is one prompt at a time; with threads the library warns when the process forks.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from tokenizers import Tokenizer
 
         try:
-            self._tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            self._tokenizer = call_native(lambda: Tokenizer.from_str(text), ENCODING_SECONDS)
         except OSError as error:
             raise CorruptInputError(
                 f"cannot read {path}: {error.strerror}; export the bundle again"
             ) from None
-        except Exception as error:  # the tokenizers library raises bare Exception
+        except (NativeError, UnicodeDecodeError) as error:
             raise CorruptInputError(
                 f"{path} is not a tokenizer ({error}); export the bundle again"
             ) from None
+        self._path = path
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._added = self._tokenizer.num_special_tokens_to_add(is_pair=False)
@@ -87,7 +96,7 @@ class PromptTokenizer:
 
     def count(self, prompt: str) -> int:
         """Count the tokens of one cleaned prompt at its whole length, the end token included."""
-        return len(self._tokenizer.encode(prompt, add_special_tokens=False)) + self._added
+        return len(self._encoded(prompt)) + self._added
 
     def encode(
         self, prompt: str, max_length: int = TEXT_LEN
@@ -98,15 +107,36 @@ class PromptTokenizer:
 
         Returns:
             Token ids and mask, both int64 [1, max_length]; the mask is 1 on words and end token.
+
+        Raises:
+            CorruptInputError: The tokenizer cannot encode the prompt, or not in
+                ``ENCODING_SECONDS``.
         """
         assert max_length > self._added
-        encoding = self._tokenizer.encode(prompt, add_special_tokens=False)
-        encoding.truncate(max_length - self._added)
-        words = self._tokenizer.post_process(encoding).ids
+
+        def cut(encoding: Any) -> Any:
+            encoding.truncate(max_length - self._added)
+            return self._tokenizer.post_process(encoding)
+
+        words = self._encoded(prompt, cut).ids
         ids = np.full((1, max_length), self._pad, dtype=np.int64)
         ids[0, : len(words)] = words
         mask = (np.arange(max_length) < len(words)).astype(np.int64)[None]
         return ids, mask
+
+    def _encoded(self, prompt: str, then: Callable[[Any], Any] = lambda encoding: encoding) -> Any:
+        def encode() -> Any:
+            # Unlike encode, a batch releases Python's lock.
+            (encoding,) = self._tokenizer.encode_batch([prompt], add_special_tokens=False)
+            return then(encoding)
+
+        try:
+            return call_native(encode, ENCODING_SECONDS)
+        except NativeError as error:
+            raise CorruptInputError(
+                f"{self._path} cannot encode the prompt ({error}); export the bundle again with "
+                "the tokenizer of its checkpoint"
+            ) from None
 
 
 def zero_pad(

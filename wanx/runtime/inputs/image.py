@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-import sys
 import warnings
-from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +17,7 @@ from wanx.errors import CorruptInputError, UsageError, WanxError
 from wanx.files.input_file import open_input
 from wanx.runtime.inputs.budget import TimedReader
 from wanx.runtime.inputs.png import without_metadata
+from wanx.runtime.native_call import silenced_stderr
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -110,30 +109,14 @@ def _decode(file: BufferedReader, path: Path) -> Image:
     try:
         image = _read_header(file, path)
         _check(image, path)
-        with _libtiff_silenced() if image.format == "TIFF" else contextlib.nullcontext():
+        # libtiff repeats every error there, at length.
+        with silenced_stderr() if image.format == "TIFF" else contextlib.nullcontext():
             image.load()
     except DecompressionBombError as error:  # Pillow's own, higher cap
         raise UsageError(
             f"{path} has more than {MAX_PIXELS} pixels ({error}); use a smaller version of it"
         ) from None
     return _upright(_to_rgb(image, path), _exif_orientation(image))
-
-
-@contextlib.contextmanager
-def _libtiff_silenced() -> Iterator[None]:
-    """Drop what is written to the process's stderr, where libtiff repeats every error at length."""
-    if sys.__stderr__ is None:  # closed from the beginning, so 2 may be the image itself
-        yield
-        return
-    stderr = os.dup(2)
-    null = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(null, 2)
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(null)
 
 
 def _read_header(file: BufferedReader, path: Path) -> ImageFile:
