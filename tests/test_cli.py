@@ -608,3 +608,41 @@ def test_a_file_of_too_many_prompts(wanx: Wanx, tmp_path: Path) -> None:
     result = wanx("run", "--prompts", "p.txt", *ONE)
     assert result.code == 2
     assert "p.txt has 100001 lines, and at most 100000 are read; split it" in result.error
+
+
+FOLDERS = [b"b\xff", "猫 🐱".encode(), b"-a b'c\"$(d)"]
+    b"b\xff",
+    "猫 🐱".encode(),
+    b"a b'c\"d",
+    b"$(x)",
+    b"-b",
+    "e\u0301".encode(),
+    b"\xe9t\xe9.1",
+]
+
+
+@pytest.mark.parametrize("name", FOLDERS, ids=ascii)
+def test_a_bundle_s_folder_may_have_any_name(wanx: Wanx, tmp_path: Path, name: bytes) -> None:
+    """Not all names are UTF-8, and none is code."""
+    bundle = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    shutil.copytree(builtin_bundle(), bundle)
+    few = ["--size", "32x32", "--frames", "5", "--threads", "1", "--steps", "1"]
+    threads = ["--threads", "1", "-q"]
+    bench = ["--sizes", "32x32", "--frames", "5", "--steps", "1", "--warm-up", "0", "--repeat", "1"]
+    for arguments in (
+        ["inspect", bundle],
+        ["verify", bundle, *threads],
+        ["run", bundle, PROMPT, "-o", bundle / "v.gif", "-q", *few],
+        ["compare", bundle, "tiny", "--no-clips", "-q", "-o", tmp_path / "compared", *few],
+        ["bench", bundle, "--no-roofline", "-o", tmp_path / "report", *bench, *threads],
+        ["build", bundle, "--target", "cpu", "-q"],
+    ):
+        for json_flag in ([], ["--json"]):
+            result = wanx(*arguments, *json_flag)
+            assert result.code == 0, (arguments, result.err)
+            if json_flag:
+                json.loads(result.out)
+    assert (bundle / "v.gif").exists()
+    for path in (tmp_path / "compared", tmp_path / "report"):
+        for file in path.iterdir():
+            file.read_text(encoding="utf-8")

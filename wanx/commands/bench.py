@@ -106,6 +106,7 @@ def bench(
     from wanx.benchmarks.speed.bench import Extras
     from wanx.benchmarks.speed.peers import parse_peers
     from wanx.benchmarks.speed.suite import BenchOptions
+    from wanx.bundle.record import printable
     from wanx.commands.display.generation import progress_bars
     from wanx.commands.display.speed import print_results
     from wanx.commands.leftovers import find_leftovers
@@ -119,7 +120,7 @@ def bench(
         peers=parse_peers(peer or []), threads=threads,
     )  # fmt: skip
     extras = Extras(roofline=roofline or profile, profile=profile, sweep=sweep is not None)
-    command = shlex.join(["wanx", *sys.argv[1:]])
+    command = printable(shlex.join(["wanx", *sys.argv[1:]]))
     find_leftovers(output.parent, remove=True)
     with progress_bars(quiet) as progress:
         results = wanx.bench(

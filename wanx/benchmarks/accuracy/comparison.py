@@ -11,6 +11,7 @@ from wanx.accuracy.gates import Agreement, Gates, worst
 from wanx.benchmarks.accuracy.clips import ClipComparison
 from wanx.benchmarks.report.files import json_safe
 from wanx.bundle.reader import Bundle
+from wanx.bundle.record import printable
 from wanx.config.number_formats import QUANTIZED
 from wanx.runtime.options import ResolvedRun
 from wanx.runtime.sampling.guidance import Branch
@@ -71,7 +72,7 @@ class Subject:
             precision=manifest.precision,
             target=manifest.target,
             hash=bundle.hash,
-            folder=bundle.root.name,
+            folder=printable(bundle.root.name),
             size_bytes=bundle.size_bytes,
         )
 

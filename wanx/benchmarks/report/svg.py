@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,9 @@ def svg(name: str, height: float, draw: Callable[[Axes], None]) -> str:
         axes.patch.set_alpha(0)
         draw(axes)
         stream = io.StringIO()
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # in a folder's name
+            figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     _, _, svg = stream.getvalue().partition("<svg ")
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)

@@ -14,6 +14,7 @@ from wanx.benchmarks.speed.results import Case, Peer, Results, Settings, Subject
 from wanx.benchmarks.speed.sample_images import as_json, with_sample_images
 from wanx.benchmarks.speed.trial import run_trial
 from wanx.bundle.reader import Bundle
+from wanx.bundle.record import printable
 from wanx.config.bounds import MAX_REPEATS, MAX_THREADS, require_between
 from wanx.config.models import ModelConfig
 from wanx.errors import UsageError, WanxError
@@ -204,7 +205,7 @@ def _trial(
 
 def _labels(bundles: Sequence[Bundle]) -> list[str]:
     """The folders' names, numbered where two are equal."""
-    names = [bundle.root.resolve().name for bundle in bundles]
+    names = [printable(bundle.root.name) for bundle in bundles]
     return [
         name if names.count(name) == 1 else f"{name} ({names[: index + 1].count(name)})"
         for index, name in enumerate(names)
