@@ -611,14 +611,6 @@ def test_a_file_of_too_many_prompts(wanx: Wanx, tmp_path: Path) -> None:
 
 
 FOLDERS = [b"b\xff", "猫 🐱".encode(), b"-a b'c\"$(d)"]
-    b"b\xff",
-    "猫 🐱".encode(),
-    b"a b'c\"d",
-    b"$(x)",
-    b"-b",
-    "e\u0301".encode(),
-    b"\xe9t\xe9.1",
-]
 
 
 @pytest.mark.parametrize("name", FOLDERS, ids=ascii)
