@@ -87,6 +87,7 @@ def test_bare_run_uses_the_builtin_model_and_never_overwrites(wanx: Wanx, tmp_pa
     [((), 3), (("--frames", "1"), 3), (("--count", "2", "--frames", "1"), 6)],
     ids=["video", "image", "count"],
 )
+@pytest.mark.fault("two runs with one name")
 def test_runs_beside_each_other_take_names_of_their_own(
     tmp_path: Path, options: tuple[str, ...], videos: int
 ) -> None:
@@ -105,6 +106,7 @@ def test_runs_beside_each_other_take_names_of_their_own(
         assert read_metadata(Path(path))["seed"] == seed
 
 
+@pytest.mark.fault("two runs with one name")
 def test_two_workers_on_one_file_of_prompts_make_no_line_twice(tmp_path: Path) -> None:
     lines = [{"prompt": PROMPT, "seed": seed} for seed in range(6)]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -193,6 +195,7 @@ def test_a_seed_repeats_and_minus_one_draws(wanx: Wanx, tmp_path: Path) -> None:
         (["-o", "v.png"], "one frame"),
     ],
 )
+@pytest.mark.fault("output named like an option or a URL", "bad size, frames or steps")
 def test_bad_options_are_one_line_and_leave_nothing(
     wanx: Wanx, tmp_path: Path, arguments: list[str], words: str
 ) -> None:
@@ -203,6 +206,7 @@ def test_bad_options_are_one_line_and_leave_nothing(
 
 
 @pytest.mark.parametrize("prompt", ["", "-leading dash", "—", "a" * 100_000, "<script>&amp;"])
+@pytest.mark.fault("odd prompt")
 def test_odd_prompts_run(wanx: Wanx, tmp_path: Path, prompt: str) -> None:
     few = ["--steps", "1", "--frames", "1", "--threads", "1", "-o", "v.png"]
     assert wanx("run", *few, "--", "tiny", prompt).code == 0
@@ -213,12 +217,14 @@ def test_odd_prompts_run(wanx: Wanx, tmp_path: Path, prompt: str) -> None:
     ("prompt", "words"),
     [("a\0b", "NUL"), ("x" * (2**20 + 1), "1,048,577 bytes"), ("\udcff", "UTF-8")],
 )
+@pytest.mark.fault("odd prompt")
 def test_impossible_prompts_are_refused(wanx: Wanx, prompt: str, words: str) -> None:
     result = wanx("run", "tiny", prompt, *SMALL)
     assert result.code == 2
     assert words in result.error
 
 
+@pytest.mark.fault("output named like an option or a URL")
 def test_an_output_that_looks_like_an_option_is_a_file(wanx: Wanx, tmp_path: Path) -> None:
     few = ["--steps", "1", "--frames", "1", "--threads", "1"]
     assert wanx("run", "tiny", PROMPT, "--output=-y.png", *few).code == 0
@@ -365,6 +371,7 @@ def bundle(tmp_path: Path) -> Path:
     return Path(shutil.copytree(builtin_bundle(), tmp_path / "bundle"))
 
 
+@pytest.mark.fault("flipped bit")
 def test_a_flipped_bit_is_found_and_named(wanx: Wanx, bundle: Path) -> None:
     path = bundle / "weights" / "dit.safetensors"
     data = bytearray(path.read_bytes())
@@ -378,6 +385,7 @@ def test_a_flipped_bit_is_found_and_named(wanx: Wanx, bundle: Path) -> None:
     assert "weights/dit.safetensors" in run.error
 
 
+@pytest.mark.fault("missing file")
 def test_a_missing_graph_is_named(wanx: Wanx, bundle: Path) -> None:
     (bundle / "graphs" / "dit.onnx").unlink()
     run = wanx("run", bundle, PROMPT, *SMALL)
@@ -385,6 +393,7 @@ def test_a_missing_graph_is_named(wanx: Wanx, bundle: Path) -> None:
     assert "graphs/dit.onnx" in run.error
 
 
+@pytest.mark.fault("manifest of a newer wanx")
 def test_a_newer_bundle_asks_for_an_upgrade(wanx: Wanx, bundle: Path) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
     (bundle / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 99}))
@@ -393,6 +402,7 @@ def test_a_newer_bundle_asks_for_an_upgrade(wanx: Wanx, bundle: Path) -> None:
     assert "upgrade wanx" in result.error
 
 
+@pytest.mark.fault("read-only bundle")
 def test_a_read_only_bundle_runs(wanx: Wanx, bundle: Path) -> None:
     paths = [bundle, *bundle.rglob("*")]
     for path in paths:
@@ -414,6 +424,7 @@ STOPPED = [
 ]
 
 
+@pytest.mark.fault("two runs on one bundle")
 def test_two_runs_share_a_bundle(bundle: Path, tmp_path: Path) -> None:
     runs = [start("run", bundle, PROMPT, "-o", f"{i}.gif", *SMALL, cwd=tmp_path) for i in (1, 2)]
     for run in runs:
@@ -423,6 +434,7 @@ def test_two_runs_share_a_bundle(bundle: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("sent", "code"), STOPPED)
+@pytest.mark.fault("Ctrl-C")
 def test_a_stopped_run_leaves_no_video(tmp_path: Path, sent: signal.Signals, code: int) -> None:
     program = (
         "from functools import partialmethod\n"
@@ -447,6 +459,7 @@ def test_a_stopped_run_leaves_no_video(tmp_path: Path, sent: signal.Signals, cod
 
 
 @pytest.mark.parametrize(("sent", "code"), STOPPED)
+@pytest.mark.fault("kill at any moment", "Ctrl-C")
 def test_a_stopped_export_shows_no_bundle(tmp_path: Path, sent: signal.Signals, code: int) -> None:
     export = start("export", "-o", "bundle", cwd=tmp_path)
     deadline = time.monotonic() + 300
@@ -502,6 +515,7 @@ def start_writer(path: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".webm", ".gif", ".png"])
+@pytest.mark.fault("kill while writing")
 def test_stopped_while_encoding_leaves_no_video(tmp_path: Path, suffix: str) -> None:
     """A plain MP4 is unreadable when its writer dies, so it must not have the asked name yet.
 
@@ -592,6 +606,7 @@ ABSURD: list[tuple[list[str], str]] = [
 
 
 @pytest.mark.parametrize(("arguments", "words"), ABSURD, ids=str)
+@pytest.mark.fault("number without bounds")
 def test_no_number_buys_a_whole_machine(
     wanx: Wanx, tmp_path: Path, arguments: list[str], words: str
 ) -> None:
@@ -614,6 +629,7 @@ FOLDERS = [b"b\xff", "猫 🐱".encode(), b"-a b'c\"$(d)"]
 
 
 @pytest.mark.parametrize("name", FOLDERS, ids=ascii)
+@pytest.mark.fault("folder of any name")
 def test_a_bundle_s_folder_may_have_any_name(wanx: Wanx, tmp_path: Path, name: bytes) -> None:
     """Not all names are UTF-8, and none is code."""
     bundle = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))

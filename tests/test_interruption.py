@@ -64,6 +64,7 @@ def start(tmp_path: Path, how: str, name: str) -> "subprocess.CompletedProcess[s
 
 
 @pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.fault("SIGTERM, SIGHUP and the like")
 def test_ends_inside_c_and_undoes_the_latest_first(tmp_path: Path, name: str) -> None:
     done = start(tmp_path, "ends", name)
     code = 128 + signal.Signals[name]
@@ -90,6 +91,7 @@ def test_the_handler_before_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.fault("SIGTERM, SIGHUP and the like")
 def test_a_signal_raises_once_and_its_handler_comes_back(name: str) -> None:
     number = signal.Signals[name]
     before = signal.getsignal(number)

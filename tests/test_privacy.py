@@ -100,6 +100,7 @@ def home(tmp_path: Path) -> Home:
     "name",
     [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in COMMANDS],
 )
+@pytest.mark.fault("dependency that talks to somebody")
 def test_a_command_writes_to_its_own_cache_and_calls_nobody(name: str, home: Home) -> None:
     if name.startswith("export"):
         pytest.importorskip("torch")
@@ -145,6 +146,7 @@ def test_the_recorder_sees_a_worker_that_calls_somebody(home: Home) -> None:
 @pytest.mark.parametrize(
     ("allowed", "before"), [(None, None), (None, "0"), ("", "1"), ("0", None), ("true", "0")]
 )
+@pytest.mark.fault("dependency that talks to somebody")
 def test_it_is_off_in_every_process(allowed: str | None, before: str | None) -> None:
     assert settings_of_a_worker(before, allowed) == ["1", "1"]
 

@@ -140,6 +140,7 @@ def state(target: Path) -> object:
         (prepare_engines, switch_target),
     ],
 )
+@pytest.mark.fault("kill at every file operation")
 def test_a_change_killed_at_every_file_operation(
     tmp_path: Path, prepare: Change, change: Change
 ) -> None:

@@ -70,6 +70,7 @@ def test_is_frozen() -> None:
         manifest().target = "cpu"
 
 
+@pytest.mark.fault("manifest of a newer wanx")
 def test_newer_schema_asks_for_an_upgrade_even_if_nothing_else_is_known() -> None:
     with pytest.raises(EnvironmentMismatchError) as caught:
         parse_manifest(b'{"schema_version": 3, "layers_of_the_future": []}', PATH)
@@ -108,6 +109,7 @@ HOSTILE_PATHS = [
 
 @pytest.mark.parametrize("path", HOSTILE_PATHS)
 @pytest.mark.parametrize("place", ["files", "graph", "weights"])
+@pytest.mark.fault("weights outside the bundle")
 def test_refuses_paths_that_could_leave_the_bundle(path: str, place: str) -> None:
     document = json.loads(manifest().to_json())
     if place == "files":
@@ -183,6 +185,7 @@ def test_refuses_paths_that_could_leave_the_bundle(path: str, place: str) -> Non
         (set_to("provenance", "tools", value={"torch": 2}), "provenance.tools.torch"),
     ],
 )
+@pytest.mark.fault("hostile manifest")
 def test_refuses_hostile_values(change: Callable[[dict[str, Any]], None], found: str) -> None:
     document = json.loads(manifest().to_json())
     change(document)

@@ -99,6 +99,7 @@ def test_a_relative_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert names(tmp_path) == ["b"]
 
 
+@pytest.mark.fault("target that exists")
 def test_an_existing_bundle_is_kept_without_force_and_replaced_with_it(tmp_path: Path) -> None:
     export(tmp_path / "b", "one")
     with pytest.raises(UsageError, match=r"b exists: .* replace it with --force"):
@@ -224,6 +225,7 @@ def test_a_failed_rename_gives_the_old_bundle_back(
     assert names(tmp_path) == ["b"]
 
 
+@pytest.mark.fault("power loss")
 def test_every_file_and_folder_is_synced_before_it_becomes_visible(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,6 +330,7 @@ Start = Callable[[Path, str], "subprocess.Popen[str]"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.fault("kill at any moment")
 def test_killed_while_replacing(tmp_path: Path, start: Start, stage: str) -> None:
     place, again = tmp_path / "place", tmp_path / "again"
     export(place / "b", "one")
@@ -353,6 +356,7 @@ def test_killed_while_replacing(tmp_path: Path, start: Start, stage: str) -> Non
 @pytest.mark.parametrize(
     "stage", ["write 0", "before fsync 1", "before fsync 4", "before rename 1"]
 )
+@pytest.mark.fault("kill at any moment")
 def test_killed_while_creating(tmp_path: Path, start: Start, stage: str) -> None:
     target = tmp_path / "b"
     process = start(target, stage)
@@ -366,6 +370,7 @@ def test_killed_while_creating(tmp_path: Path, start: Start, stage: str) -> None
     assert names(tmp_path) == ["b"]
 
 
+@pytest.mark.fault("Ctrl-C")
 def test_interrupted_from_the_keyboard(tmp_path: Path, start: Start) -> None:
     export(tmp_path / "b", "one")
     process = start(tmp_path / "b", "write 0")
@@ -375,6 +380,7 @@ def test_interrupted_from_the_keyboard(tmp_path: Path, start: Start) -> None:
     assert text_of(tmp_path / "b") == "one"
 
 
+@pytest.mark.fault("two exporters")
 def test_a_second_exporter_is_refused_and_told_who(tmp_path: Path, start: Start) -> None:
     process = start(tmp_path / "b", "write 0")
     for _ in range(2):
@@ -458,6 +464,7 @@ def test_a_set_aside_bundle_is_not_restored_over_another(tmp_path: Path) -> None
     assert text_of(tmp_path / ".b.wanx-old") == "one"
 
 
+@pytest.mark.fault("full disk")
 def test_preflight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = 10**9
     usage = shutil.disk_usage(tmp_path)._replace(free=free)
@@ -472,6 +479,7 @@ def test_preflight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 @pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.fault("full disk")
 def test_a_full_disk_while_writing(tmp_path: Path, code: int, wrapped: bool) -> None:
     export(tmp_path / "b", "one")
     error: Exception = OSError(code, os.strerror(code))
@@ -485,6 +493,7 @@ def test_a_full_disk_while_writing(tmp_path: Path, code: int, wrapped: bool) -> 
 
 
 @pytest.mark.parametrize("call", ["mkdir", "fsync", "rename", "replace"])
+@pytest.mark.fault("full disk")
 def test_a_full_disk_in_our_own_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
@@ -511,6 +520,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.fault("full disk")
 def test_a_disk_that_is_really_full(small_disk: Path) -> None:
     target = small_disk / "b"
     export(target, "one")

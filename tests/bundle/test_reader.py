@@ -192,6 +192,7 @@ def test_a_folder_without_manifest_is_not_a_bundle(root: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["graphs/dit.onnx", "weights/dit.safetensors", "tokenizer/tokenizer.json"]
 )
+@pytest.mark.fault("missing file")
 def test_missing_truncated_and_padded_files(root: Path, name: str, verify: str) -> None:
     path = root / name
     data = path.read_bytes()
@@ -219,6 +220,7 @@ def test_a_missing_folder(root: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["graphs/dit.onnx", "weights/dit.safetensors", "tokenizer/tokenizer.json"]
 )
+@pytest.mark.fault("flipped bit")
 def test_one_flipped_bit(root: Path, name: str, verify: str) -> None:
     flip(root / name)
     digest = hashlib.sha256((root / name).read_bytes()).hexdigest()
@@ -226,6 +228,7 @@ def test_one_flipped_bit(root: Path, name: str, verify: str) -> None:
     assert f"{name} is damaged: its SHA-256 is {digest[:12]}" in found
 
 
+@pytest.mark.fault("weights outside the bundle")
 def test_symbolic_links_are_refused(root: Path) -> None:
     outside = root.parent / "outside"
     weights = root / "weights/dit.safetensors"
@@ -255,6 +258,7 @@ def test_a_manifest_that_is_a_pipe_does_not_hang(root: Path) -> None:
     assert "manifest.json is not a file" in refused(root)
 
 
+@pytest.mark.fault("hard-linked weights")
 def test_hard_links_are_refused_but_for_the_installed_bundle(root: Path) -> None:
     os.link(root / "weights/dit.safetensors", root.parent / "other")
     assert "weights/dit.safetensors has 2 hard links" in refused(root)
@@ -327,6 +331,7 @@ ESCAPES = [
 
 
 @pytest.mark.parametrize("location", ESCAPES)
+@pytest.mark.fault("weights outside the bundle")
 def test_external_data_outside_the_components_weights(root: Path, location: str) -> None:
     """The manifest may be the attacker's, so hashes that fit prove nothing."""
     (root / "weights/other.safetensors").write_bytes(bytes(99))
@@ -356,6 +361,7 @@ GRAPH_NAMES = ["dit", "dit.bin", "dit.ONNX", "dit.ort", "dit.onnx.json", "plan.j
 @pytest.mark.parametrize(
     "location", ["tokenizer/evil.bin", "engines/k/evil.bin", "weights/other.safetensors", "../out"]
 )
+@pytest.mark.fault("graph under another name")
 def test_a_graph_is_checked_whatever_its_name(
     root: Path, name: str, used_as: str, location: str
 ) -> None:
@@ -484,6 +490,7 @@ def test_stamps_do_not_vouch_for_another_manifest(root: Path, hashed: list[str])
     assert hashed == []
 
 
+@pytest.mark.fault("read-only bundle")
 def test_opening_writes_nothing_into_a_read_only_bundle(root: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in [root, *root.rglob("*")]}
     for path in before:

@@ -79,6 +79,7 @@ def test_commands_on_a_read_only_bundle(read_only: Path, tmp_path: Path, command
 
 
 @pytest.mark.parametrize("closed", ["bundle", "parent"])
+@pytest.mark.fault("read-only bundle")
 def test_a_build_without_permission(closed: str) -> None:
     with public_folder() as root:
         target = root / "place/b"
@@ -102,6 +103,7 @@ CODES = [errno.EROFS, errno.EACCES, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno
 
 @pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("call", ["mkdir", "fsync", "rename", "replace"])
+@pytest.mark.fault("full disk")
 def test_a_build_whose_disk_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int
 ) -> None:

@@ -83,6 +83,7 @@ BOMBS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
+@pytest.mark.fault("pickle that builds too much")
 def test_bombs_are_refused_at_once(bomb: str, tmp_path: Path) -> None:
     data, words = BOMBS[bomb]
     path = archive(tmp_path / "m.pth", data)
@@ -112,6 +113,7 @@ def test_a_tensor_written_by_hand(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["M/DATA.PKL", "m/Data.pkl", "n/data.pkl", "m/data.pkl"])
 @pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.fault("pickle that runs code")
 def test_there_is_one_pickle_to_find(name: str, tmp_path: Path) -> None:
     """PyTorch finds an entry in any case, so a second one could be what it reads."""
     data = START + b"}X\x01\x00\x00\x00w" + TENSOR + b"s" + END

@@ -128,6 +128,7 @@ def test_converted_stream_equals_torch(target: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.fault("weights that are not finite")
 def test_nan_is_refused_by_name(bad: float, tmp_path: Path) -> None:
     broken = tensors()
     broken["h"][4, 2, 1] = bad
@@ -184,6 +185,7 @@ def test_one_file_beside_an_index_is_ambiguous(tmp_path: Path) -> None:
         "~/m.safetensors",
     ],
 )
+@pytest.mark.fault("shard index out of the folder")
 def test_index_paths_stay_in_the_folder(name: str, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     folder.mkdir()
@@ -279,6 +281,7 @@ class Hostile:
         return os.system, (f"touch {self.marker}",)
 
 
+@pytest.mark.fault("pickle that runs code")
 def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     torch.save({"w": torch.ones(2), "x": Hostile(marker)}, tmp_path / "m.pth")
@@ -349,6 +352,7 @@ def sources_of(folder: Path, state: Tensors) -> dict[str, TensorSource]:
     return open_weights(folder, "m")[0]
 
 
+@pytest.mark.fault("tensors that do not fit")
 def test_all_that_does_not_fit_is_listed_at_once(tmp_path: Path) -> None:
     found = sources_of(
         tmp_path,

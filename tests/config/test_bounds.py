@@ -27,6 +27,7 @@ from wanx.runtime.sessions.registry import SessionOptions
     ],
     ids=["load", "verify", "compare", "bench", "session"],
 )
+@pytest.mark.fault("number without bounds")
 def test_threads(
     call: Callable[[object], object],
     threads: object,

@@ -105,6 +105,7 @@ def test_engines_are_built_once(bundle: Path, builder: FakeBuilder) -> None:
     assert builder.builds == components
 
 
+@pytest.mark.fault("advice that does not help", "engine from elsewhere")
 def test_the_advice_for_engines_from_elsewhere(
     bundle: Path, builder: FakeBuilder, use_cache: UseCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +182,7 @@ def test_another_compiler_or_device(
     assert not after.startswith(before)
 
 
+@pytest.mark.fault("advice that does not help")
 def test_the_advice_for_an_engine_that_fails(
     bundle: Path, builder: FakeBuilder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,6 +205,7 @@ def test_the_advice_for_an_engine_that_fails(
     assert video.frames is not None
 
 
+@pytest.mark.fault("advice that does not help")
 def test_the_advice_for_a_built_in_bundle(
     builder: FakeBuilder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -66,6 +66,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.fault("tensors that do not fit")
 def test_all_wrong_tensors_are_listed_at_once(
     broken: Path, tmp_path: Path, refused: Refused
 ) -> None:
@@ -91,6 +92,7 @@ def test_all_wrong_tensors_are_listed_at_once(
 
 @pytest.mark.parametrize("folder", ["transformer", "text_encoder", "vae"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.fault("weights that are not finite")
 def test_a_tensor_that_is_not_finite(
     value: float, folder: str, broken: Path, tmp_path: Path, refused: Refused
 ) -> None:
@@ -217,6 +219,7 @@ def test_a_quantised_bundle_is_no_source(
     assert "quantised to int8" in refused(UsageError, source, tmp_path / "bundle")
 
 
+@pytest.mark.fault("flipped bit")
 def test_a_damaged_bundle_is_no_source(
     bundle_fp32: Bundle, tmp_path: Path, refused: Refused
 ) -> None:
@@ -228,6 +231,7 @@ def test_a_damaged_bundle_is_no_source(
     assert "dit.safetensors" in refused(CorruptInputError, source, tmp_path / "bundle")
 
 
+@pytest.mark.fault("target that exists")
 def test_an_existing_bundle_is_kept_without_force(
     checkpoint: Path,
     bundle_fp32: Bundle,
@@ -295,6 +299,7 @@ def test_public_function_raises_the_same_errors(checkpoint: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("megabytes", [1, 6, 16])
+@pytest.mark.fault("out of memory")
 def test_running_out_of_memory_names_the_component(tmp_path: Path, megabytes: int) -> None:
     """A real limit on the address space, which torch may meet anywhere and wrap in anything."""
     program = (

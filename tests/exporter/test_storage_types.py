@@ -63,6 +63,7 @@ def test_the_list_of_types_is_whole() -> None:
 
 @pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
 @pytest.mark.parametrize("dtype", known_to_safetensors())
+@pytest.mark.fault("unplanned storage type")
 def test_a_type_is_read_or_refused_by_name(part: str, dtype: str, copied: Path) -> None:
     (path,) = (copied / part).glob("*.safetensors")
     store_as(path, dtype)

@@ -120,6 +120,7 @@ def test_files_that_are_no_batch(tmp_path: Path) -> None:
             read_jobs(path, tmp_path, DEFAULTS, ".png")
 
 
+@pytest.mark.fault("line that cannot be run")
 def test_one_failure_does_not_stop_the_others(pipeline: Pipeline, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     jobs = jobs_of(
@@ -163,6 +164,7 @@ HOSTILE_LINES: list[dict[str, object]] = [
 
 
 @pytest.mark.parametrize("line", HOSTILE_LINES, ids=lambda line: ascii(line)[:30])
+@pytest.mark.fault("line that cannot be run")
 def test_no_line_can_end_the_batch(
     pipeline: Pipeline, tmp_path: Path, line: dict[str, object]
 ) -> None:

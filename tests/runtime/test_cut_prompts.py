@@ -28,6 +28,7 @@ def whole_length(prompt: str) -> int:
 
 
 @pytest.mark.parametrize("option", ["prompt", "negative_prompt"])
+@pytest.mark.fault("prompt that is cut")
 def test_a_cut_prompt_is_said_once_and_kept_in_the_metadata(
     option: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

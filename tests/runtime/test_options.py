@@ -20,6 +20,7 @@ TEXT = ("prompt", "negative_prompt", "solver")
 FILES = ("image", "last_image", "video", "mask")
 
 
+@pytest.mark.fault("wrong type from Python")
 def test_every_option_is_checked() -> None:
     assert {*WHOLE, *REAL, *TEXT, *FILES, "references"} == {f.name for f in fields(RunOptions)}
     for option in fields(RunOptions):
@@ -46,6 +47,7 @@ def test_numbers_of_any_type(name: str, half: Any) -> None:
 @pytest.mark.parametrize(
     "value", ["4", b"4", 4.5, True, np.bool_(1), float("nan"), float("inf"), 4 + 0j, [4]]
 )
+@pytest.mark.fault("wrong type from Python")
 def test_what_is_no_whole_number(name: str, value: Any) -> None:
     with pytest.raises(UsageError, match=f"{name} is .*; give a whole number") as caught:
         RunOptions(**{name: value})

@@ -21,6 +21,7 @@ def read(path: Path, data: str | bytes) -> list[tuple[int, object]]:
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("separator", SEPARATORS[:3])
+@pytest.mark.fault("odd separators in JSON Lines")
 def test_a_separator_in_a_string_ends_no_line(tmp_path: Path, separator: str, end: str) -> None:
     prompts = [f"a red{separator}circle", "b"]
     lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
@@ -35,6 +36,7 @@ def test_a_separator_in_plain_text_ends_no_prompt(tmp_path: Path, separator: str
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.txt", "p"])
+@pytest.mark.fault("odd separators in JSON Lines")
 def test_a_byte_order_mark_is_skipped(tmp_path: Path, name: str) -> None:
     assert read(tmp_path / name, b'\xef\xbb\xbf{"prompt": "a"}') == [(1, {"prompt": "a"})]
 

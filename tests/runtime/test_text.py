@@ -193,6 +193,7 @@ def tokenizer_of(path: Path, changes: dict[str, Any]) -> Path:
 
 
 @pytest.mark.parametrize("kind", CANNOT_ENCODE)
+@pytest.mark.fault("tokenizer that cannot encode")
 def test_a_tokenizer_that_cannot_encode(
     tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -36,6 +36,7 @@ def without_hint(stderr: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.fault("output that cannot be shown")
 def test_a_run_says_what_it_wrote_in_any_encoding(tmp_path: Path, encoding: str) -> None:
     name = f"{TEXT}.png"
     done = wanx("run", "tiny", TEXT, *ONE, "-o", name, cwd=tmp_path, encoding=encoding)
@@ -93,6 +94,7 @@ def test_help_is_ascii(tmp_path: Path, command: str) -> None:
         (">/dev/full 2>&1", 1, b""),
     ],
 )
+@pytest.mark.fault("output that cannot be shown")
 def test_streams_that_fail_cost_no_video(
     tmp_path: Path, python: str, redirect: str, code: int, error: bytes
 ) -> None:

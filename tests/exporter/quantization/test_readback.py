@@ -193,6 +193,7 @@ FAULTS: dict[str, faults.Case] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.fault("quantisation that did nothing")
 def test_a_fault_stops_the_export(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -379,6 +379,7 @@ def small_file(request: pytest.FixtureRequest) -> bytes:
     return small_files()[request.param]
 
 
+@pytest.mark.fault("damaged image or video")
 def test_truncated_anywhere(small_file: bytes, tmp_path: Path) -> None:
     """A file is refused unless all that is missing comes after the pixels."""
     whole = read(small_file, tmp_path)
@@ -396,6 +397,7 @@ def test_truncated_anywhere(small_file: bytes, tmp_path: Path) -> None:
     assert not any("\n" in refusal for refusal in refusals)
 
 
+@pytest.mark.fault("damaged image or video")
 def test_damaged_anywhere(small_file: bytes, tmp_path: Path) -> None:
     """Nothing but an image or an error of ours comes out."""
     generator = np.random.default_rng(1)
@@ -419,6 +421,7 @@ def test_damaged_anywhere(small_file: bytes, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "jpeg", "group4"])
+@pytest.mark.fault("noise of a decoder")
 def test_nothing_is_said_beside_the_error(
     compression: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -549,6 +552,7 @@ METADATA: dict[str, bytes] = {
 
 @pytest.mark.parametrize("after", [b"IHDR", b"IDAT"])
 @pytest.mark.parametrize("kind", METADATA)
+@pytest.mark.fault("odd metadata")
 def test_metadata_that_is_not_needed(kind: str, after: bytes, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -585,6 +589,7 @@ def test_an_animated_png_begins_with_its_first_picture(is_frame: bool, tmp_path:
 
 @pytest.mark.parametrize("format", ["JPEG", "WEBP"])
 @pytest.mark.parametrize("exif", [b"", b"not TIFF at all", b"MM\0*\0\0\0\x08\0\x05\1\x12"])
+@pytest.mark.fault("odd metadata")
 def test_bad_exif_in_other_formats(format: str, exif: bytes, tmp_path: Path) -> None:
     data = encode(Image.fromarray(RGB), format, exif=b"Exif\0\0" + exif)
     with warnings.catch_warnings():
@@ -600,6 +605,7 @@ def test_a_png_of_incompressible_pixels(tmp_path: Path) -> None:
         assert np.array_equal(read(data, tmp_path), noise[..., :3])
 
 
+@pytest.mark.fault("decoding without end")
 def test_a_png_with_no_end_of_pixels(tmp_path: Path) -> None:
     """What comes after the last pixel is neither read nor kept."""
     data = png_with(png_chunk(b"IDAT", MANY) * 4, after=b"IDAT")
@@ -658,6 +664,7 @@ def tiff_header(width: int, height: int) -> bytes:
         (tiff_header, 60000, 60000),
     ],
 )
+@pytest.mark.fault("image bomb")
 def test_bombs_are_refused_by_their_header(
     header: Callable[[int, int], bytes],
     width: int,
@@ -694,6 +701,7 @@ def test_bomb_in_a_tile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "has tiles of 20000x20000, which is 400000000" in refusal(UsageError, path)
 
 
+@pytest.mark.fault("decoding without end")
 def test_a_jpeg_of_scans_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of a few bytes passes over every pixel again."""
     data = encode(Image.new("RGB", (1000, 1000)), "JPEG", progressive=True)

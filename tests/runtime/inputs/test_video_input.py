@@ -236,6 +236,7 @@ ORIENTATIONS = [
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mov"])
 @pytest.mark.parametrize("matrix", ORIENTATIONS)
+@pytest.mark.fault("mirrored or turned video")
 def test_every_orientation(tmp_path: Path, matrix: tuple[int, ...], suffix: str) -> None:
     video = open_video(with_matrix(write(tmp_path / f"v{suffix}", NOISE[:4]), matrix))
     expected = mapped(NOISE[3], matrix)
@@ -270,6 +271,7 @@ def with_pixel_aspect(path: Path, frames: Sequence[NDArray[np.uint8]], aspect: F
 @pytest.mark.parametrize(
     ("aspect", "width"), [("2", 128), ("1/2", 32), ("16/15", 68), ("8/9", 57), ("1", 64)]
 )
+@pytest.mark.fault("mirrored or turned video")
 def test_pixels_that_are_not_square(
     tmp_path: Path, aspect: str, width: int, matrix: tuple[int, ...] | None
 ) -> None:
@@ -436,6 +438,7 @@ def test_something_else_under_the_name_of_a_video(tmp_path: Path, suffix: str, k
 
 @pytest.mark.parametrize("layout", [{}, {"movflags": "+faststart"}])
 @pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.fault("damaged image or video")
 def test_truncated_files(tmp_path: Path, suffix: str, layout: dict[str, str]) -> None:
     whole = write(tmp_path / f"w{suffix}", NOISE[:5], **layout).read_bytes()
     path = tmp_path / f"v{suffix}"
@@ -471,6 +474,7 @@ def test_a_last_frame_that_is_cut_off(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.fault("damaged image or video")
 def test_flipped_bits_never_raise_anything_else(tmp_path: Path, suffix: str) -> None:
     whole = write(tmp_path / f"w{suffix}", levels(4)).read_bytes()
     rng = np.random.default_rng(0)
@@ -508,6 +512,7 @@ def test_sound_alone(tmp_path: Path, cover: bool) -> None:
 
 
 @pytest.mark.parametrize("sides", [(65_535, 65_535), (65_535, 4000), (9000, 8000), (8001, 8000)])
+@pytest.mark.fault("image bomb")
 def test_huge_gif(tmp_path: Path, sides: tuple[int, int]) -> None:
     path = write(tmp_path / "v.gif", levels(2))
     with open(path, "r+b") as file:
@@ -560,6 +565,7 @@ def test_caps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> N
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.fault("decoding without end")
 def test_a_budget_of_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
     path = write(tmp_path / f"v{suffix}", levels(12))
     monkeypatch.setattr(budget, "MAX_DECODED_PIXELS", 12 * 64 * 48)
@@ -572,6 +578,7 @@ def test_a_budget_of_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suf
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.fault("decoding without end")
 def test_a_budget_of_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
     path = write(tmp_path / f"v{suffix}", levels(12))
     clock = itertools.count()
@@ -582,6 +589,7 @@ def test_a_budget_of_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, su
     assert "takes more than 5 s to decode" in refusal(path, UsageError)
 
 
+@pytest.mark.fault("decoding without end")
 def test_a_small_gif_of_many_large_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Frames of one pixel, each of which shows the whole of a large picture."""
     path = write(tmp_path / "v.gif", levels(1))

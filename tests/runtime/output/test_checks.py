@@ -25,6 +25,7 @@ SIZE = {"width": 832, "height": 480, "frames": 81}
         "12:30.mp4", "a b:c.mp4", Path("http://example.org/a.mp4"),
     ],
 )  # fmt: skip
+@pytest.mark.fault("output named like an option or a URL")
 def test_protocols_are_refused(name: str | Path) -> None:
     with pytest.raises(UsageError, match="looks like a URL or protocol"):
         resolve_output(name)
@@ -85,6 +86,7 @@ def test_existing_files_need_permission(tmp_path: Path) -> None:
     assert (tmp_path / "a.mp4").read_text() == "precious"
 
 
+@pytest.mark.fault("output that cannot be written")
 def test_read_only_folder() -> None:
     with public_folder() as folder:
         folder.chmod(0o777)
@@ -102,6 +104,7 @@ def test_folder_that_takes_no_files() -> None:
         check_output("/proc/a.mp4", **SIZE)
 
 
+@pytest.mark.fault("output that cannot be written")
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     for free in (0, 5_000_000):

@@ -43,6 +43,7 @@ def another_process(path: Path) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.mark.parametrize("name", ["out.mp4", "猫 🐱.gif", "a" * 251 + ".mp4", "line\nend.png"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.fault("two runs with one name")
 def test_a_claim_lasts_as_long_as_its_process(tmp_path: Path, name: str, number: int) -> None:
     path = tmp_path / name
     with another_process(path) as process:
@@ -57,6 +58,7 @@ def test_a_claim_lasts_as_long_as_its_process(tmp_path: Path, name: str, number:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fault("SIGTERM, SIGHUP and the like")
 def test_what_a_killed_process_claimed_is_removed(tmp_path: Path) -> None:
     with another_process(tmp_path / "a.mp4") as process:
         process.kill()

@@ -54,6 +54,7 @@ def test_conversion_rounds_to_nearest_and_clamps() -> None:
     ("value", "name"), [(np.nan, "NaN"), (np.inf, "infinity"), (-np.inf, "infinity")]
 )
 @pytest.mark.parametrize("frame", [0, 3])
+@pytest.mark.fault("frames that are not finite")
 def test_one_bad_value_names_its_frame(axis: int, value: float, name: str, frame: int) -> None:
     decoded = np.zeros((4, 8, 8, 3) if axis == 0 else (3, 4, 8, 8), np.float32)
     check = FrameCheck()
@@ -83,6 +84,7 @@ def test_conversion_feeds_the_check() -> None:
         ([], "no frames"),
     ],
 )
+@pytest.mark.fault("frames that are not finite")
 def test_failures(batches: list[NDArray[np.uint8]], found: str) -> None:
     with pytest.raises(WanxError, match=re.escape(found)) as caught:
         judge(*batches)

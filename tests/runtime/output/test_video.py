@@ -256,6 +256,7 @@ SLOW = """
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.fault("kill while writing")
 def test_killed_while_writing(tmp_path: Path, number: signal.Signals) -> None:
     path = tmp_path / "v.mp4"
     process = run(SLOW, path)

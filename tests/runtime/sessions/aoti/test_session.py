@@ -211,6 +211,7 @@ def changed(compiled: Bundle, folder: Path, **update: object) -> Bundle:
         ({"device": "sm120"}, "built for sm120, and this machine"),
     ],
 )
+@pytest.mark.fault("engine of another machine")
 def test_programs_of_another_machine(
     compiled: Bundle, tmp_path: Path, update: Mapping[str, Any], words: str
 ) -> None:
@@ -220,6 +221,7 @@ def test_programs_of_another_machine(
     assert f"`wanx build {bundle.root} --target aoti`" in str(caught.value)
 
 
+@pytest.mark.fault("engine from elsewhere")
 def test_programs_from_elsewhere(
     compiled: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -519,6 +519,7 @@ def test_a_size_that_is_not_covered(bundle: Any, cuda: FakeCuda, trt: FakeTensor
         ({"device": "sm90+"}, "built for sm90[+], found sm89: run"),
     ],
 )
+@pytest.mark.fault("engine of another machine")
 def test_engines_of_another_machine(
     bundle: Any, cuda: FakeCuda, trt: FakeTensorRT, update: dict[str, Any], words: str
 ) -> None:
@@ -582,6 +583,7 @@ def test_without_a_gpu(
         open_dit(bundle)
 
 
+@pytest.mark.fault("engine from elsewhere")
 def test_engines_from_elsewhere(
     bundle: Any, cuda: FakeCuda, trt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -660,6 +662,7 @@ def test_weights_that_do_not_fit_the_gpu(bundle: Any, cuda: FakeCuda, trt: FakeT
     nothing_left(cuda)
 
 
+@pytest.mark.fault("out of GPU memory")
 def test_a_size_that_does_not_fit_the_gpu(bundle: Any, cuda: FakeCuda, trt: FakeTensorRT) -> None:
     """It is said before anything runs; other shapes make room before that."""
     with open_dit(bundle) as session:
