@@ -74,13 +74,14 @@ class PromptTokenizer:
         from tokenizers import Tokenizer
 
         try:
-            text = path.read_text(encoding="utf-8")
-            self._tokenizer = call_native(lambda: Tokenizer.from_str(text), ENCODING_SECONDS)
+            self._tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise CorruptInputError(
                 f"cannot read {path}: {error.strerror}; export the bundle again"
             ) from None
-        except (NativeError, UnicodeDecodeError) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the library raises bare Exception; a panic is not even one
             raise CorruptInputError(
                 f"{path} is not a tokenizer ({error}); export the bundle again"
             ) from None
