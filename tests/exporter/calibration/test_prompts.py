@@ -154,7 +154,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: Any, error: type[WanxError], 
         ({"image": "damaged.png", "prompt": "a"}, CorruptInputError, "damaged.png"),
         ({"image": "good.png"}, UsageError, "no prompt"),
         ({"prompt": "a", "last_image": "good.png"}, UsageError, "takes no --last-image"),
-        ({"prompt": "a", "size": "65536x65536"}, UsageError, "size is 65536x65536"),
+        ({"prompt": "a", "size": "65536x65536"}, UsageError, "65536x65536 have a latent of"),
     ],
 )
 def test_images_are_looked_at_before_anything_runs(

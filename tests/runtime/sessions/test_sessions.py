@@ -153,7 +153,7 @@ def test_portable_graph_equals_the_specialised_one(
 def damaged(bundle_fp32: Bundle, tmp_path: Path) -> Bundle:
     """A copy to damage, opened before the damage as if it happened while in use."""
     root = shutil.copytree(bundle_fp32.root, tmp_path / "bundle")
-    return dataclasses.replace(bundle_fp32, root=root)
+    return dataclasses.replace(bundle_fp32, root=root, directory=None)
 
 
 def cut(path: Path) -> None:

@@ -23,6 +23,7 @@ from wanx.bundle.engine_schedule import (
     Weight,
     read_schedule,
 )
+from wanx.bundle.reader import Bundle
 from wanx.errors import CorruptInputError, EnvironmentMismatchError, UsageError, WanxError
 from wanx.files.safetensors import SafetensorsWriter
 from wanx.runtime.sessions import open_session
@@ -166,8 +167,8 @@ def make_bundle(
         weights=(f"weights/{name}.safetensors",),
         outputs=outputs,
     )
-    manifest = SimpleNamespace(target="tensorrt", components={name: record}, files={})
-    return SimpleNamespace(root=folder, manifest=manifest)
+    manifest: Any = SimpleNamespace(target="tensorrt", components={name: record}, files={})
+    return Bundle(folder, manifest, "0")
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import pytest
 
 from tests.support.fake_gpu import INVALID, OUT_OF_MEMORY, FakeCuda, FakeTensorRT, engine_file
 from wanx.bundle.engine_schedule import SCHEDULE, EngineSchedule, Program, Step, Weight
+from wanx.bundle.reader import Bundle
 from wanx.commands.display.generation import log_lines
 from wanx.errors import UsageError, WanxError
 from wanx.files.safetensors import SafetensorsWriter
@@ -121,8 +122,8 @@ def bundle(tmp_path: Path) -> Any:
     record = SimpleNamespace(
         engines={"tensorrt": f"engines/{SCHEDULE}"}, weights=(file.name,), outputs=("y",)
     )
-    manifest = SimpleNamespace(target="tensorrt", components={"dit": record}, files={})
-    return SimpleNamespace(root=tmp_path, manifest=manifest)
+    manifest: Any = SimpleNamespace(target="tensorrt", components={"dit": record}, files={})
+    return Bundle(tmp_path, manifest, "0")
 
 
 @pytest.fixture
