@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -104,6 +105,21 @@ def test_runs_beside_each_other_take_names_of_their_own(
     assert sorted(outputs) == sorted(str(path) for path in tmp_path.iterdir())
     for path, seed in outputs.items():
         assert read_metadata(Path(path))["seed"] == seed
+
+
+def test_many_images_hold_no_more_files_than_one(wanx: Wanx, tmp_path: Path) -> None:
+    (tmp_path / "out-2.png").write_text("mine")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 40, limits[1]))
+    try:
+        result = wanx("run", "tiny", PROMPT, "--count", "60", "-q", *ONE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert result.code == 0, result.err
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"out-{number}.png" for number in range(1, 62)}
+    assert (tmp_path / "out-2.png").read_text() == "mine"
 
 
 @pytest.mark.fault("two runs with one name")

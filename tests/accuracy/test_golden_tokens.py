@@ -95,6 +95,9 @@ def test_a_signed_tokenizer_that_cannot_encode(bundle: Path, kind: str, golden: 
     with pytest.raises(CorruptInputError, match="cannot encode") as caught:
         verification.require_accuracy()
     assert f"{bundle}/{TOKENIZER}" in str(caught.value)
+    with pytest.raises(CorruptInputError, match="cannot encode") as caught:
+        wanx.load(bundle, threads=1)("a red 猫", steps=1, frames=1)
+    assert f"{bundle}/{TOKENIZER}" in str(caught.value)
     assert wanx.verify(bundle, golden=False).text_error is None
 
 
@@ -121,6 +124,7 @@ def test_an_export_refuses_it_before_anything_else(
     monkeypatch.setattr("wanx.exporter.export.trace", None)  # nothing may call it
     if kind == "backtracking":  # only other texts make it fail
         monkeypatch.setattr("wanx.accuracy.golden_tokens.PROBE", "a" * 28 + "b")
-    with pytest.raises(CorruptInputError, match=r"cannot encode|is not a tokenizer"):
+    with pytest.raises(CorruptInputError, match=r"cannot encode|is not a tokenizer") as caught:
         export(ExportOptions(source=source, output=tmp_path / "made", precision="fp32"))
+    assert str(path) in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]

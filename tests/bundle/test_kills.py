@@ -97,7 +97,9 @@ def replace(target: Path) -> None:
 
 
 def add_engine(target: Path) -> None:
-    extend(target, "new", "plan two")
+    """As ``wanx build`` does, which builds nothing that is there."""
+    if "engines/new/plan.json" not in open_bundle(target).manifest.files:
+        extend(target, "new", "plan two")
 
 
 def switch_target(target: Path) -> None:

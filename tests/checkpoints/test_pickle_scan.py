@@ -56,13 +56,13 @@ BOMBS: dict[str, tuple[bytes, str]] = {
         START + b"cbuiltins\nbytearray\n(J\xff\xff\xff\x7ftR" + END, "run 'builtins.bytearray'",
     ),
     "a storage of 2 GB": (
-        START + b"ctorch\nFloatStorage\n(J\xff\xff\xff\x7ftR" + END, "run 'torch.FloatStorage'",
+        START + b"ctorch\nFloatStorage\n(J\xff\xff\xff\x7ftR" + END, "needs 'torch.FloatStorage'",
     ),
     "a storage by NEWOBJ": (
         START + b"ctorch\nFloatStorage\n(J\xff\xff\xff\x7ft\x81" + END, "opcode NEWOBJ",
     ),
     "a tensor of 2 GB": (
-        START + b"ctorch\nFloatTensor\n(J\xff\xff\xff\x7ftR" + END, "would run 'torch.FloatTensor'",
+        START + b"ctorch\nFloatTensor\n(J\xff\xff\xff\x7ftR" + END, "needs 'torch.FloatTensor'",
     ),
     "a set": (START + b"cbuiltins\nset\n(]tR" + END, "would run 'builtins.set'"),
     "a counter": (START + b"ccollections\nCounter\n(]tR" + END, "would run 'collections.Counter'"),
@@ -111,6 +111,17 @@ def test_a_tensor_written_by_hand(tmp_path: Path) -> None:
     assert (source.name, source.shape, source.dtype) == ("w", (16,), "F32")
 
 
+def test_an_entry_that_claims_to_be_longer_than_the_file(tmp_path: Path) -> None:
+    data = START + b"}X\x01\x00\x00\x00w" + TENSOR + b"s" + END
+    path = archive(tmp_path / "m.pth", data)
+    whole = path.read_bytes()
+    at = whole.rindex(b"PK\x01\x02", 0, whole.rindex(b"m/data.pkl"))
+    huge = struct.pack("<II", 0x7FFFFFFF, 0x7FFFFFFF)
+    path.write_bytes(whole[: at + 20] + huge + whole[at + 28 :])
+    with pytest.raises(CorruptInputError, match="not a whole PyTorch archive"):
+        read_pickle(path)
+
+
 @pytest.mark.parametrize("name", ["M/DATA.PKL", "m/Data.pkl", "n/data.pkl", "m/data.pkl"])
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.fault("pickle that runs code")
@@ -138,9 +149,15 @@ HONEST: dict[str, Callable[[], Any]] = {
         for dtype in (torch.float32, torch.float16, torch.bfloat16)
     },
     "one storage, several views": lambda: dict(enumerate_views(torch.arange(12.0))),
+    "parameters with attributes": lambda: {"w": tagged(torch.nn.Parameter(torch.ones(2)))},
     "an ordered dictionary": lambda: collections.OrderedDict(w=torch.ones(1)),
     "many tensors": lambda: {f"blocks.{i}.weight": torch.ones(1) for i in range(5000)},
 }
+
+
+def tagged(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    parameter.is_expert = True
+    return parameter
 
 
 def enumerate_views(whole: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
@@ -157,6 +174,13 @@ def test_what_torch_saves_passes(kind: str, protocol: int, tmp_path: Path) -> No
     for name, source in sources.items():
         expected = state[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy()
         assert b"".join(bytes(part) for part in source.iter_bytes()) == expected.tobytes()
+
+
+def test_other_types_are_named_as_types(tmp_path: Path) -> None:
+    for dtype in (torch.float8_e4m3fn, torch.int64, torch.complex64, torch.uint16, torch.bool):
+        torch.save({"w": torch.zeros(2, dtype=dtype)}, tmp_path / "m.pth")
+        with pytest.raises(CorruptInputError, match=f"tensor 'w' is {dtype}"):
+            read_pickle(tmp_path / "m.pth")
 
 
 @pytest.mark.filterwarnings("ignore:invalid escape")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import wanx
@@ -43,6 +44,7 @@ def test_bounds_belong_to_the_range() -> None:
     for value in (None, 1, MAX_THREADS):
         require_between("threads", value, 1, MAX_THREADS)
     SessionOptions(threads=MAX_THREADS)
+    require_between("threads", np.int64(2), 1, MAX_THREADS)
     BuilderOptions(workspace=1 << 40)
     for size in (0, -1, (1 << 40) + 1):
         with pytest.raises(UsageError, match="--workspace in bytes is"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.users import not_root, public_folder
 from wanx.files import held_directory
 from wanx.files.held_directory import HeldDirectory, delete_unless_held, is_held
 
@@ -166,6 +169,33 @@ def test_where_there_are_neither_locks_nor_descriptors(
     assert not is_held(directory)
     delete_unless_held(directory)
     assert not directory.exists()
+
+
+def test_a_copy_holds_for_itself(directory: Path) -> None:
+    held = HeldDirectory(directory)
+    for other in (copy.deepcopy(held), pickle.loads(pickle.dumps(held))):
+        assert other.path != held.path
+        assert (other.path / "file").read_text() == "one"
+    aside = replace(directory)
+    other = copy.copy(held)
+    assert (other.path / "file").read_text() == "two"
+    del held
+    gc.collect()
+    delete_unless_held(aside)
+    assert not aside.exists()
+
+
+def test_a_folder_that_may_be_entered_but_not_listed() -> None:
+    with public_folder() as parent:
+        folder = parent / "d"
+        folder.mkdir()
+        (folder / "file").write_text("one")
+        folder.chmod(0o711)
+        with not_root():
+            held = HeldDirectory(folder)
+            assert (held.path / "file").read_text() == "one"
+            with held.alone() as alone:
+                assert alone
 
 
 def test_no_descriptor_is_left(directory: Path) -> None:

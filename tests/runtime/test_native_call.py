@@ -44,6 +44,23 @@ def test_a_panic_of_rust_is_one_error() -> None:
         call_native(lambda: tokenizer.encode("a b"), 5)
 
 
+def test_what_others_write_meanwhile_comes_after(capfd: pytest.CaptureFixture[str]) -> None:
+    """Bars are drawn by another thread; an error's noise is dropped."""
+
+    def noisy(fails: bool) -> None:
+        os.write(2, b"bar\n")
+        if fails:
+            raise ValueError("cannot")
+
+    call_native(lambda: noisy(False), 5)
+    assert capfd.readouterr().err == "bar\n"
+    with pytest.raises(NativeError):
+        call_native(lambda: noisy(True), 5)
+    with silenced_stderr(always=True):
+        noisy(False)
+    assert capfd.readouterr().err == ""
+
+
 def test_stderr_is_silent_in_the_block_and_itself_again(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -52,7 +69,7 @@ def test_stderr_is_silent_in_the_block_and_itself_again(
     def write(number: int) -> None:
         barrier.wait()
         for _ in range(50):
-            with silenced_stderr():
+            with silenced_stderr(always=True):
                 os.write(2, b"noise\n")
                 time.sleep(0.0001 * number)
 

@@ -128,7 +128,9 @@ def test_the_files_own_truncation_and_padding_do_not_leak(
         assert np.array_equal(mask, plain_mask)
 
 
-def test_broken_tokenizer_files(tmp_path: Path, tokenizer_json: Path) -> None:
+def test_broken_tokenizer_files(
+    tmp_path: Path, tokenizer_json: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     good = tokenizer_json.read_bytes()
     contents = {
         "empty": b"",
@@ -138,6 +140,8 @@ def test_broken_tokenizer_files(tmp_path: Path, tokenizer_json: Path) -> None:
         "unknown model": good.replace(b'"Unigram"', b'"Trigram"'),
         "bad unk_id": good.replace(b'"unk_id": 2', b'"unk_id": 2000'),
     }
+    charsmap = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    contents["a panic"] = tokenizer_of(tmp_path / "x", {"normalizer": charsmap}).read_bytes()
     for name, content in contents.items():
         assert content != good, name
         path = tmp_path / f"{name}.json"
@@ -145,6 +149,7 @@ def test_broken_tokenizer_files(tmp_path: Path, tokenizer_json: Path) -> None:
         with pytest.raises(CorruptInputError, match=f"{name}.json is not a tokenizer") as caught:
             PromptTokenizer(path)
         assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""
     with pytest.raises(CorruptInputError, match=r"cannot read .*: No such file"):
         PromptTokenizer(tmp_path / "missing.json")
     with pytest.raises(CorruptInputError, match=r"cannot read .*: Is a directory"):

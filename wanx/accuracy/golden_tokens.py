@@ -23,17 +23,22 @@ PROBE = (
 _MAX_IDS = 4096
 
 
-def write_golden_tokens(folder: Path, vocabulary: int) -> None:
+def write_golden_tokens(folder: Path, vocabulary: int, source: Path) -> None:
     """Encode the probe with a new bundle's tokenizer, and write text and ids into the bundle.
 
     Args:
         folder: of the bundle, which has its tokenizer.
         vocabulary: ids that the text encoder knows.
+        source: file that the tokenizer was made from, for errors.
 
     Raises:
         CorruptInputError: the tokenizer cannot encode, or not for this text encoder.
     """
-    ids = _encode(folder / TOKENIZER, PROBE, vocabulary)
+    tokenizer = folder / TOKENIZER
+    try:
+        ids = _encode(tokenizer, PROBE, vocabulary)
+    except CorruptInputError as error:
+        raise CorruptInputError(str(error).replace(str(tokenizer), str(source))) from None
     path = folder / GOLDEN_TOKENS
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"text": PROBE, "ids": ids}), encoding="utf-8")

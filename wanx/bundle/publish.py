@@ -41,7 +41,7 @@ from wanx.bundle.recovery import (
     sibling,
     temporary_manifest,
 )
-from wanx.errors import UsageError, WanxError
+from wanx.errors import UsageError
 from wanx.files.checksum import sha256_file
 from wanx.files.disk import preflight_space, sync, translate_disk_errors
 from wanx.interruption import cleanup_on_sigint
@@ -92,9 +92,9 @@ def publish_bundle(
 def add_engines(bundle: Bundle) -> Iterator[tuple[Path, Callable[[Manifest], None]]]:
     """Yield an empty folder for engines to be added to a bundle, and what adds them.
 
-    The block writes ``engines/<key>`` into the folder and calls the function with the new manifest.
-    Engines that it lists no more are deleted, now or once nobody reads the bundle as it was. If the
-    block raises, the bundle stays as it was.
+    The block writes ``engines/<key>``, a key that the bundle does not list, into the folder and
+    calls the function with the new manifest. Engines that it lists no more are deleted, now or once
+    nobody reads the bundle as it was. If the block raises, the bundle stays as it was.
 
     Raises:
         UsageError: another process is writing the bundle.
@@ -113,17 +113,8 @@ def add_engines(bundle: Bundle) -> Iterator[tuple[Path, Callable[[Manifest], Non
                 for new in sorted((folder / "engines").glob("*")):
                     for path in (*new.rglob("*"), new):
                         sync(path)
-                    if any(name.startswith(f"engines/{new.name}/") for name in present):
-                        # What a reader may have open is never replaced in place.
-                        if any(
-                            present.get(name) != manifest.files[name]
-                            for name in manifest.files
-                            if name.startswith(f"engines/{new.name}/")
-                        ):
-                            raise WanxError(
-                                f"{target} lists other engines as {new.name}: export it again"
-                            )
-                        continue
+                    # What a reader may have open is never replaced in place.
+                    assert not any(name.startswith(f"engines/{new.name}/") for name in present)
                     shutil.rmtree(engines / new.name, ignore_errors=True)
                     os.rename(new, engines / new.name)
                 sync(engines)

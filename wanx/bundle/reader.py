@@ -16,7 +16,7 @@ import hashlib
 import os
 import shlex
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,6 +50,7 @@ __all__ = [
 ]
 
 _MAX_MANIFEST_BYTES = 8 << 20
+_ATTEMPTS = 3  # to hold a folder that is being replaced
 
 
 @dataclass(frozen=True)
@@ -186,11 +187,10 @@ def read_bundle(path: str | Path) -> Bundle:
     """
     try:
         root = Path(os.path.realpath(path))
-        recover(root)
-        if not root.is_dir():
+        directory = _hold(root)
+        if directory is None:
             what = "is a file, not a bundle's folder" if root.exists() else "does not exist"
             raise UsageError(f"{printable(path)} {what}: give a folder made by wanx export")
-        directory = HeldDirectory(root)
         if not os.path.lexists(directory.path / MANIFEST):
             raise CorruptInputError(f"{root}: not a wanx bundle, it has no {MANIFEST}")
         problem = regular_file_problem(directory.path, MANIFEST, allow_hard_links=True)
@@ -210,6 +210,19 @@ def read_bundle(path: str | Path) -> Bundle:
     parsed = parse_manifest(data, manifest)
     remove_unlisted(root, parsed, directory)
     return Bundle(root, parsed, hashlib.sha256(data).hexdigest(), directory)
+
+
+def _hold(root: Path) -> HeldDirectory | None:
+    """Hold a bundle's folder; None where there is none.
+
+    Between two renames of an export that replaces it there is none either, for a moment.
+    """
+    for _ in range(_ATTEMPTS):
+        recover(root)
+        if root.is_dir():
+            with suppress(FileNotFoundError, NotADirectoryError):
+                return HeldDirectory(root)
+    return None
 
 
 def _problems(

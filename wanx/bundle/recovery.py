@@ -25,7 +25,7 @@ from wanx.files.held_directory import HeldDirectory, delete_unless_held, is_held
 
 OLD = "wanx-old"
 _RECOVERY_SECONDS = 5.0
-_LEFTOVER = re.compile(r"\.(.+)\.wanx-(?:\d+\.partial|old|old\.\d+\.partial)")
+_LEFTOVER = re.compile(r"\.(.+)\.wanx-(?:\d+\.partial|old|old(?:\.\d+)?\.partial)")
 
 
 def recover(target: Path) -> None:
@@ -68,7 +68,8 @@ def clear_unlisted(target: Path, directory: HeldDirectory) -> None:
         temporary_manifest(target).unlink(missing_ok=True)
         with directory.alone() as alone:
             if alone:
-                for engines in unlisted_engines(target, manifest_of(target).files):
+                held = directory.path
+                for engines in unlisted_engines(held, manifest_of(held).files):
                     shutil.rmtree(engines, ignore_errors=True)
 
 
@@ -190,5 +191,5 @@ def sibling(target: Path, suffix: str) -> Path:
 
 
 def _partials(target: Path) -> list[str]:
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.wanx-(\d+|old\.\d+)\.partial")
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.wanx-(\d+|old(?:\.\d+)?)\.partial")
     return sorted(name for name in os.listdir(target.parent) if pattern.fullmatch(name))

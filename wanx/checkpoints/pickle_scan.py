@@ -7,6 +7,7 @@ PyTorch's own unpickler runs nothing foreign, but a few hundred bytes can make i
 from __future__ import annotations
 
 import pickletools
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +19,13 @@ _MAX_TUPLE = 1000  # leaves, nested ones included
 _CALLED = {
     "collections OrderedDict",
     "torch._utils _rebuild_parameter",
+    "torch._utils _rebuild_parameter_with_state",
     "torch._utils _rebuild_tensor",
     "torch._utils _rebuild_tensor_v2",
     "torch._utils _rebuild_tensor_v3",
 }
-_STORAGES = {
-    f"torch {kind}Storage"
-    for kind in (
-        *("BFloat16", "Bool", "Byte", "Char", "Double", "Float", "Half", "Int", "Long", "Short"),
-    )
-} | {"torch.storage UntypedStorage", "torch.storage TypedStorage"}
-_DTYPES = {f"torch {name}" for name in ("float64", "float32", "float16", "bfloat16")}
+# Named, and never called.
+_STORAGE = re.compile(r"torch \w+Storage|torch\.storage (Untyped|Typed)Storage")
 
 _CONSTANTS = {
     *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
@@ -95,7 +92,7 @@ def scan_pickle(data: bytes) -> None:
             case "PROTO" | "STOP":
                 pass
             case "GLOBAL":
-                if argument not in _CALLED | _STORAGES | _DTYPES:
+                if argument not in _CALLED and not _is_named(argument):
                     name = argument.replace(" ", ".")
                     raise PickleError(f"its pickle names {name}", name)
                 stack.append(_Value(name=argument))
@@ -134,6 +131,17 @@ def scan_pickle(data: bytes) -> None:
                 stack.append(memo[argument])
             case _:
                 raise PickleError(f"its pickle has the opcode {opcode}")
+
+
+def _is_named(name: str) -> bool:
+    """True if a global is a storage or a dtype, which a tensor may have."""
+    module, _, attribute = name.partition(" ")
+    if module == "torch":
+        import torch
+
+        if isinstance(getattr(torch, attribute, None), torch.dtype):
+            return True
+    return _STORAGE.fullmatch(name) is not None
 
 
 def _opcodes(data: bytes) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -109,6 +109,7 @@ def run(
     from wanx.commands.leftovers import find_leftovers
     from wanx.runtime.batch import read_jobs, seeds
     from wanx.runtime.options import RunOptions
+    from wanx.runtime.output.claims import claimed_name
     from wanx.runtime.sessions.device.vram_budget import parse_vram_budget
     from wanx.runtime.sizes import parse_size
 
@@ -131,14 +132,19 @@ def run(
             jobs = read_jobs(prompts, _batch_folder(output), options, suffix)
             _run_jobs(load(), jobs, progress_bars(quiet), as_json, resume=True)
             return
-        with _names(output, Path(f"out{suffix}"), count) as paths:
-            if count > 1:
-                jobs = seeds(options, paths)
-                _run_jobs(load(), jobs, progress_bars(quiet), as_json, resume=False)
-                return
-            with progress_bars(quiet) as progress:
-                pipeline = load()
-                result = pipeline.run(options, output=paths[0], progress=progress)
+        path = output or Path(f"out{suffix}")
+        if count > 1:
+            jobs = seeds(options, list(itertools.islice(_numbered(path), count)))
+            names = _numbered(path) if output is None else None
+            _run_jobs(load(), jobs, progress_bars(quiet), as_json, resume=False, names=names)
+            return
+        free = claimed_name(itertools.chain([path], _numbered(path)))
+        with (
+            progress_bars(quiet) as progress,
+            free if output is None else nullcontext(output) as name,
+        ):
+            pipeline = load()
+            result = pipeline.run(options, output=name, progress=progress)
     if as_json:
         print_json(_generation_facts(result, pipeline))
     else:
@@ -152,6 +158,7 @@ def _run_jobs(
     as_json: bool,
     *,
     resume: bool,
+    names: Iterator[Path] | None = None,
 ) -> None:
     """Run a batch and report it; exit 1 if any job failed."""
     from wanx.commands.display.generation import print_outcome, print_outcomes
@@ -169,7 +176,9 @@ def _run_jobs(
         def report(stage: str, done: int, total: int, unit: Any) -> None:
             progress(f"{current}: {stage}", done, total, unit)
 
-        for outcome in run_jobs(pipeline, jobs, on_start, resume=resume, progress=report):
+        for outcome in run_jobs(
+            pipeline, jobs, on_start, resume=resume, names=names, progress=report
+        ):
             outcomes.append(outcome)
             if not as_json:
                 print_outcome(outcome, pipeline.bundle)
@@ -230,16 +239,6 @@ def _batch_folder(output: Path | None) -> Path:
     return folder
 
 
-def _names(output: Path | None, default: Path, count: int) -> AbstractContextManager[list[Path]]:
-    """Names of the outputs: ``output``, or with -1, -2, … for several; without it, free ones.
-
-    Free ones are ``default`` with the next numbers, and nobody else takes them in the block.
-    """
-    from wanx.runtime.output.claims import claimed_names
-
-    path = output or default
-    numbers = (path.with_stem(f"{path.stem}-{i}") for i in itertools.count(1))
-    names = itertools.chain([path], numbers) if count == 1 else numbers
-    if output is not None:
-        return nullcontext(list(itertools.islice(names, count)))
-    return claimed_names(names, count)
+def _numbered(path: Path) -> Iterator[Path]:
+    """Yield a path with -1, -2, … after its stem."""
+    return (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from numbers import Integral
 
 from wanx.errors import UsageError
 
@@ -26,5 +27,6 @@ def require_between(name: str, value: int | None, least: int, most: int) -> None
     Raises:
         UsageError: says the number and the bounds.
     """
-    if value is not None and not (type(value) is int and least <= value <= most):
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if value is not None and not (whole and least <= value <= most):
         raise UsageError(f"{name} is {value!r:.80}; choose {least} to {most}")

@@ -167,7 +167,8 @@ class _Build:
         for name in ("graphs", "weights", "tokenizer"):
             (folder / name).mkdir()
         write_tokenizer(resolved.checkpoint.tokenizer, folder / TOKENIZER)
-        write_golden_tokens(folder, resolved.checkpoint.config.text_encoder.vocab_size)
+        checkpoint = resolved.checkpoint
+        write_golden_tokens(folder, checkpoint.config.text_encoder.vocab_size, checkpoint.tokenizer)
 
     def add(self, specs: list[ComponentSpec], recipes: Mapping[str, Recipe]) -> None:
         """Write the weights and the graphs of some components."""

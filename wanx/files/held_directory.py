@@ -39,13 +39,19 @@ class HeldDirectory:
         Raises:
             OSError: it cannot be read.
         """
-        self.path = directory
+        self.path = self._directory = directory
         self._descriptor: int | None = None
         if fcntl is not None:
-            self._descriptor = _open_shared(directory)
+            with suppress(PermissionError):  # entered, but not listed: by its name, as elsewhere
+                self._descriptor = _open_shared(directory)
+        if self._descriptor is not None:
             weakref.finalize(self, os.close, self._descriptor)
             if os.path.exists(path := _DESCRIPTORS / str(self._descriptor)):
                 self.path = path
+
+    def __reduce__(self) -> tuple[type[HeldDirectory], tuple[Path]]:
+        """Copies, and those of another process, hold what has the name by then."""
+        return HeldDirectory, (self._directory,)
 
     @contextmanager
     def alone(self) -> Iterator[bool]:

@@ -6,6 +6,7 @@ import os
 import secrets
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from wanx.errors import CancelledError, UsageError, WanxError
 from wanx.runtime.options import FILE_OPTIONS, RunOptions
 from wanx.runtime.output.checks import MAX_NAME_BYTES
-from wanx.runtime.output.claims import claimed
+from wanx.runtime.output.claims import claimed, claimed_name
 from wanx.runtime.pipeline import Generation, Pipeline
 from wanx.runtime.prompt_lines import read_prompt_lines
 from wanx.runtime.sizes import parse_size
@@ -111,6 +112,7 @@ def run_jobs(
     on_start: Callable[[int, Job], None],
     *,
     resume: bool,
+    names: Iterator[Path] | None = None,
     **runtime: Any,
 ) -> Iterator[Outcome]:
     """Run jobs one after the other; one that fails does not stop the others.
@@ -120,6 +122,8 @@ def run_jobs(
         jobs: from :func:`seeds` or :func:`read_jobs`.
         resume: leave an output that exists as it is (outputs appear whole or not at all, so it is
             finished), and one that another process is making, which is looked at again at the end.
+        names: endless candidates for the outputs, of which each job takes the next that is free
+            when it begins; None leaves the jobs their own.
         on_start: called with the number, from 0, of each job that is about to run.
         runtime: keywords of :meth:`Pipeline.run`.
 
@@ -128,8 +132,9 @@ def run_jobs(
     """
     if not resume:
         for number, job in enumerate(jobs):
-            on_start(number, job)
-            yield _run_job(pipeline, job, runtime)
+            with nullcontext(job.output) if names is None else claimed_name(names) as output:
+                on_start(number, job)
+                yield _run_job(pipeline, replace(job, output=output), runtime)
         return
     waiting: list[tuple[int, Job]] = []
     for last_time, numbered in ((False, enumerate(jobs)), (True, waiting)):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self, TypeVar
@@ -126,9 +126,9 @@ class RunParts:
             For each run the text features ``[1, text_len, text_dim]`` by branch.
         """
         encoded, text_len = [], self.config.dit.text_len
-        with self.bundle.names_in_errors():
+        with self.bundle.names_in_errors(), ExitStack() as stack:
             tokenizer = PromptTokenizer(self.bundle.held(self.bundle.tokenizer_path))
-        with self.session("text_encoder") as session:
+            session = stack.enter_context(self.session("text_encoder"))
             for run in runs:
                 contexts: Contexts = {}
                 for branch, prompt in prompts_by_branch(run).items():

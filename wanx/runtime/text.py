@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wanx.errors import CorruptInputError, UsageError
-from wanx.runtime.native_call import NativeError, call_native
+from wanx.runtime.native_call import NativeError, call_native, one_line, silenced_stderr
 from wanx.runtime.sessions.base import Session
 
 TEXT_LEN = 512
@@ -74,7 +74,8 @@ class PromptTokenizer:
         from tokenizers import Tokenizer
 
         try:
-            self._tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            with silenced_stderr():
+                self._tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise CorruptInputError(
                 f"cannot read {path}: {error.strerror}; export the bundle again"
@@ -83,7 +84,7 @@ class PromptTokenizer:
             raise
         except BaseException as error:  # the library raises bare Exception; a panic is not even one
             raise CorruptInputError(
-                f"{path} is not a tokenizer ({error}); export the bundle again"
+                f"{path} is not a tokenizer ({one_line(error)}); export the bundle again"
             ) from None
         self._path = path
         self._tokenizer.no_truncation()
@@ -135,8 +136,8 @@ class PromptTokenizer:
             return call_native(encode, ENCODING_SECONDS)
         except NativeError as error:
             raise CorruptInputError(
-                f"{self._path} cannot encode the prompt ({error}); export the bundle again with "
-                "the tokenizer of its checkpoint"
+                f"{self._path} cannot encode the prompt ({error}); get the tokenizer.json that "
+                "belongs to the model, and export again"
             ) from None
 
 

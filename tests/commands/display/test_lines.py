@@ -19,6 +19,18 @@ def test_a_stage_is_one_line_however_often_it_reports(capsys: pytest.CaptureFixt
     assert captured.out == ""
 
 
+def test_a_stage_that_begins_again_is_another_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_lines(0.05) as progress:
+        for _ in range(2):
+            progress("denoise", 0, 3, "steps")
+            progress("denoise", 3, 3, "steps")
+        time.sleep(0.3)
+        progress("denoise", 0, 5, "steps")
+        progress("denoise", 1, 5, "steps")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["denoise: 3 steps", "denoise: 3 steps", "denoise: 5 steps"]
+
+
 def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with progress_bars(quiet=True) as progress:
         progress("weights", 0, 1000, "bytes")

@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.support.users import not_root, public_folder
-from wanx.runtime.output.claims import claimed, claimed_names
+from wanx.runtime.output.claims import claimed, claimed_name
 from wanx.runtime.output.temporary import find_leftovers
 
 HOLD = """
@@ -72,11 +72,11 @@ def test_free_names_are_neither_there_nor_claimed(tmp_path: Path) -> None:
     candidates[1].write_bytes(b"")
     candidates[4].symlink_to("nowhere")
     with another_process(candidates[2]):
-        with claimed_names(candidates, 2) as first, claimed_names(candidates, 3) as second:
-            assert [path.stem for path in first] == ["0", "3"]
-            assert [path.stem for path in second] == ["5", "6", "7"]
-        with claimed_names(candidates, 1) as again:
-            assert again == candidates[:1]
+        with ExitStack() as stack:
+            names = [stack.enter_context(claimed_name(candidates)) for _ in range(3)]
+            assert [path.stem for path in names] == ["0", "3", "5"]
+        with claimed_name(candidates) as again:
+            assert again == candidates[0]
 
 
 def test_a_name_written_before_its_claim_is_not_free(
@@ -94,8 +94,8 @@ def test_a_name_written_before_its_claim_is_not_free(
         return there
 
     monkeypatch.setattr(os.path, "lexists", lexists)
-    with claimed_names([first, second], 1) as names:
-        assert names == [second]
+    with claimed_name([first, second]) as name:
+        assert name == second
 
 
 @pytest.mark.parametrize("mode", [0o555, 0o000])

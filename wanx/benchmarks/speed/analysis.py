@@ -147,7 +147,7 @@ def _profiled_calls(
     if texts:
         with bundle.names_in_errors():
             tokenizer = PromptTokenizer(bundle.held(bundle.tokenizer_path))
-        ids, mask = tokenizer.encode(clean_prompt(case.prompt), config.dit.text_len)
+            ids, mask = tokenizer.encode(clean_prompt(case.prompt), config.dit.text_len)
         words = int(mask.sum())
         yield ProfiledCall(
             component="text_encoder", unit="prompt", seconds=median(texts), runs=1,

@@ -54,6 +54,8 @@ def progress_lines(seconds_between: float = _SECONDS_BETWEEN_LINES) -> Iterator[
 
     def report(stage: str, done: int, total: int, unit: Unit) -> None:
         with lock:
+            if stage in stages and done < stages[stage].done:
+                del stages[stage]  # another round of it begins
             if stage not in stages:
                 print(f"{printable(stage)}: {_amount(total, unit)}", file=sys.stderr, flush=True)
                 stages[stage] = _Stage(time.monotonic(), done, total, unit)

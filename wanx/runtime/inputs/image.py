@@ -110,7 +110,7 @@ def _decode(file: BufferedReader, path: Path) -> Image:
         image = _read_header(file, path)
         _check(image, path)
         # libtiff repeats every error there, at length.
-        with silenced_stderr() if image.format == "TIFF" else contextlib.nullcontext():
+        with silenced_stderr(always=True) if image.format == "TIFF" else contextlib.nullcontext():
             image.load()
     except DecompressionBombError as error:  # Pillow's own, higher cap
         raise UsageError(

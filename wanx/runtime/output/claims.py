@@ -37,16 +37,14 @@ def claimed(path: Path) -> Iterator[bool]:
 
 
 @contextmanager
-def claimed_names(candidates: Iterable[Path], count: int) -> Iterator[list[Path]]:
-    """Claim the first ``count`` candidates that neither exist nor are claimed."""
-    with ExitStack() as stack:
-        names: list[Path] = []
-        for path in candidates:
-            if os.path.lexists(path):
-                continue
-            # The claim comes before the second look: its last holder may have written the file.
-            if stack.enter_context(claimed(path)) and not os.path.lexists(path):
-                names.append(path)
-            if len(names) == count:
-                break
-        yield names
+def claimed_name(candidates: Iterable[Path]) -> Iterator[Path]:
+    """Claim the first of endless candidates that neither exists nor is claimed."""
+    for path in candidates:
+        if os.path.lexists(path):
+            continue
+        with claimed(path) as ours:
+            # Looked at again: the last holder of the claim may have written the file.
+            if ours and not os.path.lexists(path):
+                yield path
+                return
+    raise AssertionError("the candidates ended")
