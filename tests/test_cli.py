@@ -162,7 +162,7 @@ def test_progress_without_a_terminal_is_a_line_per_stage(wanx: Wanx) -> None:
     result = wanx("run", "tiny", PROMPT, "--json", "-o", "v.webm", *SMALL)
     stages = [line.partition(":")[0] for line in result.err.splitlines()]
     assert stages == ["encode text", "denoise", "decode"]
-    assert "denoise: 2 steps\n" in result.err
+    assert "denoise: 0 of 2\n" in result.err
     assert json.loads(result.out)["options"]["seed"] == 3
 
 

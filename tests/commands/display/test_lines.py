@@ -15,7 +15,7 @@ def test_a_stage_is_one_line_however_often_it_reports(capsys: pytest.CaptureFixt
             progress("weights", done, 1000, "bytes")
         progress("a\nb", 0, 1, "steps")
     captured = capsys.readouterr()
-    assert captured.err == "weights: 1 kB\na\N{REPLACEMENT CHARACTER}b: 1 step\n"
+    assert captured.err == "weights: 0 B of 1 kB\na\N{REPLACEMENT CHARACTER}b: 0 of 1\n"
     assert captured.out == ""
 
 
@@ -28,7 +28,7 @@ def test_a_stage_that_begins_again_is_another_line(capsys: pytest.CaptureFixture
         progress("denoise", 0, 5, "steps")
         progress("denoise", 1, 5, "steps")
     lines = capsys.readouterr().err.splitlines()
-    assert lines == ["denoise: 3 steps", "denoise: 3 steps", "denoise: 5 steps"]
+    assert lines == ["denoise: 0 of 3", "denoise: 0 of 3", "denoise: 0 of 5"]
 
 
 def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,9 +45,9 @@ def test_how_far_it_is_comes_while_a_step_takes_long(capsys: pytest.CaptureFixtu
         progress("denoise", 1, 4, "steps")
         time.sleep(1)  # a step
     lines = capsys.readouterr().err.splitlines()
-    assert lines[:3] == ["failed: 4 steps", "ended: 4 steps", "denoise: 4 steps"]
+    assert lines[:3] == ["failed: 1 of 4", "ended: 0 of 4", "denoise: 1 of 4"]
     repeated = lines[3:]
-    assert sum(line.startswith("denoise: 1 of 4 steps, 0.") for line in repeated) >= 3
+    assert sum(line.startswith("denoise: 1 of 4, 0.") for line in repeated) >= 3
     assert all(line.endswith(" s left") for line in repeated)
     assert sum(line.startswith("failed:") for line in repeated) <= 1
     assert not any(line.startswith("ended:") for line in repeated)

@@ -57,7 +57,8 @@ def progress_lines(seconds_between: float = _SECONDS_BETWEEN_LINES) -> Iterator[
             if stage in stages and done < stages[stage].done:
                 del stages[stage]  # another round of it begins
             if stage not in stages:
-                print(f"{printable(stage)}: {_amount(total, unit)}", file=sys.stderr, flush=True)
+                text = f"{printable(stage)}: {_amount(done, unit)} of {_amount(total, unit)}"
+                print(text, file=sys.stderr, flush=True)
                 stages[stage] = _Stage(time.monotonic(), done, total, unit)
             stages[stage].done, stages[stage].total, stages[stage].moved = done, total, True
 
@@ -81,14 +82,12 @@ def progress_lines(seconds_between: float = _SECONDS_BETWEEN_LINES) -> Iterator[
 
 
 def _amount(count: int, unit: Unit) -> str:
-    if unit == "bytes":
-        return format_bytes(count)
-    return f"{count} step" if count == 1 else f"{count} steps"
+    return format_bytes(count) if unit == "bytes" else str(count)
 
 
 def _how_far(stage: _Stage) -> str:
     seconds = time.monotonic() - stage.started
-    done = format_bytes(stage.done) if stage.unit == "bytes" else str(stage.done)
+    done = _amount(stage.done, stage.unit)
     left = seconds * (stage.total - stage.done) / stage.done if stage.done else None
     return f"{done} of {_amount(stage.total, stage.unit)}, {format_seconds(seconds)} so far" + (
         "" if left is None else f", {format_seconds(left)} left"
