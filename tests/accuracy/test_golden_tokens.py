@@ -17,7 +17,8 @@ from tests.support.golden_bundles import update_hashes
 from wanx.accuracy.golden_tokens import GOLDEN_TOKENS, PROBE, check_golden_tokens
 from wanx.builtin import BUILTIN, builtin_bundle
 from wanx.bundle.manifest import TOKENIZER
-from wanx.bundle.reader import open_bundle
+from wanx.bundle.publish import write_manifest
+from wanx.bundle.reader import open_bundle, read_bundle
 from wanx.checkpoints.checkpoint import open_checkpoint
 from wanx.errors import CorruptInputError, GateError
 from wanx.exporter.export import export
@@ -79,6 +80,20 @@ def test_other_golden_tokens(
     assert verification.intact
     with pytest.raises(kind, match=words):
         verification.require_accuracy()
+
+
+def test_the_advice_names_the_version_of_the_export(bundle: Path) -> None:
+    golden = json.loads((bundle / GOLDEN_TOKENS).read_text())
+    other_ids(golden)
+    (bundle / GOLDEN_TOKENS).write_text(json.dumps(golden))
+    with pytest.raises(GateError, match=r"tokenizers .*; export the bundle again"):
+        check_golden_tokens(update_hashes(bundle))
+    manifest = read_bundle(bundle).manifest
+    tools = manifest.provenance.tools | {"tokenizers": "0.19.1"}
+    provenance = manifest.provenance.model_copy(update={"tools": tools})
+    write_manifest(bundle, manifest.model_copy(update={"provenance": provenance}))
+    with pytest.raises(GateError, match=r"pip install tokenizers==0\.19\.1, or export"):
+        check_golden_tokens(open_bundle(bundle))
 
 
 @pytest.mark.parametrize("kind", ["no unknown word", "a panic"])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import pytest
 import wanx
 from tests.bundle.test_publish import export, extend, names, text_of
 from tests.support.altered import altered_bundle, noise
-from tests.support.paths import ROOT
+from tests.support.processes import running
 from wanx.benchmarks.speed.suite import BenchOptions
 from wanx.benchmarks.speed.trial import run_trial
 from wanx.builtin import builtin_bundle
@@ -62,13 +60,9 @@ def test_an_open_bundle_stays_what_it_was(tmp_path: Path) -> None:
 def test_a_reader_that_is_killed_holds_nothing(tmp_path: Path) -> None:
     target = tmp_path / "b"
     export(target, "one")
-    command = [sys.executable, "-c", HOLD, str(target)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "open\n"
+    with running(HOLD, target, says="open"):
         export(target, "two", force=True)
         assert names(tmp_path) == [".b.wanx-old.1.partial", "b"]
-        process.kill()
     assert text_of(target) == "two"
     assert names(tmp_path) == ["b"]
 

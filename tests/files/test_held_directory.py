@@ -7,14 +7,11 @@ import gc
 import os
 import pickle
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.support.processes import running
 from tests.support.users import not_root, public_folder
 from wanx.files import held_directory
 from wanx.files.held_directory import HeldDirectory, delete_unless_held, is_held
@@ -35,20 +32,6 @@ def directory(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "file").write_text("one")
     return folder
-
-
-@contextmanager
-def another_process(directory: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that holds ``directory`` until it is ended."""
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(directory)], stdout=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "one\n"
-            yield process
-        finally:
-            process.kill()
 
 
 def replace(directory: Path) -> Path:
@@ -76,7 +59,7 @@ def test_it_stays_the_same_whatever_takes_its_name(directory: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_it_is_held_as_long_as_its_process_lives(directory: Path, number: int) -> None:
     assert not is_held(directory)
-    with another_process(directory) as process, another_process(directory):
+    with running(HOLD, directory, says="one") as process, running(HOLD, directory, says="one"):
         process.send_signal(number)
         process.wait()
         assert is_held(directory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,12 @@ def check_golden_tokens(bundle: Bundle) -> None:
     if golden["ids"] not in (None, ids):
         different = sum(a != b for a, b in zip(ids, golden["ids"], strict=False))
         different += abs(len(ids) - len(golden["ids"]))
+        exported_with = bundle.manifest.provenance.tools.get("tokenizers")
+        remedy = f"pip install tokenizers=={exported_with}, or " if exported_with else ""
         raise GateError(
             f"the tokenizer gives {different} other token ids than at the export ({len(ids)} for "
-            f"{len(golden['ids'])}); install the tokenizers version that `wanx inspect --json` "
-            "names, or export the bundle again"
+            f"{len(golden['ids'])}), with tokenizers {version('tokenizers')}; {remedy}export the "
+            "bundle again"
         )
 
 

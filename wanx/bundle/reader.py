@@ -157,7 +157,7 @@ def open_bundle(
     """
     bundle = read_bundle(path)
     for _, problem in _problems(bundle, verify, on_bytes, allow_hard_links):
-        if read_bundle(path).hash != bundle.hash:  # replaced by an export while it was checked
+        if read_bundle(path).hash != bundle.hash:  # replaced meanwhile, where no lock holds it
             return open_bundle(
                 path, verify=verify, on_bytes=on_bytes, allow_hard_links=allow_hard_links
             )

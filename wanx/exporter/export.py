@@ -43,7 +43,9 @@ from wanx.exporter.weights import WrittenWeights, combined_sha256, write_weights
 from wanx.progress import Progress, byte_counter, no_progress
 from wanx.version import __version__
 
-TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors", "numpy")
+TOOLS = (
+    "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors", "tokenizers", "numpy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from wanx.runtime.native_call import NativeError, call_native, one_line, silence
 from wanx.runtime.sessions.base import Session
 
 TEXT_LEN = 512
-ENCODING_SECONDS = 60.0  # of a prompt; those of 1 MB take one
+ENCODING_SECONDS = 60.0  # for the longest prompt, of ``PROMPT_BYTES``
 PROMPT_BYTES = 2**20
 
 

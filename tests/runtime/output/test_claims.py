@@ -5,14 +5,12 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from tests.support.processes import running
 from tests.support.users import not_root, public_folder
 from wanx.runtime.output.claims import claimed, claimed_name
 from wanx.runtime.output.temporary import find_leftovers
@@ -27,26 +25,12 @@ with claimed(Path(sys.argv[1])) as ours:
 """
 
 
-@contextmanager
-def another_process(path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that claims ``path`` until it is ended."""
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "True\n"
-            yield process
-        finally:
-            process.kill()
-
-
 @pytest.mark.parametrize("name", ["out.mp4", "猫 🐱.gif", "a" * 251 + ".mp4", "line\nend.png"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.fault("two runs with one name")
 def test_a_claim_lasts_as_long_as_its_process(tmp_path: Path, name: str, number: int) -> None:
     path = tmp_path / name
-    with another_process(path) as process:
+    with running(HOLD, path, says="True") as process:
         with claimed(path) as ours, claimed(tmp_path / "other.mp4") as other:
             assert (ours, other) == (False, True)
         assert find_leftovers(tmp_path, remove=True) == []
@@ -60,7 +44,7 @@ def test_a_claim_lasts_as_long_as_its_process(tmp_path: Path, name: str, number:
 
 @pytest.mark.fault("SIGTERM, SIGHUP and the like")
 def test_what_a_killed_process_claimed_is_removed(tmp_path: Path) -> None:
-    with another_process(tmp_path / "a.mp4") as process:
+    with running(HOLD, tmp_path / "a.mp4", says="True") as process:
         process.kill()
         process.wait()
     assert len(find_leftovers(tmp_path, remove=True)) == 1
@@ -71,7 +55,7 @@ def test_free_names_are_neither_there_nor_claimed(tmp_path: Path) -> None:
     candidates = [tmp_path / f"{i}.mp4" for i in range(9)]
     candidates[1].write_bytes(b"")
     candidates[4].symlink_to("nowhere")
-    with another_process(candidates[2]):
+    with running(HOLD, candidates[2], says="True"):
         with ExitStack() as stack:
             names = [stack.enter_context(claimed_name(candidates)) for _ in range(3)]
             assert [path.stem for path in names] == ["0", "3", "5"]

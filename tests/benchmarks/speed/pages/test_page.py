@@ -157,7 +157,7 @@ def test_a_browser_shows_all_of_it(tmp_path: Path, width: int) -> None:
     """Nothing is wider than the screen, and every image and plot is there."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
-        pytest.skip("there is no Chromium")
+        pytest.skip("there is no Chromium: apt-get install chromium")
     (tmp_path / "report.html").write_text(render(everything(), stills()))
     (tmp_path / "probe.html").write_text(PROBE.format(width=width))
     shown = subprocess.run(
