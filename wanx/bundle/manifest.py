@@ -23,7 +23,7 @@ from pydantic import (
 from wanx.bundle.record import Record, first_problem, printable
 from wanx.config.limits import bounded_config
 from wanx.config.models import ModelConfig, RunDefaults, Task
-from wanx.config.number_formats import QUANTIZED, WEIGHTS, one_of
+from wanx.config.number_formats import PRECISIONS, QUANTIZED, one_of
 from wanx.errors import CorruptInputError, EnvironmentMismatchError
 from wanx.files.input_file import parse_json_object
 
@@ -51,7 +51,7 @@ Name = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_.:-]{0,63}$")]
 Text = Annotated[str, BeforeValidator(_printable_text), StringConstraints(max_length=4096)]
 Count = Annotated[int, Field(ge=0, le=1 << 31)]
 Scale = Annotated[float, Field(gt=0, le=1e30)]
-Precision = Annotated[str, StringConstraints(pattern=one_of(row.name for row in WEIGHTS))]
+Precision = Annotated[str, StringConstraints(pattern=one_of(row.name for row in PRECISIONS))]
 Scheme = Annotated[
     str, StringConstraints(pattern=one_of([*(row.name for row in QUANTIZED), "int8-weight"]))
 ]

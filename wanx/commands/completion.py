@@ -27,9 +27,9 @@ def complete_bundle(incomplete: str) -> list[str]:
 
 def complete_precision(incomplete: str) -> list[str]:
     """List the precisions that a bundle may have, and ``auto``."""
-    from wanx.config.number_formats import WEIGHTS
+    from wanx.config.number_formats import PRECISIONS
 
-    return _starting_with(incomplete, ("auto", *(row.name for row in WEIGHTS)))
+    return _starting_with(incomplete, ("auto", *(row.name for row in PRECISIONS)))
 
 
 def complete_solver(incomplete: str) -> list[str]:

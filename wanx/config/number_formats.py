@@ -27,6 +27,7 @@ class NumberFormat:
         exponent_bits: of a floating-point format.
         mantissa_bits: the same, without the hidden one.
         largest: largest magnitude that is quantised to.
+        zero_point: stored number that stands for zero.
         weights: whether weights may be stored in it.
         layer_gate_db: signal-to-noise ratio of a layer's output below which the layer is not
             quantised to it; None for a format that nothing is quantised to.
@@ -44,6 +45,7 @@ class NumberFormat:
     exponent_bits: int = 0
     mantissa_bits: int = 0
     largest: float = 0.0
+    zero_point: int = 0
     weights: bool = False
     layer_gate_db: float | None = None
 
@@ -92,6 +94,11 @@ FP8 = NumberFormat(
     tensorrt="FP8", tensorrt_layer="FP8", oldest_sm=89, exponent_bits=4, mantissa_bits=3,
     largest=448.0, weights=True, layer_gate_db=27.5,
 )  # fmt: skip
+# int8 plus 128, for weights whose activations stay high: what processors multiply as it is stored.
+UINT8 = NumberFormat(
+    safetensors="U8", torch="uint8", bits=8, name="uint8", onnx=2, tensorrt="UINT8", largest=127.0,
+    zero_point=128, weights=True,
+)  # fmt: skip
 INT64 = NumberFormat(
     safetensors="I64", torch="int64", bits=64, name="int64", onnx=7, tensorrt="INT64"
 )
@@ -101,7 +108,6 @@ INT32 = NumberFormat(
 # What weight files may hold beside them; of such a tensor wanx reads the size alone.
 _OTHERS = (
     NumberFormat(safetensors="BOOL", torch="bool", bits=8),
-    NumberFormat(safetensors="U8", torch="uint8", bits=8),
     NumberFormat(safetensors="U16", torch="uint16", bits=16),
     NumberFormat(safetensors="U32", torch="uint32", bits=32),
     NumberFormat(safetensors="U64", torch="uint64", bits=64),
@@ -113,12 +119,13 @@ _OTHERS = (
     NumberFormat(safetensors="F8_E4M3FNUZ", torch="float8_e4m3fnuz", bits=8),
     NumberFormat(safetensors="F8_E5M2FNUZ", torch="float8_e5m2fnuz", bits=8),
 )
-FORMATS = (FP32, BF16, FP16, INT8, FP8, INT64, INT32, *_OTHERS)
+FORMATS = (FP32, BF16, FP16, INT8, FP8, UINT8, INT64, INT32, *_OTHERS)
 BY_SAFETENSORS = {row.safetensors: row for row in FORMATS}
 
 WEIGHTS = tuple(row for row in FORMATS if row.weights)
 QUANTIZED = tuple(row for row in WEIGHTS if row.layer_gate_db is not None)
-FLOATS = tuple(row for row in WEIGHTS if row.layer_gate_db is None)  # converted to each other
+FLOATS = (FP32, BF16, FP16)  # converted to each other
+PRECISIONS = (*FLOATS, *QUANTIZED)
 GRAPH_INPUTS = (*WEIGHTS, INT64)
 KERNEL_TENSORS = tuple(row for row in FORMATS if row.triton)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from wanx.checkpoints.checkpoint import Checkpoint
 from wanx.config.models import ModelConfig, Task
-from wanx.config.number_formats import BY_SAFETENSORS, FLOATS, WEIGHTS
+from wanx.config import number_formats
+from wanx.config.number_formats import BY_SAFETENSORS, FLOATS
 from wanx.errors import UsageError
 from wanx.exporter.calibration.options import (
     CalibrationOptions,
@@ -19,7 +20,7 @@ from wanx.exporter.quantization.recipe import dit_candidates, require_matches, t
 from wanx.exporter.quantization.scheme import SCHEMES, WEIGHT_ONLY, QuantizeOptions, Scheme
 from wanx.exporter.targets.registry import parse_target
 
-PRECISIONS = tuple(row.name for row in WEIGHTS)
+PRECISIONS = tuple(row.name for row in number_formats.PRECISIONS)
 STORED_TYPES = {row.name: row.safetensors for row in FLOATS}
 
 

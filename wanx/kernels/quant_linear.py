@@ -35,7 +35,7 @@ Run = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def dequantized_weight(weight8: Tensor, weight_scale: Tensor) -> Tensor:
-    """The weight ``[N, K]`` in fp32; its scale is ``[N]`` or ``[]``."""
+    """The weight ``[N, K]`` in fp32, around zero; its scale is ``[N]`` or ``[]``."""
     return weight8.float() * weight_scale.float().reshape(-1, 1)
 
 

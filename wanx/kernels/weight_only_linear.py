@@ -1,10 +1,10 @@
 """A linear layer with a weight in 8 bits and everything else as it was.
 
-    y = x (weight8 · weight_scale)ᵀ + bias
+    y = x ((weight8 - 128) · weight_scale)ᵀ + bias
 
-x ``[..., K]`` in any floating dtype; weight8 ``[N, K]`` in int8 or float8_e4m3fn; weight_scale
-``[N]`` or ``[]`` in fp32; bias ``[N]``, optional. The product runs in fp32 (on a GPU in bf16 where
-x is bf16, with sums in fp32); y ``[..., N]`` has the dtype of x.
+x ``[..., K]`` in any floating dtype; weight8 ``[N, K]`` in uint8; weight_scale ``[N]`` or ``[]`` in
+fp32; bias ``[N]``, optional. The product runs in fp32 (on a GPU in bf16 where x is bf16, with sums
+in fp32); y ``[..., N]`` has the dtype of x.
 """
 
 from __future__ import annotations
@@ -16,18 +16,24 @@ from torch import Tensor
 from torch.library import triton_op
 from torch.nn import functional as F
 
+from wanx.config.number_formats import UINT8
 from wanx.kernels.quant_linear import dequantized_weight
 from wanx.kernels.registry import DOMAIN, Outputs, needs_gradient, register
+
+ZERO = UINT8.zero_point
 
 
 def weight_only_linear_reference(x: Tensor, weight8: Tensor, weight_scale: Tensor) -> Tensor:
     """Compute the product in fp32 and return it in the dtype of ``x``."""
-    return F.linear(x.float(), dequantized_weight(weight8, weight_scale)).to(x.dtype)
+    weight = dequantized_weight(weight8.float() - ZERO, weight_scale)
+    return F.linear(x.float(), weight).to(x.dtype)
 
 
 @script(DOMAIN, default_opset=op)
 def WeightOnlyLinear(x, weight8, weight_scale):  # type: ignore[no-untyped-def]
-    weight = op.DequantizeLinear(weight8, op.CastLike(weight_scale, x), axis=0)
+    zero = op.CastLike(op.Constant(value_int=ZERO), weight8)
+    zeros = op.Expand(zero, op.Shape(weight_scale))
+    weight = op.DequantizeLinear(weight8, op.CastLike(weight_scale, x), zeros, axis=0)
     return op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
 
 
@@ -36,7 +42,7 @@ def _weight_only_linear(x: Tensor, weight8: Tensor, weight_scale: Tensor) -> Ten
     if not x.is_cuda or x.dtype == torch.float16:  # whose range unscaled sums would leave
         return weight_only_linear_reference(x, weight8, weight_scale)
     # An 8-bit number is exact in 16 bits, so the weight need not be widened to fp32.
-    product = F.linear(x, weight8.to(x.dtype)).float()
+    product = F.linear(x, weight8.to(x.dtype) - ZERO).float()
     return (product * weight_scale.float()).to(x.dtype)
 
 

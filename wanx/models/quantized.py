@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wanx.config.number_formats import UINT8
 from wanx.kernels.attention.quant_attention import quant_attention
 from wanx.kernels.number_formats import FORMATS
 from wanx.kernels.quant_linear import quant_linear, quant_linear_rows
@@ -27,12 +28,12 @@ def quantize_weight(
 
     Args:
         weight: ``[N, K]``, any floating dtype.
-        dtype: ``torch.int8`` or ``torch.float8_e4m3fn``.
+        dtype: ``torch.int8``, ``torch.uint8`` (int8 plus 128) or ``torch.float8_e4m3fn``.
         per_tensor: one scale for all rows instead of one for each.
 
     Returns:
-        The weight in ``dtype`` and its scale in fp32, ``[N]`` or ``[]``: amax |weight| over 127 for
-        int8 and over 448 for e4m3, or 1 where that is zero or no normal number of fp32.
+        The weight in ``dtype`` and its scale in fp32, ``[N]`` or ``[]``: amax |weight| over 448 for
+        e4m3 and over 127 otherwise, or 1 where that is zero or no normal number of fp32.
 
     Raises:
         ValueError: the weight is not finite.
@@ -43,6 +44,9 @@ def quantize_weight(
         raise ValueError("the weight holds NaN or infinity; 8 bits can store only finite numbers")
     scale = amax / FORMATS[dtype].largest
     scale = scale.where(scale >= torch.finfo(torch.float32).tiny, 1.0)
+    if dtype == torch.uint8:
+        signed = quantize_reference(w, scale.reshape(-1, 1), torch.int8)
+        return (signed.short() + UINT8.zero_point).to(dtype), scale
     return quantize_reference(w, scale.reshape(-1, 1), dtype), scale
 
 
@@ -141,6 +145,9 @@ class DynamicQuantLinear(_QuantLinearBase):
 class WeightOnlyLinear(_QuantLinearBase):
     """A linear layer whose weight alone is 8-bit; takes what :class:`torch.nn.Linear` takes."""
 
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, dtype=torch.uint8, bias=bias)
+
     def forward(self, x: Tensor) -> Tensor:
         """Transform ``x`` ``[..., K]`` to ``[..., N]``."""
         return weight_only_linear(x, self.weight, self.weight_scale, self.bias)
@@ -164,18 +171,18 @@ class QuantAttentionOp(nn.Module):
 
 
 class QuantEmbedding(nn.Module):
-    """An embedding whose table is int8, with a scale for each row."""
+    """An embedding whose table is uint8, of which 128 is zero, with a scale for each row."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
         super().__init__()
-        self.weight = _frozen(num_embeddings, embedding_dim, dtype=torch.int8)
+        self.weight = _frozen(num_embeddings, embedding_dim, dtype=torch.uint8)
         self.weight_scale = _frozen(num_embeddings, dtype=torch.float32, fill=1)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Look up ``ids`` ``[...]``; return ``[..., D]`` in fp32. Only those rows are scaled."""
         # Both look-ups are an ``embedding``: indexing becomes a chain of nodes in ONNX.
         scale = F.embedding(ids, self.weight_scale.unsqueeze(-1))
-        return F.embedding(ids, self.weight).float() * scale
+        return (F.embedding(ids, self.weight).float() - UINT8.zero_point) * scale
 
 
 def replace_linears(

@@ -91,8 +91,10 @@ class QuantizedTensor(TensorSource):
                 scaled, stored = (torch.empty_like(rows, dtype=b.dtype) for b in (scaled, stored))
             # Promotes 16 bits to fp32.
             torch.mul(rows, scale.reciprocal().unsqueeze(-1), out=scaled)
-            if self.scheme.dtype == torch.int8:
+            if not self.scheme.format.exponent_bits:
                 scaled.round_()
+            if self.scheme.format.zero_point:
+                scaled.add_(self.scheme.format.zero_point)
             yield stored.copy_(scaled).view(torch.uint8).numpy().data.cast("B")
 
     def _set_scale(self, scale: Tensor, amax: Tensor) -> None:

@@ -60,8 +60,7 @@ def quantize_module(module: nn.Module, recipe: Recipe) -> nn.Module:
         if name not in recipe.layers:
             return None
         if recipe.scheme.name == WEIGHT_ONLY:
-            bias = linear.bias is not None
-            return WeightOnlyLinear(*sizes, dtype=dtype, per_tensor=per_tensor, bias=bias)
+            return WeightOnlyLinear(*sizes, bias=linear.bias is not None)
         if recipe.layers[name] is None:
             return DynamicQuantLinear(*sizes, per_tensor=per_tensor)
         owner = owners.get(shared_input(name))

@@ -16,12 +16,14 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from wanx.checkpoints.weights import abbreviate
-from wanx.config.number_formats import QUANTIZED
+from wanx.config.number_formats import QUANTIZED, UINT8
 from wanx.errors import WanxError
 from wanx.exporter.quantization.recipe import Recipe
 from wanx.exporter.quantization.scheme import WEIGHT_ONLY
 
-_EIGHT_BITS = {ir.DataType(row.onnx): row.name for row in QUANTIZED}
+_EIGHT_BITS = {ir.DataType(row.onnx): row.name for row in QUANTIZED} | {
+    ir.DataType(UINT8.onnx): "int8"
+}
 # What the other operand's type may be: int8 can come shifted by 128.
 _PARTNERS = {dtype: (dtype,) for dtype in _EIGHT_BITS} | {
     ir.DataType.INT8: (ir.DataType.INT8, ir.DataType.UINT8)
@@ -81,6 +83,10 @@ def _layers(graph: Path, root: Path) -> dict[str, _Layer]:
             if weight is not None:
                 scales = _initializer(node.inputs[3]), _initializer(node.inputs[2])
                 layers[_name(weight)] = _layer(weight, scales[0], node.inputs[0], scales[1])
+        elif node.op_type == "MatMulInteger":
+            weight, _ = _weight(node.inputs[0])
+            if weight is not None:
+                layers[_name(weight)] = _layer(weight, _factor_behind(node), node.inputs[1])
         elif node.op_type in ("MatMul", "Gemm"):
             for index in (1, 0):
                 weight, scale = _weight(node.inputs[index])
@@ -166,7 +172,7 @@ def _weight(value: ir.Value | None) -> tuple[ir.Value | None, ir.Value | None]:
 def _scale_of_rows(gather: ir.Node) -> str | None:
     """Name of the tensor whose rows, looked up alike, multiply those of a table."""
     (use, *others) = gather.outputs[0].uses()
-    while not others and use.node.op_type in _PASSED:
+    while not others and use.node.op_type in (*_PASSED, "Sub"):
         (use, *others) = use.node.outputs[0].uses()
     if others or use.node.op_type != "Mul":
         return None
@@ -176,6 +182,19 @@ def _scale_of_rows(gather: ir.Node) -> str | None:
         return None
     scale = _initializer(twin.inputs[0], (*_PASSED, "Unsqueeze"))
     return None if scale is None else _name(scale)
+
+
+def _factor_behind(product: ir.Node) -> ir.Value | None:
+    """The first initialiser that the result of a product is multiplied by."""
+    reached = [product]
+    for node in reached:
+        for use in (use for output in node.outputs for use in output.uses()):
+            factor = _initializer(use.node.inputs[1 - use.idx]) if use.node.op_type == "Mul" else None
+            if factor is not None:
+                return factor
+            if use.node.op_type in (*_PASSED, "Split", "Mul", "Add") and use.node not in reached:
+                reached.append(use.node)
+    return None
 
 
 def _initializer(value: ir.Value | None, passed: tuple[str, ...] = _PASSED) -> ir.Value | None:

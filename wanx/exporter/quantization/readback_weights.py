@@ -86,7 +86,7 @@ def _is_right(
 
 def _half_steps(units: Tensor, dtype: torch.dtype) -> Tensor:
     """Largest distance to the nearest 8-bit number, with the slack that fp32 needs."""
-    if dtype == torch.int8:
+    if not FORMATS[dtype].exponent_bits:
         return torch.full_like(units, 0.5 * (1 + 2 * _SLACK))
     # A mantissa of m bits has 2^m steps to each power of two; subnormal numbers are equally far.
     row = FORMATS[dtype]
@@ -103,14 +103,19 @@ def _first_rows(source: TensorSource) -> Tensor:
 
 def _stored_rows(ref: TensorRef, rows: int, dtype: torch.dtype) -> Tensor:
     piece = next(SafetensorsTensor.from_ref(ref).iter_bytes(rows * ref.shape[1]))
-    return torch.frombuffer(piece, dtype=dtype).view(rows, -1).float()
+    return _numbers(piece, dtype).view(rows, -1)
+
+
+def _numbers(piece: memoryview, dtype: torch.dtype) -> Tensor:
+    """Stored numbers, before their scale, in fp32."""
+    return torch.frombuffer(piece, dtype=dtype).float() - FORMATS[dtype].zero_point
 
 
 def _largest(ref: TensorRef, dtype: torch.dtype) -> Tensor:
     """The largest magnitude of a whole tensor."""
     pieces = SafetensorsTensor.from_ref(ref).iter_bytes()
     return torch.stack(
-        [torch.frombuffer(p, dtype=dtype).float().abs().amax() for p in pieces]
+        [_numbers(piece, dtype).abs().amax() for piece in pieces]
     ).amax()
 
 

@@ -9,7 +9,7 @@ from typing import Final, Literal
 import torch
 
 from wanx.config import number_formats
-from wanx.config.number_formats import INT8, NumberFormat
+from wanx.config.number_formats import UINT8, NumberFormat
 from wanx.errors import UsageError
 
 WEIGHT_ONLY: Final = "int8-weight"
@@ -51,7 +51,7 @@ SCHEMES = {
     row.name: Scheme(name=row.name, format=row, layer_gate_db=row.layer_gate_db)
     for row in number_formats.QUANTIZED
     if row.layer_gate_db is not None
-} | {WEIGHT_ONLY: Scheme(name=WEIGHT_ONLY, format=INT8, layer_gate_db=0)}
+} | {WEIGHT_ONLY: Scheme(name=WEIGHT_ONLY, format=UINT8, layer_gate_db=0)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,8 @@ The portable graph runs there as it is. Three bodies are replaced:
   480P), where its own ``MultiHeadAttention`` works block by block.
 - ``QuantLinear`` in int8, by the product that MLAS runs on VNNI: of unsigned activations with
   signed weights. ONNX Runtime finds it by itself only where a single layer reads the input.
-- ``WeightOnlyLinear``, which turns its activations instead of its weight: ONNX Runtime would keep a
-  turned copy of that, or take the layer for a ``MatMulNBits`` and round its input to 8 bits too.
+- ``WeightOnlyLinear``, by the product of integers, with the mapped weight as its first operand: see
+  :func:`WeightOnlyLinear`. ONNX Runtime would keep a packed copy of the weight, or widen it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from onnxscript import opset23 as op
+from onnxscript import script
 
+from wanx.config.number_formats import UINT8
+from wanx.kernels.registry import DOMAIN
 from wanx.exporter.components import ComponentSpec
 
 ENGINE = "onnxruntime-cpu"
@@ -39,7 +43,7 @@ def optimize_for_ort(model: ir.Model) -> bool:
     swaps = {
         "Attention": _block_by_block,
         "QuantLinear": _uint8_activations,
-        "WeightOnlyLinear": _transposed_product,
+        "WeightOnlyLinear": _integer_product,
     }
     changed = [
         swap(model, function)
@@ -96,40 +100,30 @@ def _uint8_activations(model: ir.Model, function: ir.Function) -> bool:
     return True
 
 
-def _transposed_product(_: ir.Model, function: ir.Function) -> bool:
-    """Rewrite x Wᵀ as (W xᵀ)ᵀ, with a fake dependency of W's scale on x.
-
-    So ONNX Runtime dequantises a weight only when its layer runs; otherwise it widens the weights
-    of many layers before it multiplies by the first. The scale is reshaped to -1, which it is
-    already, computed as the lesser of -1 and the length of x.
-    """
-    (product,) = (node for node in function if node.op_type == "MatMul")
-    x, turned = product.inputs
-    assert turned is not None
-    transpose = turned.producer()
-    assert transpose is not None
-    assert transpose.op_type == "Transpose"
-    weight = transpose.inputs[0]
-    assert weight is not None
-    widen = weight.producer()
-    assert widen is not None
-    length = ir.node("Shape", [x], {"start": 1, "end": 2})
-    minus_one = ir.node("Constant", [], {"value": ir.tensor(np.array([-1]))})
-    shape = ir.node("Min", [length.outputs[0], minus_one.outputs[0]])
-    scale = ir.node("Reshape", [widen.inputs[1], shape.outputs[0]])
-    for number, node in enumerate((length, minus_one, shape, scale)):
-        node.outputs[0].name = f"waiting_{number}"
-        function.insert_before(widen, node)
-    widen.replace_input_with(1, scale.outputs[0])
-    columns = ir.node("Transpose", [x], {"perm": [0, 2, 1]})
-    swapped = ir.node("MatMul", [weight, columns.outputs[0]])
-    rows = ir.node("Transpose", [swapped.outputs[0]], {"perm": [0, 2, 1]})
-    for number, node in enumerate((columns, swapped, rows)):
-        node.outputs[0].name = f"turned_{number}"
-        function.insert_before(product, node)
-    product.outputs[0].replace_all_uses_with(rows.outputs[0], replace_graph_outputs=True)
-    function.remove([product, transpose], safe=True)
+def _integer_product(model: ir.Model, function: ir.Function) -> bool:
+    body = ir.serde.deserialize_function(WeightOnlyLinear.to_function_proto())
+    model.functions[function.identifier()] = body
     return True
+
+
+TINY = 2.0**-126
+STEPS = 64  # of one of the two digits of an activation, to each side of zero
+
+
+@script(DOMAIN, default_opset=op)
+def WeightOnlyLinear(x, weight8, weight_scale):  # type: ignore[no-untyped-def] # noqa: D103
+    # q = high · 128 + low, with |high|, |low| <= 64.
+    step = op.ReduceMax(op.Abs(x), op.Constant(value_ints=[-1]), keepdims=1)
+    step = op.Max(step * op.Constant(value_float=1 / (128 * STEPS - 1)), op.Constant(value_float=TINY))
+    q = op.Round(x / step)
+    high = op.Round(q * op.Constant(value_float=1 / 128))
+    low = q - high * op.Constant(value_float=128.0)
+    rows = op.Concat(high, low, axis=1)
+    columns = op.Transpose(op.Squeeze(op.Cast(rows, to=3), [0]), perm=[1, 0])
+    sums = op.MatMulInteger(weight8, columns, op.Cast(op.Constant(value_int=128), to=2))
+    of_high, of_low = op.Split(op.Cast(sums, to=1), axis=1, num_outputs=2)
+    y = op.Transpose(of_high * op.Constant(value_float=128.0) + of_low, perm=[1, 0])
+    return op.Unsqueeze(y * weight_scale, [0]) * step
 
 
 def profile_products(spec: ComponentSpec, graph: Path, root: Path) -> dict[str, int]:
