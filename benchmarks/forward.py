@@ -37,7 +37,7 @@ from wanx.exporter.quantization.quantize import quantize_weights, scale_tensors
 from wanx.exporter.quantization.quantized_spec import quantized_spec
 from wanx.exporter.quantization.recipe import Recipe, dit_candidates, shared_input
 from wanx.exporter.quantization.scheme import SCHEMES, QuantizeOptions
-from wanx.exporter.targets import onnxruntime as target
+from wanx.exporter.targets.onnxruntime.graph import optimize_for_ort
 from wanx.files.safetensors import SafetensorsWriter, read_header
 from wanx.kernels.timing import interleaved
 from wanx.runtime.sessions.onnxruntime import create_session
@@ -74,7 +74,7 @@ def export(sources: dict[str, SafetensorsTensor], folder: Path) -> Path:
     graph = trace(dit_spec(CONFIG))
     refs = {n: read_header(source.file).entries[n] for n, source in sources.items()}
     attach_weights(graph, refs, folder)
-    target.optimize_for_ort(graph)
+    optimize_for_ort(graph)
     save_graph(graph, folder / "dit.onnx")
     return folder / "dit.onnx"
 
@@ -105,7 +105,7 @@ def export_int8(
             writer.write(value.float().contiguous().numpy().tobytes())
     graph = trace(quantized_spec(dit_spec(CONFIG), recipe))
     attach_weights(graph, refs | writer.header.entries, folder)
-    target.optimize_for_ort(graph)
+    optimize_for_ort(graph)
     save_graph(graph, folder / "int8.onnx")
     return folder / "int8.onnx"
 

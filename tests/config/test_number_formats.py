@@ -138,7 +138,7 @@ def test_which_formats_serve_what() -> None:
     def names(rows: tuple[NumberFormat, ...]) -> list[str]:
         return [row.safetensors for row in rows]
 
-    assert names(WEIGHTS) == ["F32", "BF16", "F16", "I8", "F8_E4M3"]
+    assert names(WEIGHTS) == ["F32", "BF16", "F16", "I8", "F8_E4M3", "U8"]
     assert names(FLOATS) == ["F32", "BF16", "F16"]
     assert names(GRAPH_INPUTS) == [*names(WEIGHTS), "I64"]
     assert {row.name for row in KERNEL_TENSORS} == {

@@ -25,7 +25,7 @@ from wanx.exporter.quantization.quantize import quantize_weights, scale_tensors
 from wanx.exporter.quantization.quantized_spec import quantized_spec
 from wanx.exporter.quantization.recipe import Recipe, dit_candidates, shared_input, smoothing_of
 from wanx.exporter.quantization.scheme import SCHEMES, QuantizeOptions
-from wanx.exporter.targets import onnxruntime as target
+from wanx.exporter.targets.onnxruntime.graph import optimize_for_ort
 from wanx.files.safetensors import SafetensorsWriter, TensorRef
 from wanx.models.dit.model import WanDiT
 from wanx.runtime.sessions.onnxruntime import create_session
@@ -224,7 +224,7 @@ def build(
         model = trace_once(quantized_spec(spec, traced or recipe))
         attach_weights(model, written, folder)
         save_graph(model, folder / "dit.onnx")
-        target.optimize_for_ort(model)
+        optimize_for_ort(model)
         save_graph(model, folder / "engine.onnx")
     return Built(folder=folder, recipe=recipe, spec=spec, sources=original, written=written)
 

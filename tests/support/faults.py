@@ -16,6 +16,8 @@ import wanx.exporter.export as exporter
 from tests.support.eightbit import trace_once
 from wanx.bundle.golden_steps import Golden
 from wanx.bundle.reader import Bundle
+from wanx.checkpoints.tensor_source import TensorSource
+from wanx.checkpoints.weights import ComponentWeights
 from wanx.errors import WanxError
 from wanx.exporter import weights
 from wanx.exporter.calibration.options import CalibrationOptions
@@ -159,11 +161,13 @@ def store_wide(patch: pytest.MonkeyPatch) -> None:
 
 
 def store_as_int8(patch: pytest.MonkeyPatch) -> None:
-    """Write numbers and scales of int8, whatever the recipe says."""
+    """Write numbers and scales of int8 where the recipe says fp8."""
     quantised = weights.quantize_weights
-    patch.setattr(
-        weights, "quantize_weights", lambda source, recipe: quantised(source, as_int8(recipe))
-    )
+
+    def as_asked(source: ComponentWeights, recipe: Recipe) -> dict[str, TensorSource]:
+        return quantised(source, as_int8(recipe) if recipe.scheme.name == "fp8" else recipe)
+
+    patch.setattr(weights, "quantize_weights", as_asked)
 
 
 def edit_scales(change: Callable[[Scales], None]) -> Fault:
@@ -226,7 +230,8 @@ def edit_numbers(change: Callable[[QuantizedTensor, Tensor, Tensor], Tensor]) ->
                     numbers = rounded(self, units, scale)
                 self.scale[... if self.per_tensor else slice(done, done + len(rows))] = scale
                 done += len(rows)
-                yield numbers.to(self.scheme.dtype).view(torch.uint8).numpy().data.cast("B")
+                stored = (numbers.float() + self.scheme.format.zero_point).to(self.scheme.dtype)
+                yield stored.view(torch.uint8).numpy().data.cast("B")
 
         patch.setattr(QuantizedTensor, "iter_bytes", iter_bytes)
 
@@ -234,7 +239,7 @@ def edit_numbers(change: Callable[[QuantizedTensor, Tensor, Tensor], Tensor]) ->
 
 
 def rounded(tensor: QuantizedTensor, units: Tensor, scale: Tensor) -> Tensor:
-    return units.round() if tensor.scheme.dtype == torch.int8 else units
+    return units if tensor.scheme.format.exponent_bits else units.round()
 
 
 def toward_zero(tensor: QuantizedTensor, units: Tensor, scale: Tensor) -> Tensor:

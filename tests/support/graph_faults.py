@@ -10,9 +10,10 @@ import pytest
 
 import wanx.exporter.export as exporter
 from tests.support.faults import Fault
+from wanx.exporter import component_writer
 from wanx.exporter.components import ComponentSpec
 from wanx.exporter.quantization import quantized_spec
-from wanx.exporter.targets import onnxruntime as target
+from wanx.exporter.targets.onnxruntime import graph
 from wanx.models.quantized import WeightOnlyLinear
 
 Change = Callable[[ir.Model], None]
@@ -22,7 +23,7 @@ def edit_graph(change: Change, component: str = "dit", *, engine: bool = False) 
     """Alter a component's graph after it was traced, or its engine's after it was specialised."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
-        trace, optimize_for_ort = exporter.trace, target.optimize_for_ort
+        trace, optimize_for_ort = exporter.trace, component_writer.optimize_for_ort
 
         def traced(spec: ComponentSpec) -> ir.Model:
             model = trace(spec)
@@ -30,14 +31,14 @@ def edit_graph(change: Change, component: str = "dit", *, engine: bool = False) 
                 change(model)
             return model
 
-        def specialised(model: ir.Model) -> bool:
-            found = optimize_for_ort(model)
+        def specialised(model: ir.Model, *, few_rows: bool) -> bool:
+            found = optimize_for_ort(model, few_rows=few_rows)
             if model.graph.name == component:
                 change(model)
             return found
 
         if engine:
-            patch.setattr(target, "optimize_for_ort", specialised)
+            patch.setattr(component_writer, "optimize_for_ort", specialised)
         else:
             patch.setattr(exporter, "trace", traced)
 
@@ -108,16 +109,18 @@ def ignore_rows(model: ir.Model) -> None:
     """Look up the numbers of a table without their scales."""
     gather = reader(model, "token_embedding.weight")
     cast = gather.outputs[0].uses()[0].node
-    mul = cast.outputs[0].uses()[0].node
+    centred = cast.outputs[0].uses()[0].node
+    mul = centred.outputs[0].uses()[0].node
     assert mul.op_type == "Mul"
-    mul.outputs[0].replace_all_uses_with(cast.outputs[0])
+    mul.outputs[0].replace_all_uses_with(centred.outputs[0])
     model.graph.remove(mul, safe=True)
 
 
 def add_rows(model: ir.Model) -> None:
     """Add the scales of a table to its numbers."""
     cast = reader(model, "token_embedding.weight").outputs[0].uses()[0].node
-    cast.outputs[0].uses()[0].node.op_type = "Add"
+    centred = cast.outputs[0].uses()[0].node
+    centred.outputs[0].uses()[0].node.op_type = "Add"
 
 
 def scale_other_rows(model: ir.Model) -> None:
@@ -172,11 +175,11 @@ def swap_modulation(model: ir.Model) -> None:
 
 def weight_only(patch: pytest.MonkeyPatch) -> None:
     def build(k: int, n: int, *, same_input: object, **options: Any) -> WeightOnlyLinear:
-        return WeightOnlyLinear(k, n, **options)
+        return WeightOnlyLinear(k, n)
 
     patch.setattr(quantized_spec, "QuantLinear", build)
 
 
 def signed_activations(patch: pytest.MonkeyPatch) -> None:
     """Leave the engine to what ONNX Runtime finds by itself."""
-    patch.setattr(target, "_uint8_activations", lambda *_: False)
+    patch.setattr(graph, "_uint8_activations", lambda *_: False)

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from wanx.exporter.components import ComponentSpec, GraphInput
 from wanx.exporter.graph.trace import trace
+from wanx.runtime.sessions.onnxruntime import session_options
 
 TYPES = {
     torch.float32: TensorProto.FLOAT,
     torch.float16: TensorProto.FLOAT16,
     torch.bfloat16: TensorProto.BFLOAT16,
     torch.int8: TensorProto.INT8,
+    torch.uint8: TensorProto.UINT8,
     torch.float8_e4m3fn: TensorProto.FLOAT8E4M3FN,
 }
 
@@ -130,3 +132,12 @@ def _session(
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
+
+
+def optimised(graph: Path, root: Path) -> onnx.GraphProto:
+    """What ONNX Runtime makes of a graph before it runs it."""
+    data = graph.read_bytes()
+    options = session_options(root, threads=1, graph=data)
+    options.optimized_model_filepath = str(root / "optimised.onnx")
+    onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    return onnx.load(root / "optimised.onnx").graph

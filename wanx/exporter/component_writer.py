@@ -12,7 +12,8 @@ from wanx.exporter.components import ComponentSpec
 from wanx.exporter.graph.attach import attach_weights
 from wanx.exporter.quantization.readback import require_recipe
 from wanx.exporter.quantization.recipe import Recipe
-from wanx.exporter.targets import onnxruntime
+from wanx.exporter.targets.onnxruntime.graph import ENGINE, INTEGER_PRODUCT, optimize_for_ort
+from wanx.exporter.targets.onnxruntime.profile import profile_products
 from wanx.exporter.weights import WrittenWeights
 
 
@@ -24,8 +25,8 @@ def write_graphs(
     save_graph(model, folder / "graphs" / f"{spec.name}.onnx")
     nodes = len(model.graph)
     engines = {}
-    if onnxruntime.optimize_for_ort(model):
-        path = folder / "engines" / onnxruntime.ENGINE / f"{spec.name}.onnx"
+    if optimize_for_ort(model, few_rows=spec.weights == "text_encoder"):
+        path = folder / "engines" / ENGINE / f"{spec.name}.onnx"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_graph(model, path)
         engines["cpu"] = path.relative_to(folder).as_posix()
@@ -53,10 +54,10 @@ def verified_component(
     counts = require_recipe(spec.name, folder / component.graph, folder, recipe)
     kernels = {}
     if recipe.scheme.name == "int8":
-        kernels = onnxruntime.profile_products(
+        kernels = profile_products(
             spec, folder / component.engines.get("cpu", component.graph), folder
         )
-        integer_products = kernels.get(onnxruntime.INTEGER_PRODUCT, 0)
+        integer_products = kernels.get(INTEGER_PRODUCT, 0)
         if integer_products != len(recipe.layers):
             raise WanxError(
                 f"ONNX Runtime ran {integer_products} of the {len(recipe.layers)} 8-bit layers of "

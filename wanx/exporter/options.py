@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from wanx.checkpoints.checkpoint import Checkpoint
-from wanx.config.models import ModelConfig, Task
 from wanx.config import number_formats
+from wanx.config.models import ModelConfig, Task
 from wanx.config.number_formats import BY_SAFETENSORS, FLOATS
 from wanx.errors import UsageError
 from wanx.exporter.calibration.options import (

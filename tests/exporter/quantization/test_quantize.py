@@ -52,9 +52,13 @@ def read(source: QuantizedTensor, **options: int) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=source.scheme.dtype).view(source.shape)
 
 
+def zero_point(dtype: torch.dtype) -> int:
+    return 128 if dtype == torch.uint8 else 0
+
+
 def numbers_of(dtype: torch.dtype) -> Tensor:
     """All numbers that a weight may become, ascending, in float64."""
-    if dtype == torch.int8:
+    if dtype in (torch.int8, torch.uint8):
         return torch.arange(-127, 128, dtype=torch.float64)
     every = torch.arange(256, dtype=torch.uint8).view(dtype).double()
     return every[every.isfinite()].unique()
@@ -64,7 +68,7 @@ def require_nearest_numbers(stored8: Tensor, scale: Tensor, weight: Tensor) -> N
     """Every number is the nearest of its format, but for a hair beside the middle of two."""
     numbers = numbers_of(stored8.dtype)
     units = weight.double() / scale.double().reshape(-1, 1)
-    found = stored8.double()
+    found = stored8.double() - zero_point(stored8.dtype)
     assert found.isfinite().all()
     right = torch.bucketize(units, numbers).clamp(1, len(numbers) - 1)
     below, above = numbers[right - 1], numbers[right]
@@ -76,7 +80,7 @@ def require_nearest_numbers(stored8: Tensor, scale: Tensor, weight: Tensor) -> N
 @pytest.mark.parametrize("shape", [(1, 1), (7, 13), (130, 257)])
 @pytest.mark.parametrize("smooth", [False, True])
 @pytest.mark.parametrize("per_tensor", [False, True])
-@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int8-weight"])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_numbers_and_scales(
     dtype: torch.dtype,
@@ -124,7 +128,7 @@ def test_halves_go_to_the_even_neighbour(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pickled", [False, True])
 @pytest.mark.parametrize("per_tensor", [False, True])
-@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int8-weight"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pieces_do_not_show(
     dtype: torch.dtype, scheme: str, per_tensor: bool, pickled: bool, tmp_path: Path
@@ -149,7 +153,7 @@ def test_pieces_do_not_show(
 
 
 @pytest.mark.parametrize("per_tensor", [False, True])
-@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int8-weight"])
 def test_a_joined_tensor(scheme: str, per_tensor: bool, tmp_path: Path) -> None:
     weight = samples(23, 11).to(torch.bfloat16)
     parts = [
@@ -166,7 +170,7 @@ def test_a_joined_tensor(scheme: str, per_tensor: bool, tmp_path: Path) -> None:
     assert joined.files == tuple(part.file for part in parts)
 
 
-@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int8-weight"])
 def test_rows_of_any_size(scheme: str, tmp_path: Path) -> None:
     """Zeros, numbers below the smallest normal one, and the largest that fp32 holds."""
     most = torch.finfo(torch.float32).max
@@ -176,17 +180,19 @@ def test_rows_of_any_size(scheme: str, tmp_path: Path) -> None:
     weight *= torch.tensor(sizes)[:, None]
     source = QuantizedTensor.of(stored(weight, tmp_path), SCHEMES[scheme])
     out = read(source)
+    numbers = out.float() - zero_point(out.dtype)
     assert source.scale[:4].tolist() == [1] * 4
-    assert (out[:4].float() == 0).all()
-    assert (out[4:].float().abs().amax(1) == SCHEMES[scheme].limit).all()
+    assert (numbers[:4] == 0).all()
+    assert (numbers[4:].abs().amax(1) == SCHEMES[scheme].limit).all()
     require_nearest_numbers(out[4:], source.scale[4:], weight[4:])
 
 
-@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int8-weight"])
 def test_a_tensor_of_zeros(scheme: str, tmp_path: Path) -> None:
     zeros = stored(torch.zeros(3, 5), tmp_path)
     source = QuantizedTensor.of(zeros, SCHEMES[scheme], per_tensor=True)
-    assert (read(source).float() == 0).all()
+    out = read(source)
+    assert (out.float() == zero_point(out.dtype)).all()
     assert source.scale.item() == 1
 
 
@@ -334,7 +340,7 @@ def test_the_diffusers_layout_on_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("order", [1, -1])
-@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int8-weight"])
 def test_names_of_scales(scheme: str, order: int, tmp_path: Path) -> None:
     """Layers with one input have one scale, named by the first of them, in whatever order."""
     options = QuantizeOptions(smooth=0.5, attention="fp8" if scheme == "fp8" else "none")

@@ -33,7 +33,7 @@ from wanx.exporter.quantization.quantize import scale_tensors
 from wanx.exporter.quantization.quantized_spec import quantize_module, quantized_spec
 from wanx.exporter.quantization.recipe import Recipe, shared_input, text_recipe
 from wanx.exporter.quantization.scheme import QuantizeOptions
-from wanx.exporter.targets.onnxruntime import optimize_for_ort
+from wanx.exporter.targets.onnxruntime.graph import optimize_for_ort
 from wanx.files.safetensors import SafetensorsWriter
 from wanx.models.dit.model import WanDiT
 from wanx.models.quantized import QuantEmbedding, QuantLinear, WeightOnlyLinear, quantize_weight
@@ -187,15 +187,16 @@ def test_a_text_encoder(tmp_path: Path) -> None:
     exact = plain(ids)
     for name, parameter in plain.named_parameters():
         if name in recipe.weights:
-            tensors[name], tensors[f"{name}_scale"] = quantize_weight(parameter, torch.int8)
-            parameter.copy_(tensors[name].double() * tensors[f"{name}_scale"].double()[:, None])
+            tensors[name], tensors[f"{name}_scale"] = quantize_weight(parameter, torch.uint8)
+            numbers = tensors[name].double() - 128
+            parameter.copy_(numbers * tensors[f"{name}_scale"].double()[:, None])
         else:
             tensors[name] = parameter
     expected = plain(ids)
     assert relative_error(exact, expected) > 1e-3
 
-    rows = sorted(tensors.items(), key=lambda row: row[1].dtype == torch.int8)
-    names = {torch.int8: "I8", torch.float32: "F32"}
+    rows = sorted(tensors.items(), key=lambda row: row[1].dtype == torch.uint8)
+    names = {torch.uint8: "U8", torch.float32: "F32"}
     header = [(name, names[t.dtype], tuple(t.shape)) for name, t in rows]
     with SafetensorsWriter(tmp_path / "text.safetensors", header) as writer:
         for _, tensor in rows:
@@ -215,4 +216,5 @@ def test_a_text_encoder(tmp_path: Path) -> None:
         )
         (features,) = session.run(None, {"ids": ids.numpy()})
         assert features.dtype == np.float32
-        assert relative_error(features, expected) <= 1e-5
+        # The engine's activations have 14 bits.
+        assert relative_error(features, expected) <= (1e-5 if graph == "portable.onnx" else 5e-4)

@@ -189,9 +189,10 @@ def _factor_behind(product: ir.Node) -> ir.Value | None:
     reached = [product]
     for node in reached:
         for use in (use for output in node.outputs for use in output.uses()):
-            factor = _initializer(use.node.inputs[1 - use.idx]) if use.node.op_type == "Mul" else None
-            if factor is not None:
-                return factor
+            if use.node.op_type == "Mul":
+                factor = _initializer(use.node.inputs[1 - use.idx])
+                if factor is not None:
+                    return factor
             if use.node.op_type in (*_PASSED, "Split", "Mul", "Add") and use.node not in reached:
                 reached.append(use.node)
     return None

@@ -114,9 +114,7 @@ def _numbers(piece: memoryview, dtype: torch.dtype) -> Tensor:
 def _largest(ref: TensorRef, dtype: torch.dtype) -> Tensor:
     """The largest magnitude of a whole tensor."""
     pieces = SafetensorsTensor.from_ref(ref).iter_bytes()
-    return torch.stack(
-        [_numbers(piece, dtype).abs().amax() for piece in pieces]
-    ).amax()
+    return torch.stack([_numbers(piece, dtype).abs().amax() for piece in pieces]).amax()
 
 
 def _read(ref: TensorRef) -> Tensor:

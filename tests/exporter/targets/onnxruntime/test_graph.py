@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,16 +15,15 @@ import torch
 from onnx import TensorProto, helper
 
 from tests.support.eightbit import SMALL, Built, build, make_recipe, random_feeds, random_weights
+from tests.support.onnx_runs import optimised
 from tests.support.peers import relative_error
 from wanx.config.models import DiTConfig
-from wanx.exporter.components import ComponentSpec, GraphInput
-from wanx.exporter.graph.trace import trace
-from wanx.exporter.targets.onnxruntime import optimize_for_ort, profile_products
+from wanx.exporter.targets.onnxruntime.graph import optimize_for_ort
+from wanx.exporter.targets.onnxruntime.profile import profile_products
 from wanx.kernels.attention.op import Attention, BiasedAttention, attention_reference
 from wanx.kernels.quant_linear import QuantLinear
-from wanx.models.quantized import WeightOnlyLinear, quantize_weight
 from wanx.runtime.sessions import onnxruntime as sessions
-from wanx.runtime.sessions.onnxruntime import create_session, session_options
+from wanx.runtime.sessions.onnxruntime import create_session
 
 
 def build_model(heads: int, scale: float, *, biased: bool = False) -> ir.Model:
@@ -148,15 +146,6 @@ def test_specialised_int8_linear(
     assert not saturates or kept == {TensorProto.UINT8}
 
 
-def optimised(graph: Path, root: Path) -> onnx.GraphProto:
-    """What ONNX Runtime makes of a graph before it runs it."""
-    data = graph.read_bytes()
-    options = session_options(root, threads=1, graph=data)
-    options.optimized_model_filepath = str(root / "optimised.onnx")
-    onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    return onnx.load(root / "optimised.onnx").graph
-
-
 def build_network(folder: Path, config: DiTConfig, scheme: str) -> Built:
     weights, feeds = random_weights(config), random_feeds(config)
     return build(folder, config, weights, make_recipe(config, weights, feeds, scheme))
@@ -196,67 +185,3 @@ def test_an_fp8_network(tmp_path: Path) -> None:
     feeds = random_feeds(config, 45)
     portable, engine = (built.run(feeds, engine=engine) for engine in (False, True))
     assert relative_error(engine, portable) <= 1e-5
-
-
-@pytest.mark.parametrize("size", [(1, 24, 40), (45, 33, 7)])
-def test_a_layer_with_an_8_bit_weight_alone(size: tuple[int, int, int], tmp_path: Path) -> None:
-    """Its input is not rounded, and its weight is kept neither wide nor turned; (rows, K, N)."""
-    rows, k, n = size
-    spec = ComponentSpec(
-        name="module", weights="module", outputs=("y",), axes={"L": 24},
-        build=lambda: WeightOnlyLinear(k, n, dtype=torch.int8, bias=False),
-        inputs=(GraphInput(name="x", shape=(1, "L", k)),),
-    )  # fmt: skip
-    model = trace(spec)
-    torch.manual_seed(0)
-    weight, scale = quantize_weight(torch.randn(n, k), torch.int8)
-    for name, value in (("weight", weight), ("weight_scale", scale)):
-        initializer = model.graph.initializers[name]
-        initializer.const_value = ir.tensor(value.numpy(), name=name)
-    assert optimize_for_ort(model)
-    path = tmp_path / "engine.onnx"
-    path.write_bytes(ir.to_proto(model).SerializeToString())
-    graph = optimised(path, tmp_path)
-    assert "MatMulNBits" not in {node.op_type for node in graph.node}
-    kept = {tuple(t.dims): t.data_type for t in graph.initializer if len(t.dims) == 2}
-    assert kept == {(n, k): TensorProto.INT8}
-    session = onnxruntime.InferenceSession(
-        path.read_bytes(), session_options(tmp_path, threads=1), providers=["CPUExecutionProvider"]
-    )
-    x = torch.randn(1, rows, k)
-    expected = x.double() @ (weight.double() * scale.double()[:, None]).T
-    assert relative_error(session.run(None, {"x": x.numpy()})[0], expected) <= 1e-5
-
-
-def test_weights_wait_for_their_input(tmp_path: Path) -> None:
-    """A layer's weight is widened when the layer before has run, not all weights at the start."""
-    layers = 6
-    spec = ComponentSpec(
-        name="module", weights="module", outputs=("y",), axes={"L": 24},
-        build=lambda: torch.nn.Sequential(
-            *(WeightOnlyLinear(8, 8, dtype=torch.int8, bias=False) for _ in range(layers))
-        ),
-        inputs=(GraphInput(name="input", shape=(1, "L", 8)),),
-    )  # fmt: skip
-    model = trace(spec)
-    for name, initializer in model.graph.initializers.items():
-        value = np.ones(8, np.float32) if "scale" in name else np.ones((8, 8), np.int8)
-        initializer.const_value = ir.tensor(value, name=name)
-    assert optimize_for_ort(model)
-    options = session_options(tmp_path, threads=1)
-    options.enable_profiling = True
-    options.profile_file_prefix = str(tmp_path / "profile")
-    session = onnxruntime.InferenceSession(
-        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    session.run(None, {"input": np.ones((1, 5, 8), np.float32)})
-    events = json.loads(Path(session.end_profiling()).read_bytes())
-    steps = [
-        event["args"]["op_name"]
-        for event in events
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
-    ]
-    order = [name for name in steps if name == "DequantizeLinear" or "MatMul" in name]
-    assert len(order) == 2 * layers
-    assert all(name == "DequantizeLinear" for name in order[::2])
-    assert all("MatMul" in name for name in order[1::2])
