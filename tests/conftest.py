@@ -18,12 +18,9 @@ if find_spec("torch"):
 
 # The heavy packages are imported where they are used: most tests need none of them.
 if TYPE_CHECKING:
-    import onnx_ir as ir
     from diffusers import WanPipeline
 
     from wanx.bundle.reader import Bundle
-    from wanx.exporter.components import ComponentSpec
-    from wanx.exporter.quantization.recipe import Recipe
     from wanx.progress import Progress
 
 Export = Callable[..., "Bundle"]
@@ -97,50 +94,18 @@ def checkpoint(checkpoint_of: Callable[[str], Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def export_quickly() -> Export:
-    """Export as :func:`wanx.exporter.export.export` does, tracing each network only once.
+    """Export as :func:`wanx.exporter.export.export` does; each network is traced only once."""
 
-    Tracing takes nearly all the time and depends on the configuration alone;
-    ``test_exporting_a_bundle_again`` shows that a second trace gives the same graph.
-    """
-
-    import wanx.exporter.export as exporter
+    from wanx.exporter.export import export
     from wanx.exporter.options import ExportOptions
-    from wanx.exporter.source import open_source
     from wanx.progress import no_progress
 
-    traced: list[tuple[object, ir.Model]] = []
-    trace = exporter._trace
-
-    def export(
+    def act(
         source: Path, output: Path, *, progress: Progress = no_progress, **options: Any
     ) -> Bundle:
-        def trace_once(spec: ComponentSpec, recipe: Recipe | None) -> ir.Model:
-            config = getattr(open_source(source).config, spec.weights)
-            key = spec.name, config, _layers_of(recipe)
-            found = [model for known, model in traced if known == key]
-            if not found:
-                found = [trace(spec, recipe)]
-                traced.append((key, *found))
-            model = found[0].clone()
-            # A clone gives names to its nodes.
-            for node in model.graph:
-                node.name = None
-            return model
+        return export(ExportOptions(source=source, output=output, **options), progress)
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(exporter, "_trace", trace_once)
-            return exporter.export(ExportOptions(source=source, output=output, **options), progress)
-
-    return export
-
-
-def _layers_of(recipe: Recipe | None) -> object:
-    """What of a recipe shows in a graph: all but the numbers, which are in weight files."""
-    if recipe is None:
-        return None
-    static = {layer: scale is not None for layer, scale in recipe.layers.items()}
-    kind = recipe.scheme.name, recipe.options.weight_scale
-    return kind, static, recipe.embeddings, set(recipe.smooth), set(recipe.attention)
+    return act
 
 
 @pytest.fixture(scope="session")

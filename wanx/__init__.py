@@ -94,6 +94,7 @@ def export(
     gate: bool = False,
     quantize: QuantizeOptions | None = None,
     calibration: CalibrationOptions | None = None,
+    graph_cache: bool = True,
     progress: Progress = no_progress,
 ) -> Bundle:
     """Export a checkpoint to a bundle; see :class:`wanx.exporter.options.ExportOptions`.
@@ -102,9 +103,9 @@ def export(
         GateError: the bundle is not accurate enough, and ``gate`` was asked for.
         WanxError: the checkpoint, the options or the disk do not allow it.
     """
-    from wanx.exporter.packages import require_packages
+    from wanx.exporter.packages import GRAPHS, require_packages
 
-    require_packages()
+    require_packages("export", GRAPHS)
     from wanx.exporter.calibration.options import CalibrationOptions
     from wanx.exporter.export import export as run_export
     from wanx.exporter.options import ExportOptions
@@ -120,6 +121,7 @@ def export(
         gate=gate,
         quantize=quantize or QuantizeOptions(),
         calibration=calibration or CalibrationOptions(),
+        graph_cache=graph_cache,
     )
     return run_export(options, progress)
 
@@ -137,9 +139,9 @@ def plan_export(
     Raises:
         WanxError: the checkpoint or the options do not allow it.
     """
-    from wanx.exporter.packages import require_packages
+    from wanx.exporter.packages import GRAPHS, require_packages
 
-    require_packages()
+    require_packages("plan an export", GRAPHS)
     from wanx.exporter.export import plan
     from wanx.exporter.options import ExportOptions
 
@@ -204,9 +206,9 @@ def build(
         UsageError: an option is out of range, there is no such target, or the bundle is built in.
         WanxError: the bundle is damaged or cannot be written, or the target cannot be built here.
     """
-    from wanx.exporter.packages import require_packages
+    from wanx.exporter.packages import GRAPHS, require_packages
 
-    require_packages()
+    require_packages("build", GRAPHS)
     from wanx.builtin import find_bundle, is_builtin
     from wanx.bundle.reader import open_bundle
     from wanx.exporter.build import build as run_build

@@ -136,7 +136,7 @@ def test_an_export_refuses_it_before_anything_else(
         path.write_text('{"model": {}}')
     else:
         tokenizer_of(path, CANNOT_ENCODE[kind][0])
-    monkeypatch.setattr("wanx.exporter.export.trace", None)  # nothing may call it
+    monkeypatch.setattr("wanx.exporter.trace_component.trace", None)  # nothing may call it
     if kind == "backtracking":  # only other texts make it fail
         monkeypatch.setattr("wanx.accuracy.golden_tokens.PROBE", "a" * 28 + "b")
     with pytest.raises(CorruptInputError, match=r"cannot encode|is not a tokenizer") as caught:

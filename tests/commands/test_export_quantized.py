@@ -19,7 +19,7 @@ import wanx.exporter.export as exporter
 from wanx.builtin import builtin_bundle
 from wanx.cli import main
 from wanx.exporter.calibration.blockwise_dit import BlockwiseDiT
-from wanx.exporter.components import ComponentSpec
+from wanx.exporter.graph.cache import GraphCache
 
 FEW = ["--quantize", "dit", "--calibration-prompts", "1", "--calibration-steps", "2",
        "--golden-steps", "1", "--calibration-size", "32x32",
@@ -75,29 +75,21 @@ def export(
     return run
 
 
-@pytest.fixture(scope="module")
-def text_encoders() -> list[ir.Model]:
-    """Its graph, once it was traced."""
-    return []
-
-
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch, text_encoders: list[ir.Model]) -> None:
-    """Trace the text encoder alone: calibration needs no other graph, and all fail before the DiT.
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the graph of the text encoder alone, as calibration does; all fail before the DiT.
 
     The VAE gets an empty graph.
     """
-    trace = exporter._trace
+    find = GraphCache.graph
 
-    def trace_little(spec: ComponentSpec, recipe: Any) -> ir.Model:
-        assert spec.name != "dit", "this export should have failed before"
-        if spec.name != "text_encoder":
+    def little(self: GraphCache, name: str, *args: Any) -> ir.Model:
+        assert name != "dit", "this export should have failed before"
+        if name != "text_encoder":
             return ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 23}), ir_version=11)
-        if not text_encoders:
-            text_encoders.append(trace(spec, recipe))
-        return text_encoders[0].clone()
+        return find(self, name, *args)
 
-    monkeypatch.setattr(exporter, "_trace", trace_little)
+    monkeypatch.setattr(GraphCache, "graph", little)
 
 
 @pytest.fixture

@@ -15,14 +15,12 @@ import pytest
 import wanx.accuracy.golden_check as judge
 import wanx.exporter.export as exporter
 from tests.support.altered import altered_bundle, noise
-from tests.support.eightbit import trace_once
 from tests.support.golden_bundles import Case, golden_case, update_hashes, with_golden_steps
 from wanx.accuracy.golden_check import check_golden
 from wanx.builtin import builtin_bundle
 from wanx.bundle.golden_steps import GOLDEN
 from wanx.bundle.reader import Bundle, open_bundle
 from wanx.cli import main
-from wanx.exporter.components import dit_spec, text_encoder_spec
 
 
 @pytest.fixture(scope="module")
@@ -149,10 +147,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Export text encoder and denoiser, and no VAE."""
     monkeypatch.setattr(
         exporter,
-        "component_specs",
-        lambda config: [text_encoder_spec(config.text_encoder), dit_spec(config.dit)],
+        "component_groups",
+        lambda config: {"text_encoder": "text_encoder", "dit": "dit"},
     )
-    monkeypatch.setattr(exporter, "trace", trace_once)
 
 
 @pytest.mark.usefixtures("quick")

@@ -285,9 +285,10 @@ def test_nothing_is_left_when_tracing_stops(
     def stop(spec: object) -> None:
         raise error
 
-    monkeypatch.setattr(exporter, "trace", stop)
+    monkeypatch.setattr("wanx.exporter.trace_component.trace", stop)
+    output = tmp_path / "sub" / "bundle"
     with pytest.raises(raised):
-        exporter.export(ExportOptions(source=checkpoint, output=tmp_path / "sub" / "bundle"))
+        exporter.export(ExportOptions(source=checkpoint, output=output, graph_cache=False))
     assert list((tmp_path / "sub").iterdir()) == []
 
 
@@ -305,8 +306,8 @@ def test_running_out_of_memory_names_the_component(tmp_path: Path, megabytes: in
     program = (
         "import re, resource, sys\n"
         "from wanx.cli import main\n"
-        "import wanx.exporter.export as exporter\n"
-        "trace = exporter.trace\n"
+        "import wanx.exporter.trace_component as tracing\n"
+        "trace = tracing.trace\n"
         "def limited(spec):\n"
         "    if spec.name == 'dit':\n"
         "        status = open('/proc/self/status').read()\n"
@@ -314,8 +315,8 @@ def test_running_out_of_memory_names_the_component(tmp_path: Path, megabytes: in
         f"        limit = size + ({megabytes} << 20)\n"
         "        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
         "    return trace(spec)\n"
-        "exporter.trace = limited\n"
-        "sys.argv = ['wanx', 'export', 'tiny', '-o', 'bundle', '-q']\n"
+        "tracing.trace = limited\n"
+        "sys.argv = ['wanx', 'export', 'tiny', '-o', 'bundle', '-q', '--no-graph-cache']\n"
         "main()\n"
     )
     for _ in range(5):

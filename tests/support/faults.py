@@ -19,9 +19,8 @@ from wanx.bundle.reader import Bundle
 from wanx.checkpoints.tensor_source import TensorSource
 from wanx.checkpoints.weights import ComponentWeights
 from wanx.errors import WanxError
-from wanx.exporter import weights
+from wanx.exporter import quantized_weights, trace_component
 from wanx.exporter.calibration.options import CalibrationOptions
-from wanx.exporter.components import dit_spec, text_encoder_spec
 from wanx.exporter.options import ExportOptions
 from wanx.exporter.quantization import quantize
 from wanx.exporter.quantization.choose_recipe import choose_recipe
@@ -59,12 +58,12 @@ def exporter_of(folder: Path, patch: pytest.MonkeyPatch) -> Export:
     """Export text encoder and denoiser, and no VAE; what no fault concerns is done once for all."""
     patch.setattr(
         exporter,
-        "component_specs",
-        lambda config: [text_encoder_spec(config.text_encoder), dit_spec(config.dit)],
+        "component_groups",
+        lambda config: {"text_encoder": "text_encoder", "dit": "dit"},
     )
-    patch.setattr(exporter, "trace", trace_once)
+    patch.setattr(trace_component, "trace", trace_once)
     patch.setattr(exporter, "open_source", open_once)
-    patch.setattr(exporter, "choose_recipe", choose_once)
+    patch.setattr("wanx.exporter.quantization.choose_recipe.choose_recipe", choose_once)
 
     def act(precision: str = "int8", *, gate: bool = False, **asked: Any) -> Bundle:
         # A gate of 0 dB keeps all blocks alike.
@@ -76,6 +75,7 @@ def exporter_of(folder: Path, patch: pytest.MonkeyPatch) -> Export:
                 quantize=options,
                 calibration=CALIBRATION,
                 gate=gate,
+                graph_cache=False,
             )
         )
 
@@ -107,19 +107,23 @@ def another_recipe(
     """Trace the denoiser, or write its weights, by another recipe than the one that was decided."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
-        traced, written = exporter.quantized_spec, exporter.write_weights
+        traced = trace_component.quantized_spec
+        written = quantized_weights.write_quantized_weights
 
-        def by_another(recipe: Recipe | None) -> Recipe | None:
-            is_dit = recipe is not None and "blocks.0.ffn.2" in recipe.layers
-            return change(recipe) if is_dit else recipe
+        def by_another(recipe: Recipe) -> Recipe:
+            return change(recipe) if "blocks.0.ffn.2" in recipe.layers else recipe
 
         if graph:
             patch.setattr(
-                exporter, "quantized_spec", lambda spec, recipe: traced(spec, by_another(recipe))
+                trace_component,
+                "quantized_spec",
+                lambda spec, recipe: traced(spec, by_another(recipe)),
             )
         if files:
             patch.setattr(
-                exporter, "write_weights", lambda *args: written(*args[:-1], by_another(args[-1]))
+                quantized_weights,
+                "write_quantized_weights",
+                lambda *args: written(*args[:-1], by_another(args[-1])),
             )
 
     return plant
@@ -150,9 +154,9 @@ def high_attention(recipe: Recipe) -> Recipe:
 
 def store_wide(patch: pytest.MonkeyPatch) -> None:
     """Write the denoiser's weights as they are."""
-    quantised = weights.quantize_weights
+    quantised = quantized_weights.quantize_weights
     patch.setattr(
-        weights,
+        quantized_weights,
         "quantize_weights",
         lambda source, recipe: (
             source.tensors if source.component == "dit" else quantised(source, recipe)
@@ -162,19 +166,19 @@ def store_wide(patch: pytest.MonkeyPatch) -> None:
 
 def store_as_int8(patch: pytest.MonkeyPatch) -> None:
     """Write numbers and scales of int8 where the recipe says fp8."""
-    quantised = weights.quantize_weights
+    quantised = quantized_weights.quantize_weights
 
     def as_asked(source: ComponentWeights, recipe: Recipe) -> dict[str, TensorSource]:
         return quantised(source, as_int8(recipe) if recipe.scheme.name == "fp8" else recipe)
 
-    patch.setattr(weights, "quantize_weights", as_asked)
+    patch.setattr(quantized_weights, "quantize_weights", as_asked)
 
 
 def edit_scales(change: Callable[[Scales], None]) -> Fault:
     """Alter the scales before they are written."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
-        scale_tensors = weights.scale_tensors
+        scale_tensors = quantized_weights.scale_tensors
 
         def altered(*args: Any) -> dict[str, Tensor]:
             found = scale_tensors(*args)
@@ -182,7 +186,7 @@ def edit_scales(change: Callable[[Scales], None]) -> Fault:
                 change(found)
             return found
 
-        patch.setattr(weights, "scale_tensors", altered)
+        patch.setattr(quantized_weights, "scale_tensors", altered)
 
     return plant
 

@@ -8,9 +8,8 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-import wanx.exporter.export as exporter
 from tests.support.faults import Fault
-from wanx.exporter import component_writer
+from wanx.exporter import component_writer, trace_component
 from wanx.exporter.components import ComponentSpec
 from wanx.exporter.quantization import quantized_spec
 from wanx.exporter.targets.onnxruntime import graph
@@ -23,7 +22,7 @@ def edit_graph(change: Change, component: str = "dit", *, engine: bool = False) 
     """Alter a component's graph after it was traced, or its engine's after it was specialised."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
-        trace, optimize_for_ort = exporter.trace, component_writer.optimize_for_ort
+        trace, optimize_for_ort = trace_component.trace, component_writer.optimize_for_ort
 
         def traced(spec: ComponentSpec) -> ir.Model:
             model = trace(spec)
@@ -40,7 +39,7 @@ def edit_graph(change: Change, component: str = "dit", *, engine: bool = False) 
         if engine:
             patch.setattr(component_writer, "optimize_for_ort", specialised)
         else:
-            patch.setattr(exporter, "trace", traced)
+            patch.setattr(trace_component, "trace", traced)
 
     return plant
 

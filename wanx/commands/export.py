@@ -111,6 +111,9 @@ def export(
     gate: Annotated[
         bool, option("--gate", help="Run the golden steps; exit 3 if they are not close enough.")
     ] = False,
+    no_graph_cache: Annotated[
+        bool, option("--no-graph-cache", help="Trace every graph anew, and keep none.")
+    ] = False,
     force: Annotated[bool, option("--force", help="Replace a bundle that exists.")] = False,
     dry_run: Annotated[
         bool, option("--dry-run", help="Check the source and print what it would take.")
@@ -119,12 +122,17 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Export a checkpoint to a bundle."""
-    from wanx.exporter.packages import require_packages
+    from wanx.exporter.packages import GRAPHS, require_packages
 
-    require_packages()
+    require_packages("export", GRAPHS)
     import wanx
     from wanx.commands.display.accuracy import print_quantization
-    from wanx.commands.display.generation import print_bundle, print_estimate, progress_bars
+    from wanx.commands.display.generation import (
+        log_lines,
+        print_bundle,
+        print_estimate,
+        progress_bars,
+    )
     from wanx.commands.leftovers import find_leftovers
     from wanx.exporter.calibration.options import CalibrationOptions
     from wanx.exporter.quantization.scheme import QUANTIZED, QuantizeOptions
@@ -133,7 +141,7 @@ def export(
     width, height = (None, None) if calibration_size is None else parse_size(calibration_size)
     options: dict[str, Any] = {
         "source": source, "output": output, "precision": precision, "target": target,
-        "task": task, "force": force, "gate": gate,
+        "task": task, "force": force, "gate": gate, "graph_cache": not no_graph_cache,
         "quantize": QuantizeOptions(
             components=tuple(quantize or QUANTIZED),
             skip_layers=(*(skip_layers or ()), *(keep_high or ())),
@@ -162,7 +170,7 @@ def export(
             print_estimate(resolved, needs)
         return
     find_leftovers((output or Path("bundle")).parent, remove=True)
-    with exit_on_sigint(), progress_bars(quiet) as progress:
+    with exit_on_sigint(), progress_bars(quiet) as progress, log_lines(quiet, "wanx.exporter"):
         bundle = wanx.export(**options, progress=progress)
     if as_json:
         print_json(bundle_facts(bundle))

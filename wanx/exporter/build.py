@@ -6,7 +6,6 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -16,10 +15,7 @@ from wanx.bundle.publish import add_engines, record_files
 from wanx.bundle.reader import Bundle, open_bundle, read_bundle
 from wanx.bundle.trust import TRUST_VARIABLE, is_trusted, mark_trusted
 from wanx.errors import WanxError
-from wanx.exporter.components import ComponentSpec, component_specs
-from wanx.exporter.engine_key import engine_key
-from wanx.exporter.partition.partition import partition
-from wanx.exporter.quantization.quantized_spec import quantized_like_bundle
+from wanx.exporter.packages import require_packages
 from wanx.exporter.targets.base import Target
 from wanx.exporter.targets.options import DEFAULT_OPTIONS, BuilderOptions
 from wanx.exporter.targets.registry import parse_target
@@ -46,12 +42,11 @@ def build(
         WanxError: the engines cannot be built, or the bundle cannot be written.
     """
     parsed = parse_target(target)
-    specs = component_specs(bundle.manifest.config)
     with add_engines(bundle) as (folder, commit):
         if read_bundle(bundle.root).hash != bundle.hash:
             raise WanxError(f"{bundle.root} was changed by another command: run this one again")
         manifest = with_engines(
-            bundle.root, bundle.manifest, parsed, specs, folder, progress, options, force=force
+            bundle.root, bundle.manifest, parsed, folder, progress, options, force=force
         )
         commit(manifest)
     return open_bundle(bundle.root, verify="size")
@@ -61,7 +56,6 @@ def with_engines(
     root: Path,
     manifest: Manifest,
     target: Target,
-    specs: Sequence[ComponentSpec],
     folder: Path,
     progress: Progress = no_progress,
     options: BuilderOptions = DEFAULT_OPTIONS,
@@ -74,7 +68,6 @@ def with_engines(
         root: of the bundle.
         manifest: of the bundle without the engines.
         target: what will run it.
-        specs: of its components.
         folder: where ``engines/<key>`` is written, unless the bundle has it already.
         progress: told how many components are built.
         options: of the builder.
@@ -90,12 +83,18 @@ def with_engines(
     builder = target.prepare(manifest, options)
     if builder is None:
         return manifest.model_copy(update={"target": target.name})
+    require_packages("build engines")
+    from wanx.exporter.components import component_specs
+    from wanx.exporter.engine_key import engine_key
+    from wanx.exporter.partition.partition import partition
+    from wanx.exporter.quantization.quantized_spec import quantized_like_bundle
+
     partitions = {
         spec.name: partition(
             quantized_like_bundle(spec, root, manifest),
             builder.compute_dtype(spec.weights, manifest.components[spec.name]),
         )
-        for spec in specs
+        for spec in component_specs(manifest.config)
     }
     key = engine_key(partitions, target.name, builder.device, __version__, builder.fingerprint)
     if force or not _has_engines(manifest, target.name, key):

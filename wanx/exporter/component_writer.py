@@ -3,41 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from wanx.bundle.manifest import Component
 from wanx.errors import WanxError
-from wanx.exporter.components import ComponentSpec
 from wanx.exporter.graph.attach import attach_weights
-from wanx.exporter.quantization.readback import require_recipe
-from wanx.exporter.quantization.recipe import Recipe
 from wanx.exporter.targets.onnxruntime.graph import ENGINE, INTEGER_PRODUCT, optimize_for_ort
-from wanx.exporter.targets.onnxruntime.profile import profile_products
 from wanx.exporter.weights import WrittenWeights
 
+if TYPE_CHECKING:
+    from wanx.exporter.components import ComponentSpec
+    from wanx.exporter.quantization.recipe import Recipe
 
-def write_graphs(
-    spec: ComponentSpec, model: ir.Model, weights: WrittenWeights, folder: Path
-) -> Component:
+
+def write_graphs(name: str, model: ir.Model, weights: WrittenWeights, folder: Path) -> Component:
     """Write the portable graph of a component and the variants of it that targets run faster."""
     storage = attach_weights(model, weights.tensors, folder)
-    save_graph(model, folder / "graphs" / f"{spec.name}.onnx")
+    save_graph(model, folder / "graphs" / f"{name}.onnx")
     nodes = len(model.graph)
     engines = {}
-    if optimize_for_ort(model, few_rows=spec.weights == "text_encoder"):
-        path = folder / "engines" / ENGINE / f"{spec.name}.onnx"
+    if optimize_for_ort(model, few_rows=name == "text_encoder"):
+        path = folder / "engines" / ENGINE / f"{name}.onnx"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_graph(model, path)
         engines["cpu"] = path.relative_to(folder).as_posix()
     return Component(
-        graph=f"graphs/{spec.name}.onnx",
+        graph=f"graphs/{name}.onnx",
         engines=engines,
         weights=tuple(path.relative_to(folder).as_posix() for path in weights.sha256),
         storage=storage,
         nodes=nodes,
-        inputs=tuple(item.name for item in (*spec.inputs, *spec.caches)),
-        outputs=spec.outputs,
+        inputs=tuple(value.name or "" for value in model.graph.inputs),
+        outputs=tuple(value.name or "" for value in model.graph.outputs),
     )
 
 
@@ -49,6 +48,9 @@ def verified_component(
     Raises:
         WanxError: a graph is not what the recipe says, or does not run as it.
     """
+    from wanx.exporter.quantization.readback import require_recipe
+    from wanx.exporter.targets.onnxruntime.profile import profile_products
+
     for graph in component.engines.values():
         require_recipe(spec.name, folder / graph, folder, recipe)
     counts = require_recipe(spec.name, folder / component.graph, folder, recipe)

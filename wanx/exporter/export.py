@@ -3,45 +3,51 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import platform
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
-import torch
 
 from wanx.accuracy.gates import Gates
 from wanx.accuracy.golden_check import check_golden, require_golden
 from wanx.accuracy.golden_tokens import write_golden_tokens
-from wanx.bundle.golden_steps import GOLDEN, write_golden
+from wanx.bundle.golden_steps import GOLDEN, Golden, write_golden
 from wanx.bundle.manifest import TOKENIZER, Component, Manifest, Provenance
 from wanx.bundle.publish import publish_bundle, record_files, write_manifest
 from wanx.bundle.reader import Bundle, open_bundle
 from wanx.checkpoints.checkpoint import Checkpoint
 from wanx.checkpoints.tokenizer_file import write_tokenizer
-from wanx.errors import CancelledError, WanxError
+from wanx.config.models import ModelConfig
+from wanx.errors import CancelledError
 from wanx.exporter.build import with_engines
-from wanx.exporter.calibration.calibrate import record_golden
+from wanx.exporter.component_groups import component_groups, weight_groups
 from wanx.exporter.component_writer import verified_component, write_graphs
-from wanx.exporter.components import ComponentSpec, component_specs, expected_tensors
 from wanx.exporter.estimate import Estimate, estimate
-from wanx.exporter.graph.trace import trace
+from wanx.exporter.graph.cache import GraphCache, Tensors
+from wanx.exporter.known_golden import known_golden
 from wanx.exporter.options import ExportOptions, ResolvedExport, resolve
-from wanx.exporter.quantization.choose_recipe import choose_recipe
-from wanx.exporter.quantization.quantized_spec import quantized_spec
-from wanx.exporter.quantization.recipe import Recipe, text_recipe
+from wanx.exporter.packages import missing_packages, require_packages
 from wanx.exporter.source import open_source
 from wanx.exporter.targets.registry import parse_target
 from wanx.exporter.weights import WrittenWeights, combined_sha256, write_weights
 from wanx.progress import Progress, byte_counter, no_progress
 from wanx.version import __version__
+
+if TYPE_CHECKING:
+    from wanx.exporter.quantization.recipe import Recipe
+
+_log = logging.getLogger("wanx.exporter")
 
 TOOLS = (
     "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors", "tokenizers", "numpy",
@@ -72,7 +78,9 @@ def plan(options: ExportOptions, checkpoint: Checkpoint | None = None) -> Export
         WanxError: the checkpoint cannot be exported as asked.
     """
     checkpoint = checkpoint or open_source(options.source, options.task)
-    check(checkpoint)  # first, because "auto" follows the types that the tensors are stored in
+    cache = GraphCache(use=options.graph_cache)
+    # First, because "auto" follows the types that the tensors are stored in.
+    check(checkpoint, cache)
     resolved = resolve(options, checkpoint)
     return ExportPlan(resolved=resolved, estimate=estimate(resolved))
 
@@ -86,15 +94,29 @@ def export(options: ExportOptions, progress: Progress = no_progress) -> Bundle:
     return write_bundle(plan(options), progress)
 
 
-def check(checkpoint: Checkpoint) -> None:
+def check(checkpoint: Checkpoint, cache: GraphCache | None = None) -> None:
     """Compare the names, shapes and types of a checkpoint's tensors with those of its networks.
+
+    Args:
+        checkpoint: to compare.
+        cache: knows the tensors of networks; None takes the usual one.
 
     Raises:
         CorruptInputError: lists every tensor that is missing, unexpected, misshaped or of a type
             that is not read.
     """
-    for group, shapes in expected_tensors(checkpoint.config).items():
-        checkpoint.components[group].check(shapes)
+    config, cache = checkpoint.config, cache or GraphCache()
+    for group in weight_groups(config):
+        checkpoint.components[group].check(
+            cache.tensors(group, config, partial(_tensors_of, group, config))
+        )
+
+
+def _tensors_of(group: str, config: ModelConfig) -> Tensors:
+    require_packages(f"list the tensors of {group}, a network of sizes that wanx does not know")
+    from wanx.exporter.components import expected_tensors
+
+    return expected_tensors(config)[group]
 
 
 def write_bundle(planned: ExportPlan, progress: Progress = no_progress) -> Bundle:
@@ -118,37 +140,63 @@ def write_bundle(planned: ExportPlan, progress: Progress = no_progress) -> Bundl
 
 def _build(resolved: ResolvedExport, folder: Path, progress: Progress) -> None:
     options, checkpoint = resolved.options, resolved.checkpoint
-    specs = component_specs(checkpoint.config)
-    build = _Build(resolved, specs, folder, progress)
+    build = _Build(resolved, folder, progress)
+    groups = component_groups(checkpoint.config)
     recipes = {}
     if "text_encoder" in resolved.eight_bit:
+        from wanx.exporter.quantization.recipe import text_recipe
+
         recipes["text_encoder"] = text_recipe(checkpoint.config.text_encoder)
     golden = None
     if resolved.scheme is not None and "dit" in resolved.eight_bit:
+        from wanx.exporter.quantization.choose_recipe import choose_recipe
+
         # The other components make the denoiser's inputs, which its scales depend on.
-        build.add([spec for spec in specs if spec.weights != "dit"], recipes)
+        build.add([name for name in groups if name != "dit"], recipes)
         recipes["dit"], golden = choose_recipe(
             checkpoint, build.bundle(), resolved.scheme, options.quantize, options.calibration,
             progress, resolved.runs,
         )  # fmt: skip
-        build.add([spec for spec in specs if spec.weights == "dit"], recipes)
+        build.add(["dit"], recipes)
     else:
-        build.add(specs, recipes)
+        build.add(list(groups), recipes)
         if options.calibration.golden_steps:
-            golden = record_golden(
-                checkpoint, build.bundle(), options.calibration, progress, resolved.runs
-            )
+            golden = _golden(resolved, build.bundle(), progress)
     if golden is not None and options.calibration.golden_steps:
         write_golden(golden, folder / GOLDEN)
     plain = build.bundle()
     target = parse_target(options.target)
-    manifest = with_engines(folder, plain.manifest, target, specs, folder, progress)
+    manifest = with_engines(folder, plain.manifest, target, folder, progress)
     if options.gate:
         # Engines for a GPU that is not here cannot run; their numbers can, on the processor.
-        runs = not target.may_be_elsewhere or torch.cuda.is_available()
+        runs = not target.may_be_elsewhere or _has_gpu()
         built = replace(plain, manifest=manifest) if runs else plain
         require_golden(check_golden(built, progress=progress), Gates())
     write_manifest(folder, manifest)
+
+
+def _golden(resolved: ResolvedExport, bundle: Bundle, progress: Progress) -> Golden | None:
+    """Golden steps of the source, recorded unless it has them; None where nothing can record."""
+    if golden := known_golden(resolved):
+        return golden
+    if missing := missing_packages():
+        if resolved.options.gate:
+            require_packages("record the golden steps that --gate runs")
+        _log.warning(
+            "no golden steps are recorded, which takes %s: wanx verify will check hashes alone; "
+            "pip install 'wanx[export]' for both", ", ".join(missing),
+        )  # fmt: skip
+        return None
+    from wanx.exporter.calibration.calibrate import record_golden
+
+    options = resolved.options.calibration
+    return record_golden(resolved.checkpoint, bundle, options, progress, resolved.runs)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 class _Build:
@@ -157,12 +205,12 @@ class _Build:
     def __init__(
         self,
         resolved: ResolvedExport,
-        specs: Sequence[ComponentSpec],
         folder: Path,
         progress: Progress,
     ) -> None:
         self._resolved, self._folder, self._progress = resolved, folder, progress
-        self._names = [spec.name for spec in specs]
+        self._cache = GraphCache(use=resolved.options.graph_cache)
+        self._groups = component_groups(resolved.checkpoint.config)
         self._components: dict[str, Component] = {}
         self._sha256: dict[str, str] = {}
         self._sources: dict[str, str] = {}
@@ -172,18 +220,21 @@ class _Build:
         checkpoint = resolved.checkpoint
         write_golden_tokens(folder, checkpoint.config.text_encoder.vocab_size, checkpoint.tokenizer)
 
-    def add(self, specs: list[ComponentSpec], recipes: Mapping[str, Recipe]) -> None:
+    def add(self, names: Sequence[str], recipes: Mapping[str, Recipe]) -> None:
         """Write the weights and the graphs of some components."""
-        written, traced = self._write_and_trace(specs, recipes)
+        written, traced = self._write_and_trace(names, recipes)
         for group, done in written.items():
             self._sha256 |= {self._name(path): digest for path, digest in done.sha256.items()}
             self._sources |= {f"{group}/{name}": d for name, d in done.source_sha256.items()}
-        for spec, model in traced:
-            component = write_graphs(spec, model, written[spec.weights], self._folder)
-            recipe = recipes.get(spec.weights)
-            if recipe is not None:
+        for name, model in traced.items():
+            group = self._groups[name]
+            component = write_graphs(name, model, written[group], self._folder)
+            if (recipe := recipes.get(group)) is not None:
+                from wanx.exporter.trace_component import component_spec
+
+                spec = component_spec(name, self._resolved.checkpoint.config)
                 component = verified_component(spec, component, recipe, self._folder)
-            self._components[spec.name] = component
+            self._components[name] = component
 
     def bundle(self) -> Bundle:
         """Bundle of the components so far; it may lack some, and golden steps."""
@@ -193,12 +244,12 @@ class _Build:
             config=resolved.checkpoint.config,
             precision=resolved.precision,
             target="cpu",
-            components={n: self._components[n] for n in self._names if n in self._components},
+            components={n: self._components[n] for n in self._groups if n in self._components},
             provenance=Provenance(
                 source=resolved.checkpoint.source.name,
                 source_layout=resolved.checkpoint.layout,
                 source_sha256=combined_sha256(self._sources),
-                tools={"python": platform.python_version()} | {t: version(t) for t in TOOLS},
+                tools={"python": platform.python_version()} | _versions(),
                 created=datetime.now(UTC),
             ),
             files=record_files(self._folder, known=self._sha256),
@@ -209,39 +260,46 @@ class _Build:
         return path.relative_to(self._folder).as_posix()
 
     def _write_and_trace(
-        self, specs: list[ComponentSpec], recipes: Mapping[str, Recipe]
-    ) -> tuple[dict[str, WrittenWeights], list[tuple[ComponentSpec, ir.Model]]]:
+        self, names: Sequence[str], recipes: Mapping[str, Recipe]
+    ) -> tuple[dict[str, WrittenWeights], dict[str, ir.Model]]:
         """Write the weights in a thread, which waits for the disk, while this one traces."""
         stop = threading.Event()
-        groups = list(dict.fromkeys(spec.weights for spec in specs))
-        traced: list[tuple[ComponentSpec, ir.Model]] = []
+        groups = list(dict.fromkeys(self._groups[name] for name in names))
+        traced: dict[str, ir.Model] = {}
         with _short_switch_interval(), ThreadPoolExecutor(max_workers=1) as writer:
             writing = writer.submit(self._write_groups, groups, recipes, stop)
             try:
-                for spec in specs:
+                for name in names:
                     self._count_traced(len(traced))
                     if writing.done():
                         writing.result()
-                    traced.append((spec, _trace(spec, recipes.get(spec.weights))))
+                    traced[name] = self._graph(name, recipes.get(self._groups[name]))
                 self._count_traced(len(traced))
                 return writing.result(), traced
             except BaseException:
                 stop.set()
                 raise
 
+    def _graph(self, name: str, recipe: Recipe | None) -> ir.Model:
+        config = self._resolved.checkpoint.config
+
+        def trace() -> ir.Model:
+            require_packages(f"trace {name}, for which wanx has no graph")
+            from wanx.exporter.trace_component import trace_component
+
+            return trace_component(name, config, recipe)
+
+        return self._cache.graph(name, config, recipe, trace)
+
     def _count_traced(self, here: int) -> None:
         count = len(self._components) + here
-        self._progress("trace graphs", count, len(self._names), "steps")
+        self._progress("trace graphs", count, len(self._groups), "steps")
 
     def _write_groups(
         self, groups: list[str], recipes: Mapping[str, Recipe], stop: threading.Event
     ) -> dict[str, WrittenWeights]:
         written = {}
-        # In this thread alone. Pieces are small, and another core is tracing or hashing: threads
-        # that wait for each other took several times as long.
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        with _one_thread(quantizes=bool(recipes)):
             for group in groups:
                 total = self._resolved.weight_bytes(group)
                 count = byte_counter(self._progress, f"write {group}", total)
@@ -251,12 +309,45 @@ class _Build:
                         raise CancelledError("the export was stopped; nothing was left behind")
                     count(portion)
 
-                written[group] = write_weights(
-                    self._resolved, group, self._folder / "weights", on_bytes, recipes.get(group)
-                )
-        finally:
-            torch.set_num_threads(threads)
+                folder, recipe = self._folder / "weights", recipes.get(group)
+                if recipe is None:
+                    written[group] = write_weights(self._resolved, group, folder, on_bytes)
+                else:
+                    from wanx.exporter.quantized_weights import write_quantized_weights
+
+                    written[group] = write_quantized_weights(
+                        self._resolved, group, folder, on_bytes, recipe
+                    )
         return written
+
+
+def _versions() -> dict[str, str]:
+    """Versions of the tools that are installed."""
+    versions = {}
+    for name in TOOLS:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
+@contextmanager
+def _one_thread(*, quantizes: bool) -> Iterator[None]:
+    """Keep PyTorch to the calling thread, where it quantises.
+
+    Pieces are small, and another core is tracing or hashing: threads that wait for each other took
+    several times as long.
+    """
+    if not quantizes:
+        yield
+        return
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager
@@ -268,27 +359,3 @@ def _short_switch_interval() -> Iterator[None]:
         yield
     finally:
         sys.setswitchinterval(before)
-
-
-def _trace(spec: ComponentSpec, recipe: Recipe | None) -> ir.Model:
-    try:
-        return trace(spec if recipe is None else quantized_spec(spec, recipe))
-    except Exception as error:
-        if _is_out_of_memory(error):
-            raise WanxError(
-                f"not enough memory to trace {spec.name}; "
-                "`wanx export --dry-run` says how much it takes"
-            ) from error
-        raise WanxError(
-            f"cannot trace {spec.name} ({type(error).__name__}); if there is memory left, report "
-            "what WANX_DEBUG=1 shows"
-        ) from error
-
-
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    """True if memory ran out at the bottom of an error, which the exporter wraps in its own."""
-    while error is not None:
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

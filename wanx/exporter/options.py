@@ -16,7 +16,7 @@ from wanx.exporter.calibration.options import (
     golden_only,
     planned_runs,
 )
-from wanx.exporter.quantization.recipe import dit_candidates, require_matches, text_recipe
+from wanx.exporter.packages import require_packages
 from wanx.exporter.quantization.scheme import SCHEMES, WEIGHT_ONLY, QuantizeOptions, Scheme
 from wanx.exporter.targets.registry import parse_target
 
@@ -41,6 +41,7 @@ class ExportOptions:
         force: replace a bundle that is already there.
         quantize: how int8 and fp8 quantise.
         calibration: what they, and the golden steps of any precision, are found with.
+        graph_cache: take graphs that were traced before, and keep new ones.
         gate: run the golden steps before the bundle is published, and fail below the gate.
     """
 
@@ -53,6 +54,7 @@ class ExportOptions:
     quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     gate: bool = False
+    graph_cache: bool = True
 
     def __post_init__(self) -> None:
         """Refuse values that no export has.
@@ -165,6 +167,9 @@ def _runs(options: CalibrationOptions, config: ModelConfig, *, calibrates: bool)
 
 
 def _eight_bit(checkpoint: Checkpoint, options: QuantizeOptions) -> dict[str, frozenset[str]]:
+    require_packages("quantise")
+    from wanx.exporter.quantization.recipe import dit_candidates, require_matches, text_recipe
+
     config = checkpoint.config
     candidates, unquantized = dit_candidates(config.dit, options)
     require_matches(options.skip_layers, (*candidates, *unquantized))

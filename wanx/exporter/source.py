@@ -9,8 +9,9 @@ from wanx.bundle.manifest import MANIFEST
 from wanx.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from wanx.checkpoints.tensor_source import SafetensorsTensor
 from wanx.checkpoints.weights import ComponentWeights
-from wanx.config.models import ModelConfig, Task
+from wanx.config.models import Task
 from wanx.errors import CorruptInputError, UsageError
+from wanx.exporter.component_groups import weight_groups
 from wanx.files.safetensors import read_header
 
 
@@ -54,9 +55,3 @@ def _open_bundle(path: Path, task: Task | None) -> Checkpoint:
         components=components,
         tokenizer=bundle.tokenizer_path,
     )
-
-
-def weight_groups(config: ModelConfig) -> dict[str, str]:
-    """Groups of weights of a bundle, each with a component whose files hold all of it."""
-    groups = {"dit": "dit", "text_encoder": "text_encoder", "vae": "vae_decoder_rest"}
-    return groups if config.image_encoder is None else {**groups, "image_encoder": "image_encoder"}

@@ -9,14 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from torch import Tensor
-
 from wanx.checkpoints.tensor_source import SafetensorsTensor, TensorSource
 from wanx.config.number_formats import BY_SAFETENSORS
 from wanx.exporter.options import ResolvedExport
-from wanx.exporter.quantization.quantize import quantize_weights, scale_tensors
-from wanx.exporter.quantization.readback_weights import require_nearest
-from wanx.exporter.quantization.recipe import Recipe
 from wanx.files.checksum import sha256_file
 from wanx.files.hashing import CopiedFile
 from wanx.files.input_file import open_input
@@ -44,13 +39,21 @@ class WrittenWeights:
 
 
 def write_weights(
+    resolved: ResolvedExport, group: str, folder: Path, on_bytes: OnBytes
+) -> WrittenWeights:
+    """Stream the weights of ``group`` into ``folder``, unquantised; see :func:`write_tensors`."""
+    tensors = resolved.checkpoint.components[group].tensors
+    return write_tensors(resolved, group, tensors, folder, on_bytes)
+
+
+def write_tensors(
     resolved: ResolvedExport,
     group: str,
+    sources: Mapping[str, TensorSource],
     folder: Path,
     on_bytes: OnBytes,
-    recipe: Recipe | None = None,
 ) -> WrittenWeights:
-    """Stream the weights of ``group`` into ``folder``.
+    """Stream tensors into ``folder``.
 
     A safetensors file that already has the right names and types is copied as it is, so its
     SHA-256 is still the published one. Everything else goes into one new file, each tensor with
@@ -59,19 +62,16 @@ def write_weights(
     Args:
         resolved: the export.
         group: ``dit``, ``text_encoder``, ``image_encoder`` or ``vae``.
-        folder: where the files ``<group>.safetensors`` or ``<group>-00001-of-0000N.safetensors``
+        sources: all tensors of the group.
+        folder: where ``<group>.safetensors`` or ``<group>-00001-of-00007.safetensors``
             are created.
         on_bytes: told how many bytes of tensors were written, in portions.
-        recipe: what of it becomes 8-bit; the scales go into a file of their own,
-            ``<group>-scales.safetensors``, because they are known last.
 
     Raises:
         CorruptInputError: a source file is cut, or holds NaN or infinity.
         UsageError: a number is too large for the type to store.
         WanxError: the disk is full, or a file cannot be read or written.
     """
-    weights = resolved.checkpoint.components[group]
-    sources = weights.tensors if recipe is None else quantize_weights(weights, recipe)
     by_file: dict[Path, list[TensorRow]] = {}
     for name, source in sources.items():
         row = (name, resolved.stored_type(group, source.dtype), source)
@@ -88,21 +88,7 @@ def write_weights(
         _copy(file, folder / next(names), written, on_bytes)
     if rewritten:
         _rewrite(rewritten, folder / next(names), written, on_bytes)
-    if recipe is not None:
-        _write_scales(
-            scale_tensors(sources, recipe), folder / f"{group}-scales.safetensors", written
-        )
-        require_nearest(weights.tensors, written.tensors, recipe)
     return written
-
-
-def _write_scales(scales: Mapping[str, Tensor], path: Path, written: WrittenWeights) -> None:
-    header = [(name, "F32", tuple(scale.shape)) for name, scale in scales.items()]
-    with SafetensorsWriter(path, header) as writer:
-        for scale in scales.values():
-            writer.write(scale.float().contiguous().numpy().tobytes())
-    written.tensors |= writer.header.entries
-    written.sha256[path] = writer.sha256
 
 
 def _is_unchanged(file: Path, rows: list[TensorRow]) -> bool:

@@ -63,6 +63,17 @@ class Recipe:
         """Names of the tensors that are stored in 8 bits."""
         return frozenset(f"{layer}.weight" for layer in (*self.layers, *self.embeddings))
 
+    def layout(self) -> dict[str, object]:
+        """All that the structure of a graph depends on: no scales and no measurements."""
+        return {
+            "scheme": self.scheme.name,
+            "per_tensor": self.options.weight_scale == "tensor",
+            "layers": {name: scale is not None for name, scale in sorted(self.layers.items())},
+            "embeddings": sorted(self.embeddings),
+            "smooth": {name: list(vector.shape) for name, vector in sorted(self.smooth.items())},
+            "attention": sorted(self.attention),
+        }
+
     def is_repeated(self, stack: str, count: int) -> bool:
         """True if the recipe treats ``count`` blocks of a stack alike."""
         kinds: list[set[str]] = [set() for _ in range(count)]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final, Literal
-
-import torch
+from typing import TYPE_CHECKING, Final, Literal
 
 from wanx.config import number_formats
 from wanx.config.number_formats import UINT8, NumberFormat
 from wanx.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 WEIGHT_ONLY: Final = "int8-weight"
 QUANTIZED = ("dit", "text_encoder")  # components that have 8-bit layers
@@ -33,6 +34,8 @@ class Scheme:
     @property
     def dtype(self) -> torch.dtype:
         """PyTorch's dtype of the format."""
+        import torch
+
         dtype: torch.dtype = getattr(torch, self.format.torch)
         return dtype
 

@@ -6,13 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from wanx.bundle.engine_schedule import EngineSchedule
 from wanx.bundle.manifest import Component, Manifest
-from wanx.exporter.partition.segments import Partition
 from wanx.exporter.targets.options import BuilderOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    from wanx.exporter.partition.segments import Partition
 
 OnFraction = Callable[[float], None]  # told how much is done, from 0 to 1
 

@@ -15,6 +15,13 @@ from wanx.config.bounds import MAX_THREADS, require_between
 from wanx.errors import EnvironmentMismatchError, UsageError
 from wanx.runtime.sessions.base import Session
 from wanx.runtime.sessions.engine_session import RUNS_BEFORE_CAPTURE
+from wanx.runtime.sessions.onnxruntime.providers import (
+    AUTO,
+    PROVIDERS,
+    ProviderOptions,
+    check_provider,
+    resolve_provider,
+)
 from wanx.runtime.sessions.tensorrt.library import MODULES
 
 CPU = "cpu"  # the target that every bundle can run on
@@ -25,14 +32,18 @@ class SessionOptions:
     """Options of a session; see :func:`wanx.runtime.sessions.open_session`.
 
     Raises:
-        UsageError: there are more threads than any machine needs.
+        UsageError: there are more threads than any machine needs, or there is no such provider.
     """
 
     threads: int | None = None
     vram_budget: int | None = None
+    provider: str | None = None
+    fallback: bool = False
 
     def __post_init__(self) -> None:
         require_between("threads", self.threads, 1, MAX_THREADS)
+        if self.provider is not None:
+            check_provider(self.provider)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +70,17 @@ class Backend:
 
 
 def _load_onnxruntime(bundle: Bundle, component: str, options: SessionOptions) -> Session:
-    from wanx.runtime.sessions.onnxruntime import OnnxRuntimeSession
+    from wanx.runtime.sessions.onnxruntime.session import OnnxRuntimeSession
 
-    return OnnxRuntimeSession(bundle, component, threads=options.threads)
+    target = bundle.manifest.target
+    default = target if target in PROVIDERS and target != CPU else AUTO
+    return OnnxRuntimeSession(
+        bundle,
+        component,
+        provider=resolve_provider(options.provider or default, component),
+        fallback=options.fallback,
+        options=ProviderOptions(threads=options.threads, vram_budget=options.vram_budget),
+    )
 
 
 def _load_aoti(bundle: Bundle, component: str, options: SessionOptions) -> Session:
@@ -115,7 +134,7 @@ BACKENDS: Mapping[str, Backend] = {
 
 
 def load_component(bundle: Bundle, component: str, options: SessionOptions) -> Session:
-    """Load a component on the backend of the bundle's target.
+    """Load a component on the backend of the bundle's target, or on a provider of ONNX Runtime.
 
     A component without engines of that target runs as its portable graph.
 
@@ -125,7 +144,9 @@ def load_component(bundle: Bundle, component: str, options: SessionOptions) -> S
     """
     target = bundle.manifest.target
     has_engine = target in bundle.manifest.components[component].engines
-    backend = BACKENDS[target if has_engine and target in BACKENDS else CPU]
+    backend = BACKENDS[CPU]
+    if options.provider is None and has_engine and target in BACKENDS:
+        backend = BACKENDS[target]
     if backend.module is not None and find_spec(backend.module) is None:
         raise EnvironmentMismatchError(
             f"the engines of {bundle.root} need {backend.product or backend.module}, which is not "

@@ -25,8 +25,8 @@ from wanx.benchmarks.speed.roofline.profile import OTHER, Operation, Profile, pr
 from wanx.bundle.reader import Bundle
 from wanx.config.models import PRESETS
 from wanx.exporter.components import component_specs, dit_spec
-from wanx.exporter.export import _trace
 from wanx.exporter.graph.attach import attach_weights
+from wanx.exporter.graph.trace import trace
 from wanx.files.safetensors import TensorRef
 
 Bundles = Callable[[str, str], Bundle]
@@ -110,7 +110,7 @@ def test_full_size_costs_what_is_published(tmp_path: Path) -> None:
     spec = dit_spec(PRESETS["t2v-14B"].dit)
     with torch.device("meta"):
         shapes = {n: tuple(p.shape) for n, p in spec.build(spec.blocks).named_parameters()}
-    model = _trace(spec, None)
+    model = trace(spec)
     weights = {
         name: TensorRef(
             name=name, dtype="BF16", shape=shape, file=tmp_path / "w", offset=0,

@@ -17,7 +17,6 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from wanx.exporter.targets.onnxruntime.forms import WeightOnlyLinear
 from wanx.exporter.targets.onnxruntime.narrow_weights import widen_piecewise
 
 ENGINE = "onnxruntime-cpu"
@@ -97,6 +96,8 @@ def _uint8_activations(model: ir.Model, function: ir.Function) -> bool:
 
 
 def _integer_product(model: ir.Model, function: ir.Function) -> bool:
+    from wanx.exporter.targets.onnxruntime.forms import WeightOnlyLinear
+
     body = ir.serde.deserialize_function(WeightOnlyLinear.to_function_proto())
     model.functions[function.identifier()] = body
     return True

@@ -1,0 +1,77 @@
+"""Write the graphs that wanx ships, so that an export of a known network traces nothing.
+
+    python tools/shipped_graphs.py
+
+Traces every component of every preset, as it is and with the layouts that ``--precision int8`` and
+``fp8`` have where no layer is kept high, and lists the tensors of their checkpoints. Takes a few
+minutes. To be run after each change of what decides a trace; a test says when.
+"""
+
+from __future__ import annotations
+
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+
+from wanx.config.models import PRESETS, ModelConfig
+from wanx.exporter.components import component_specs, expected_tensors
+from wanx.exporter.graph.cache import (
+    SHIPPED,
+    graph_key,
+    sources_digest,
+    tensors_key,
+    tensors_to_bytes,
+)
+from wanx.exporter.graph.stored_graph import graph_to_bytes
+from wanx.exporter.graph.trace import trace
+from wanx.exporter.quantization.quantized_spec import quantized_spec
+from wanx.exporter.quantization.recipe import Recipe, dit_candidates, text_recipe
+from wanx.exporter.quantization.scheme import SCHEMES, QuantizeOptions
+
+EPOCH = (1980, 1, 1, 0, 0, 0)  # of every entry, so that the same entries give the same bytes
+
+
+def recipes(component: str, config: ModelConfig) -> list[Recipe | None]:
+    """Recipes whose graphs are shipped for a component; None is the network as it is."""
+    if component == "text_encoder":
+        return [None, text_recipe(config.text_encoder)]
+    # Blocks with hints are traced one by one, which takes minutes.
+    if component != "dit" or config.dit.vace_layers:
+        return [None]
+    layers, _ = dit_candidates(config.dit, QuantizeOptions())
+    quantized = [
+        Recipe(scheme=SCHEMES[name], layers=dict.fromkeys(layers, 1.0)) for name in ("int8", "fp8")
+    ]
+    return [None, *quantized]
+
+
+def entries() -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Yield the key of every entry, and what makes it."""
+    for config in PRESETS.values():
+        for group, tensors in expected_tensors(config).items():
+            yield tensors_key(group, config), lambda tensors=tensors: tensors_to_bytes(tensors)
+        for spec in component_specs(config):
+            for recipe in recipes(spec.name, config):
+                described = spec if recipe is None else quantized_spec(spec, recipe)
+                yield (
+                    graph_key(spec.name, config, recipe),
+                    lambda described=described: graph_to_bytes(trace(described)),
+                )
+
+
+def main() -> None:
+    """Write the archive."""
+    made: dict[str, bytes] = {"sources": sources_digest().encode()}
+    for key, make in entries():
+        if key not in made:
+            start = time.monotonic()
+            made[key] = make()
+            print(f"{key} {time.monotonic() - start:.1f} s", flush=True)
+    with zipfile.ZipFile(SHIPPED, "w", zipfile.ZIP_LZMA) as archive:
+        for key, data in sorted(made.items()):
+            archive.writestr(zipfile.ZipInfo(key, EPOCH), data, zipfile.ZIP_LZMA)
+    print(f"{SHIPPED}: {len(made)} entries, {SHIPPED.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Registry of ONNX Runtime's execution providers: one row for each that ``--provider`` takes.
+
+Some are part of the package ``onnxruntime`` or ``onnxruntime-gpu``. Others are plug-in packages,
+whose library is registered with ONNX Runtime, which then lists the devices that it can use.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from wanx.errors import EnvironmentMismatchError, UsageError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+AUTO = "auto"
+CPU = "cpu"
+_CPU_PROVIDER = "CPUExecutionProvider"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProviderOptions:
+    """Options that a provider may have a setting for.
+
+    Attributes:
+        threads: of the processor; None takes all cores.
+        vram_budget: most bytes of the GPU's memory; None takes what is needed.
+    """
+
+    threads: int | None = None
+    vram_budget: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provider:
+    """Execution provider of ONNX Runtime.
+
+    Attributes:
+        execution_provider: what ONNX Runtime calls it.
+        install: command that installs it.
+        plugin: module of its plug-in package; None where it is part of ONNX Runtime.
+        hardware: types of device that it is used on, such as ``GPU``; empty for a built-in one.
+        device: where inputs and outputs lie, as ONNX Runtime's IO binding calls it.
+        settings: the provider's own options.
+    """
+
+    execution_provider: str
+    install: str
+    plugin: str | None = None
+    hardware: tuple[str, ...] = ()
+    device: str = "cpu"
+    settings: Callable[[ProviderOptions], dict[str, str]] = lambda options: {}
+
+    @property
+    def is_installed(self) -> bool:
+        """True if its package is there; its library may still not load."""
+        if self.plugin is not None:
+            return find_spec(self.plugin) is not None
+        import onnxruntime
+
+        return self.execution_provider in onnxruntime.get_available_providers()
+
+
+def _openvino_settings(options: ProviderOptions) -> dict[str, str]:
+    # By itself OpenVINO computes in bf16 where the processor can, which loses accuracy.
+    facts: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+    if options.threads is not None:
+        facts["INFERENCE_NUM_THREADS"] = options.threads
+    return {"load_config": json.dumps({"CPU": facts})}
+
+
+def _cuda_settings(options: ProviderOptions) -> dict[str, str]:
+    settings = {"arena_extend_strategy": "kSameAsRequested"}
+    if options.vram_budget is not None:
+        settings["gpu_mem_limit"] = str(options.vram_budget)
+    return settings
+
+
+PROVIDERS: Mapping[str, Provider] = {
+    CPU: Provider(execution_provider=_CPU_PROVIDER, install="pip install onnxruntime"),
+    "cuda": Provider(
+        execution_provider="CUDAExecutionProvider",
+        install="pip install --force-reinstall --no-deps onnxruntime-gpu",
+        device="cuda",
+        settings=_cuda_settings,
+    ),
+    "openvino": Provider(
+        execution_provider="OpenVINOExecutionProvider",
+        install="pip install 'wanx[openvino]'",
+        plugin="onnxruntime_ep_openvino",
+        hardware=("CPU",),
+        settings=_openvino_settings,
+    ),
+    "tensorrt-rtx": Provider(
+        execution_provider="NvTensorRTRTXExecutionProvider",
+        install="pip install 'wanx[tensorrt-rtx]'",
+        plugin="onnxruntime_ep_nv_tensorrt_rtx",
+        hardware=("GPU",),
+    ),
+    "webgpu": Provider(
+        execution_provider="WebGpuExecutionProvider",
+        install="pip install 'wanx[webgpu]'",
+        plugin="onnxruntime_ep_webgpu",
+        hardware=("GPU",),
+    ),
+}
+# Components that another provider than the processor's was measured to be faster for; see
+# docs/performance.md.
+FASTER: Mapping[str, str] = {}
+# Providers that `wanx build --target` makes graphs for, beside those of the processor.
+OWN_GRAPHS = ("openvino",)
+
+
+def check_provider(name: str) -> None:
+    """Refuse a provider that there is not.
+
+    Raises:
+        UsageError: names the nearest one.
+    """
+    known = (AUTO, *PROVIDERS)
+    if name not in known:
+        near = difflib.get_close_matches(name.lower(), known, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(
+            f"--provider {name} is not available; {hint}choose {', '.join(known)}"
+        )
+
+
+def resolve_provider(name: str, component: str) -> str:
+    """Name the provider of a component: of ``auto`` the one that was measured to be faster.
+
+    Raises:
+        EnvironmentMismatchError: the provider is not installed.
+    """
+    if name == AUTO:
+        faster = FASTER.get(component, CPU)
+        return faster if PROVIDERS[faster].is_installed else CPU
+    if not PROVIDERS[name].is_installed:
+        package = PROVIDERS[name].plugin or "another package of ONNX Runtime"
+        raise EnvironmentMismatchError(
+            f"--provider {name} takes {package}, which is not installed: "
+            f"{PROVIDERS[name].install} (docs/install.md)"
+        )
+    return name
+
+
+def add_provider(
+    options: onnxruntime.SessionOptions, name: str, settings: ProviderOptions
+) -> list[Any] | None:
+    """Let sessions with ``options`` run on a provider.
+
+    Returns:
+        The ``providers`` that a session takes beside the options; None where they have all.
+
+    Raises:
+        EnvironmentMismatchError: its library does not load, or finds no device.
+    """
+    provider = PROVIDERS[name]
+    if provider.plugin is None:
+        return [(provider.execution_provider, provider.settings(settings))]
+    devices = _devices(name)
+    options.add_provider_for_devices(devices, provider.settings(settings))
+    return None
+
+
+_registering = threading.Lock()
+
+
+def _devices(name: str) -> list[Any]:
+    """Devices of a plug-in: those of the first type that it is used on."""
+    import onnxruntime
+
+    provider = PROVIDERS[name]
+    with _registering:
+        _register(name)
+    for kind in provider.hardware:
+        devices = [
+            device
+            for device in onnxruntime.get_ep_devices()
+            if device.ep_name == provider.execution_provider and device.device.type.name == kind
+        ]
+        if devices:
+            return devices
+    raise EnvironmentMismatchError(
+        f"--provider {name} finds no {' or '.join(provider.hardware)} that it can use here; "
+        "choose another, or --provider cpu"
+    )
+
+
+@functools.cache  # a library is never unloaded: sessions and devices of it may be in use
+def _register(name: str) -> None:
+    import onnxruntime
+
+    provider = PROVIDERS[name]
+    assert provider.plugin is not None
+    try:
+        path = str(import_module(provider.plugin).get_library_path())
+        onnxruntime.register_execution_provider_library(provider.execution_provider, path)
+    except Exception as error:  # ONNX Runtime's exceptions share no base of their own
+        text = " ".join(str(error).split())
+        if "already registered" in text:
+            return
+        _, _, reason = text.rpartition("with error: ")
+        raise EnvironmentMismatchError(
+            f"--provider {name} cannot load its library: {reason[:240]}; see docs/install.md"
+        ) from error
