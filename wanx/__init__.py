@@ -64,6 +64,8 @@ def load(
     *,
     threads: int | None = None,
     vram_budget: int | None = None,
+    provider: str | None = None,
+    fallback: bool = False,
 ) -> Pipeline:
     """Open a bundle to generate videos from.
 
@@ -72,15 +74,26 @@ def load(
         threads: threads of the processor; None takes all cores.
         vram_budget: most bytes of the GPU's memory to take, for engines of TensorRT; weights that
             do not fit are streamed. None takes what is free.
+        provider: of ONNX Runtime, such as ``openvino``, or ``auto``: what was measured to be faster
+            and is installed. None is the target's own, or ``auto``.
+        fallback: go on on the processor where the provider fails.
 
     Raises:
-        UsageError: a budget was given for a bundle that cannot keep to one.
+        UsageError: a budget was given for a bundle that cannot keep to one, or there is no such
+            provider.
+        EnvironmentMismatchError: the provider is not installed, or does not start.
         WanxError: the bundle is missing, damaged or unsafe.
     """
     from wanx.builtin import open_named
     from wanx.runtime.pipeline import Pipeline
 
-    return Pipeline(open_named(bundle or "tiny"), threads=threads, vram_budget=vram_budget)
+    return Pipeline(
+        open_named(bundle or "tiny"),
+        threads=threads,
+        vram_budget=vram_budget,
+        provider=provider,
+        fallback=fallback,
+    )
 
 
 def export(

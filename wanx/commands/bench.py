@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from wanx.commands.completion import complete_bundle
-from wanx.commands.options import Json, Quiet, Threads, option, print_json
+from wanx.commands.options import Json, Provider, Quiet, Threads, option, print_json
 from wanx.errors import GateError, UsageError, WanxError
 
 
@@ -87,6 +87,7 @@ def bench(
         str | None,
         option(help="With --compare: exit 3 if something is slower by more, such as 10%."),
     ] = None,
+    provider: Provider = None,
     threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -117,7 +118,7 @@ def bench(
         run=RunOptions(prompt=prompt, steps=steps, guide_scale=guide_scale, image=image, seed=0),
         sizes=tuple(parse_size(size) for size in sizes.split(",")) if sizes else (),
         frames=frames, repeat=repeat, warm_up=warm_up, baseline=baseline,
-        peers=parse_peers(peer or []), threads=threads,
+        peers=parse_peers(peer or []), threads=threads, provider=provider,
     )  # fmt: skip
     extras = Extras(roofline=roofline or profile, profile=profile, sweep=sweep is not None)
     command = printable(shlex.join(["wanx", *sys.argv[1:]]))

@@ -32,6 +32,13 @@ def complete_precision(incomplete: str) -> list[str]:
     return _starting_with(incomplete, ("auto", *(row.name for row in PRECISIONS)))
 
 
+def complete_provider(incomplete: str) -> list[str]:
+    """Complete an execution provider of ONNX Runtime."""
+    from wanx.runtime.sessions.onnxruntime.providers import AUTO, PROVIDERS
+
+    return _starting_with(incomplete, (AUTO, *PROVIDERS))
+
+
 def complete_solver(incomplete: str) -> list[str]:
     """List the solvers."""
     from wanx.runtime.sampling.sampler import SOLVERS

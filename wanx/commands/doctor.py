@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -48,6 +49,7 @@ def run_checks() -> list[CheckResult]:
         CheckResult("processor", True, f"{os.cpu_count()} cores, {_memory()}"),
         CheckResult("disk", True, f"{shutil.disk_usage('.').free / 1e9:.0f} GB free here"),
         _check("onnxruntime", _onnxruntime),
+        _plug_ins(),
         _check("video", _video),
         _check("built-in model", _builtin),
         _export(),
@@ -60,6 +62,8 @@ def run_checks() -> list[CheckResult]:
 def _check(name: str, probe: Callable[[], str]) -> CheckResult:
     try:
         return CheckResult(name, True, probe())
+    except EnvironmentMismatchError as error:
+        return CheckResult(name, False, str(error))
     except (ImportError, OSError, WanxError) as error:
         return CheckResult(name, False, f"{error}; reinstall wanx")
 
@@ -73,11 +77,39 @@ def _memory() -> str:
 
 
 def _onnxruntime() -> str:
+    from wanx.runtime.onnxruntime_packages import installed_packages, package_fault
+
+    packages = installed_packages()
+    if fault := package_fault(packages):
+        raise EnvironmentMismatchError(fault)
     runtime = importlib.import_module("onnxruntime")
-    providers = ", ".join(
-        p.removesuffix("ExecutionProvider") for p in runtime.get_available_providers()
-    )
-    return f"{runtime.__version__} with {providers}"
+    try:
+        names, product = runtime.get_available_providers(), f"onnxruntime {runtime.__version__}"
+    except AttributeError as error:  # Python imports a folder that has lost its files, too
+        raise EnvironmentMismatchError(
+            f"{error}, since files of it are missing: "
+            "pip install --force-reinstall --no-deps onnxruntime"
+        ) from error
+    if in_use := [package for package in packages if package.intact]:
+        product = str(in_use[-1])
+        if below := [str(package) for package in packages if not package.intact]:
+            product += f" (its files replace those of {', '.join(below)})"
+    providers = ", ".join(name.removesuffix("ExecutionProvider") for name in names)
+    return f"{product} with {providers}"
+
+
+def _plug_ins() -> CheckResult:
+    from wanx.runtime.onnxruntime_packages import PLUG_INS, plug_in_version
+
+    versions = {extra: plug_in_version(extra) for extra in PLUG_INS}
+    found = [f"{PLUG_INS[extra]} {number}" for extra, number in versions.items() if number]
+    missing = [
+        f"{extra} (pip install 'wanx[{extra}]')"
+        for extra, number in versions.items()
+        if not number and (extra != "tensorrt-rtx" or sys.platform == "linux")
+    ]
+    parts = [", ".join(found), f"not installed: {', '.join(missing)}" if missing else ""]
+    return CheckResult("plug-ins", bool(found), "; ".join(filter(None, parts)), required=False)
 
 
 def _video() -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wanx.commands.completion import complete_bundle
+from wanx.commands.completion import complete_bundle, complete_provider
 from wanx.config.bounds import MAX_THREADS
 
 if TYPE_CHECKING:
@@ -24,6 +24,18 @@ Quiet = Annotated[bool, option("--quiet", "-q", help="No progress on stderr.")]
 Threads = Annotated[
     int | None,
     option(min=1, max=MAX_THREADS, help="Threads of the processor.", show_default="all cores"),
+]
+Provider = Annotated[
+    str | None,
+    option(
+        help="Of ONNX Runtime: auto (what was measured to be faster and is installed), cpu, cuda, "
+        "openvino, tensorrt-rtx, webgpu.",
+        show_default="the target's own, or auto",
+        autocompletion=complete_provider,
+    ),
+]
+Fallback = Annotated[
+    bool, option("--fallback", help="Go on on the processor where the provider fails.")
 ]
 BundlePath = Annotated[
     str,

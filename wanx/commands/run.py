@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wanx.commands.completion import complete_bundle, complete_solver
-from wanx.commands.options import Json, Quiet, Threads, option, print_json
+from wanx.commands.options import Fallback, Json, Provider, Quiet, Threads, option, print_json
 from wanx.config.bounds import MAX_VIDEOS
 from wanx.errors import UsageError
 
@@ -89,10 +89,12 @@ def run(
     vram_budget: Annotated[
         str | None,
         option(
-            help="TensorRT: GPU memory to take, such as 12G; weights beyond it are streamed.",
+            help="GPU memory to take, such as 12G. TensorRT streams the weights beyond it.",
             show_default="what is free",
         ),
     ] = None,
+    provider: Provider = None,
+    fallback: Fallback = False,
     threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -125,7 +127,14 @@ def run(
     if prompts is not None and count > 1:
         raise UsageError("--count and --prompts do not go together; give each seed a line")
     budget = None if vram_budget is None else parse_vram_budget(vram_budget)
-    load = partial(wanx.load, folder, threads=threads, vram_budget=budget)
+    load = partial(
+        wanx.load,
+        folder,
+        threads=threads,
+        vram_budget=budget,
+        provider=provider,
+        fallback=fallback,
+    )
     find_leftovers((output or Path("out")).parent, remove=True)
     with log_lines(quiet, "wanx.runtime"):
         if prompts is not None:

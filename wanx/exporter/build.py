@@ -15,6 +15,7 @@ from wanx.bundle.publish import add_engines, record_files
 from wanx.bundle.reader import Bundle, open_bundle, read_bundle
 from wanx.bundle.trust import TRUST_VARIABLE, is_trusted, mark_trusted
 from wanx.errors import WanxError
+from wanx.exporter.graph_variants import with_variants
 from wanx.exporter.packages import require_packages
 from wanx.exporter.targets.base import Target
 from wanx.exporter.targets.options import DEFAULT_OPTIONS, BuilderOptions
@@ -81,6 +82,8 @@ def with_engines(
         WanxError: the engines cannot be built.
     """
     builder = target.prepare(manifest, options)
+    if target.rewrite is not None:
+        manifest = with_variants(root, manifest, target.name, target.rewrite, folder, progress)
     if builder is None:
         return manifest.model_copy(update={"target": target.name})
     require_packages("build engines")

@@ -71,4 +71,10 @@ def verified_component(
 
 def save_graph(model: ir.Model, path: Path) -> None:
     """Serialise a model whose large tensors are external; the same model gives the same bytes."""
-    path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+    path.write_bytes(graph_bytes(model))
+
+
+def graph_bytes(model: ir.Model) -> bytes:
+    """Serialise a model whose large tensors are external; the same model gives the same bytes."""
+    data: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
+    return data

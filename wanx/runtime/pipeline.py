@@ -30,7 +30,8 @@ from wanx.runtime.output.frame_checks import FrameCheck
 from wanx.runtime.output.video import VideoWriter
 from wanx.runtime.resolve import resolve
 from wanx.runtime.run_parts import EncodedRun, RunParts, prompts_by_branch
-from wanx.runtime.sessions.registry import require_streaming
+from wanx.runtime.sessions.onnxruntime.providers import check_provider, resolve_provider
+from wanx.runtime.sessions.registry import require_budget
 from wanx.runtime.stages import Stage, StageTimer
 
 Float32 = NDArray[np.float32]
@@ -64,7 +65,13 @@ class Pipeline:
     """Generates videos from one bundle."""
 
     def __init__(
-        self, bundle: Bundle, *, threads: int | None = None, vram_budget: int | None = None
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        vram_budget: int | None = None,
+        provider: str | None = None,
+        fallback: bool = False,
     ) -> None:
         """Prepare to run ``bundle``.
 
@@ -72,18 +79,27 @@ class Pipeline:
             bundle: an opened, checked bundle.
             threads: threads of the processor; None takes all cores.
             vram_budget: most bytes of the GPU's memory to take; None takes what is free.
+            provider: of ONNX Runtime, such as ``openvino``; see
+                :func:`wanx.runtime.sessions.open_session`.
+            fallback: go on on the processor where the provider fails.
 
         Raises:
-            UsageError: a budget was given for a bundle that cannot keep to one, or there are more
-                threads than any machine needs.
+            UsageError: a budget was given for a bundle that cannot keep to one, there are more
+                threads than any machine needs, or there is no such provider.
+            EnvironmentMismatchError: the provider is not installed.
         """
         require_between("threads", threads, 1, MAX_THREADS)
+        if provider is not None:
+            check_provider(provider)
+            resolve_provider(provider, "dit")
         if vram_budget is not None:
-            require_streaming(bundle.manifest.target)
+            require_budget(bundle.manifest.target, provider)
         self.bundle = bundle
         self.config = bundle.manifest.config
         self.threads = threads
         self.vram_budget = vram_budget
+        self.provider = provider
+        self.fallback = fallback
 
     def __call__(self, prompt: str | None = None, **options: Any) -> Generation:
         """Generate a video in memory; keywords are those of :class:`RunOptions` and :meth:`run`."""
@@ -126,7 +142,13 @@ class Pipeline:
             self._writer(path, run, {})  # refuses now what the format cannot hold
         if warning := prompt_warning(self.bundle.manifest, run.prompt):
             _log.warning(warning)
-        parts = RunParts.of(self.bundle, threads=self.threads, vram_budget=self.vram_budget)
+        parts = RunParts.of(
+            self.bundle,
+            threads=self.threads,
+            vram_budget=self.vram_budget,
+            provider=self.provider,
+            fallback=self.fallback,
+        )
         timer = parts.timer
         cut: dict[str, str] = {}
 

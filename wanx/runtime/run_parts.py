@@ -85,12 +85,25 @@ class RunParts:
 
     @classmethod
     def of(
-        cls, bundle: Bundle, *, threads: int | None = None, vram_budget: int | None = None
+        cls,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        vram_budget: int | None = None,
+        provider: str | None = None,
+        fallback: bool = False,
     ) -> Self:
         """Take the components from a bundle; arguments as of :func:`open_session`."""
         return cls(
             bundle=bundle,
-            open=partial(open_session, bundle, threads=threads, vram_budget=vram_budget),
+            open=partial(
+                open_session,
+                bundle,
+                threads=threads,
+                vram_budget=vram_budget,
+                provider=provider,
+                fallback=fallback,
+            ),
         )
 
     @property

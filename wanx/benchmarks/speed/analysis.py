@@ -26,6 +26,7 @@ from wanx.runtime.sampling.guidance import branches
 from wanx.runtime.sessions import open_session
 from wanx.runtime.sessions.base import State
 from wanx.runtime.sessions.engine_session import EngineSession
+from wanx.runtime.sessions.onnxruntime.providers import AUTO, CPU
 from wanx.runtime.sessions.registry import BACKENDS
 from wanx.runtime.sizes import latent_shape
 from wanx.runtime.text import PromptTokenizer, clean_prompt
@@ -122,7 +123,9 @@ def _roofline(
 ) -> Roofline:
     costs = component_cost(bundle.held(bundle.graph_path(call.component)), call.sizes)
     threads, profile = results.settings.threads, None
-    if not BACKENDS[bundle.manifest.target].uses_gpu:
+    if results.settings.provider not in (None, AUTO, CPU):
+        pass  # its kernels are not those of the processor's own provider
+    elif not BACKENDS[bundle.manifest.target].uses_gpu:
         inputs = bundle.manifest.components[call.component].inputs
         held = {name: value for name, value in (call.state or {}).items() if name in inputs}
         profile = profile_component(bundle, call.component, call.feeds | held, threads=threads)

@@ -117,6 +117,7 @@ def _with_sweeps(results: Results, suite: Suite, extras: Extras, progress: Progr
                 branches=1 if case.guide_scale == 1 else 2,
                 warm_up=results.settings.warm_up,
                 threads=suite.options.threads,
+                provider=suite.options.provider,
                 predict=_SIZES,
                 progress=progress,
             )

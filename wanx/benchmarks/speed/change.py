@@ -106,7 +106,7 @@ def differences(old: Results, new: Results) -> list[str]:
     pairs = [(n, old.environment.get(n, "–"), new.environment.get(n, "–")) for n in names]
     pairs += [
         (name, str(getattr(old.settings, name)), str(getattr(new.settings, name)))
-        for name in ("warm_up", "threads")
+        for name in ("warm_up", "threads", "provider")
     ]
     return [f"{name}: {before} → {after}" for name, before, after in pairs if before != after]
 

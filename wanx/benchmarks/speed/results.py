@@ -155,12 +155,14 @@ class Settings:
         warm_up: first steps of a trial that do not count as ``step``.
         baseline: index of the subject that others are compared with.
         threads: of the processor; None is all cores.
+        provider: of ONNX Runtime; None is the target's own.
     """
 
     repeat: int
     warm_up: int
     baseline: int
     threads: int | None
+    provider: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from wanx.progress import Progress, Unit, no_progress
 from wanx.runtime.inputs.reading import read_inputs
 from wanx.runtime.options import RunOptions
 from wanx.runtime.resolve import resolve
+from wanx.runtime.sessions.onnxruntime.providers import check_provider, resolve_provider
 from wanx.runtime.sessions.registry import BACKENDS
 from wanx.runtime.sizes import check_size, latent_shape
 from wanx.runtime.tokens import token_grid
@@ -43,6 +44,7 @@ class BenchOptions:
         baseline: label of the subject that the others are compared with; None is the first.
         peers: other implementations to measure on the first bundle's weights.
         threads: of the processor; None takes all cores.
+        provider: of ONNX Runtime, as :class:`wanx.runtime.pipeline.Pipeline` takes it.
     """
 
     run: RunOptions = field(default_factory=lambda: RunOptions(seed=0))
@@ -53,6 +55,7 @@ class BenchOptions:
     baseline: str | None = None
     peers: tuple[Peer, ...] = ()
     threads: int | None = None
+    provider: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,6 +91,9 @@ def prepare(bundles: Sequence[Bundle], options: BenchOptions, command: str) -> S
         require_peer(bundles[0])
     require_between("--repeat", options.repeat, 1, MAX_REPEATS)
     require_between("threads", options.threads, 1, MAX_THREADS)
+    if options.provider is not None:
+        check_provider(options.provider)
+        resolve_provider(options.provider, "dit")
     tasks = {bundle.manifest.task for bundle in bundles}
     if len(tasks) > 1:
         tasks_by_bundle = ", ".join(
@@ -115,6 +121,7 @@ def prepare(bundles: Sequence[Bundle], options: BenchOptions, command: str) -> S
         warm_up=warm_up,
         baseline=_baseline(options.baseline, [subject.label for subject in subjects]),
         threads=options.threads,
+        provider=options.provider,
     )
     plan = Results(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -198,6 +205,7 @@ def _trial(
         name=trial_name(subject, case, number),
         peer=described.peer,
         threads=suite.options.threads,
+        provider=suite.options.provider,
         progress=report,
     )
     return Trial(subject=subject, case=case, round=number, **outcome)

@@ -133,6 +133,7 @@ def sweep(
     steps: int = 3,
     warm_up: int = 1,
     threads: int | None = None,
+    provider: str | None = None,
     predict: Sequence[tuple[int, int, int]] = (),
     progress: Progress = no_progress,
 ) -> Sweep:
@@ -146,6 +147,7 @@ def sweep(
         steps: measured at each size.
         warm_up: steps before them at each size.
         threads: of the processor; None takes all cores.
+        provider: of ONNX Runtime; None takes the target's own.
         predict: sizes to predict.
         progress: told how many steps are done.
 
@@ -163,7 +165,7 @@ def sweep(
         )
     taken: dict[int, list[float]] = {length: [] for length in sorted(by_length)}
     total, done = len(taken) * (warm_up + steps), 0
-    with open_session(bundle, "dit", threads=threads) as session:
+    with open_session(bundle, "dit", threads=threads, provider=provider) as session:
         for number in range(steps):
             for length in taken:
                 feeds = dit_feeds(config, by_length[length], branches)

@@ -37,6 +37,7 @@ def run_trial(
     name: str,
     peer: Peer | None = None,
     threads: int | None = None,
+    provider: str | None = None,
     progress: Progress = no_progress,
 ) -> Outcome:
     """Make one video in a new process.
@@ -48,6 +49,7 @@ def run_trial(
         name: of the trial's files.
         peer: who makes the video with the bundle's weights, instead of wanx.
         threads: of the processor; None takes all cores.
+        provider: of ONNX Runtime; None takes the target's own.
         progress: told what the process is doing.
 
     Raises:
@@ -59,6 +61,7 @@ def run_trial(
         "peer": peer,
         "options": dict(options),
         "threads": threads,
+        "provider": provider,
         "output": str(folder / f"{name}{'.png' if options['frames'] == 1 else '.mp4'}"),
         "latents": str(folder / f"{name}.npz"),
         "started": 0.0,

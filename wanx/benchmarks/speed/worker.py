@@ -33,7 +33,7 @@ def main(spec_path: str, result_path: str) -> None:
 def _wanx(spec: dict[str, Any]) -> dict[str, Any]:
     from wanx.runtime.pipeline import Pipeline
 
-    pipeline = Pipeline(_bundle(spec), threads=spec["threads"])
+    pipeline = Pipeline(_bundle(spec), threads=spec["threads"], provider=spec["provider"])
     ready = time.monotonic()
     latents = []
     generated = pipeline.run(

@@ -13,11 +13,15 @@ from wanx.bundle.manifest import Component, Manifest
 from wanx.exporter.targets.options import BuilderOptions
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     import torch
 
     from wanx.exporter.partition.segments import Partition
 
 OnFraction = Callable[[float], None]  # told how much is done, from 0 to 1
+
+
+Rewrite = Callable[["ir.Model"], None]
 
 
 def no_fraction(done: float) -> None:
@@ -77,8 +81,10 @@ class Target:
             ``UsageError`` where the target's GPU lacks the bundle's precision, and
             ``EnvironmentMismatchError`` where the compiler is missing.
         may_be_elsewhere: engines may be for a GPU that this machine lacks.
+        rewrite: makes the target's own graph of a portable one, in place; None where it has none.
     """
 
     name: str
     prepare: Callable[[Manifest, BuilderOptions], Builder | None]
     may_be_elsewhere: bool = False
+    rewrite: Rewrite | None = None

@@ -7,15 +7,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import TYPE_CHECKING
 
 from wanx.errors import UsageError
+from wanx.exporter.packages import require_packages
 from wanx.exporter.targets.base import Target
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 
 def _cpu(text: str) -> Target | None:
     if text != "cpu":
         return None
     return Target(name=text, prepare=lambda manifest, options: None)
+
+
+def _openvino(text: str) -> Target | None:
+    if text != "openvino":
+        return None
+
+    def rewrite(model: ir.Model) -> None:
+        require_packages("write graphs for OpenVINO")
+        from wanx.exporter.targets.onnxruntime.openvino.graph import optimize_for_openvino
+
+        optimize_for_openvino(model)
+
+    return Target(name=text, prepare=lambda manifest, options: None, rewrite=rewrite)
 
 
 def _aoti(text: str) -> Target | None:
@@ -38,6 +56,7 @@ def _tensorrt(text: str) -> Target | None:
 
 TARGETS: Mapping[str, Callable[[str], Target | None]] = {
     "cpu": _cpu,
+    "openvino": _openvino,
     "aoti": _aoti,
     "rtx": _tensorrt,
     "tensorrt": _tensorrt,

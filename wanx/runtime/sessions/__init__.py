@@ -16,6 +16,8 @@ def open_session(
     *,
     threads: int | None = None,
     vram_budget: int | None = None,
+    provider: str | None = None,
+    fallback: bool = False,
 ) -> Session:
     """Load a component of a bundle on the backend that it was exported for.
 
@@ -25,10 +27,16 @@ def open_session(
         threads: threads of the processor; None takes all cores.
         vram_budget: most bytes of the GPU's memory to take, for engines of TensorRT; None takes
             what is free.
+        provider: of ONNX Runtime, such as ``openvino``, which runs the graph whatever the target;
+            ``auto`` takes what was measured to be faster; None is the target's own, or ``auto``.
+        fallback: go on on the processor where the provider fails.
 
     Raises:
+        UsageError: there is no such provider.
+        EnvironmentMismatchError: the provider is not installed, or does not start.
         WanxError: the backend cannot load the component.
     """
-    return load_component(
-        bundle, component, SessionOptions(threads=threads, vram_budget=vram_budget)
+    options = SessionOptions(
+        threads=threads, vram_budget=vram_budget, provider=provider, fallback=fallback
     )
+    return load_component(bundle, component, options)

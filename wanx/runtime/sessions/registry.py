@@ -104,6 +104,18 @@ BACKENDS: Mapping[str, Backend] = {
         uses_gpu=False,
         no_vram_budget="GPUs, and this bundle runs on the processor",
     ),
+    "cuda": Backend(
+        load=_load_onnxruntime,
+        warm_up_runs=1,
+        uses_gpu=True,
+        no_vram_budget=None,
+    ),
+    "openvino": Backend(
+        load=_load_onnxruntime,
+        warm_up_runs=1,
+        uses_gpu=False,
+        no_vram_budget="GPUs, and OpenVINO runs on the processor",
+    ),
     "aoti": Backend(
         load=_load_aoti,
         warm_up_runs=RUNS_BEFORE_CAPTURE + 1,
@@ -156,15 +168,16 @@ def load_component(bundle: Bundle, component: str, options: SessionOptions) -> S
         return backend.load(bundle, component, options)
 
 
-def require_streaming(target: str) -> None:
+def require_budget(target: str, provider: str | None = None) -> None:
     """Refuse a budget of GPU memory for a bundle that cannot keep to one.
 
     Args:
         target: of the bundle.
+        provider: of ONNX Runtime that was asked for, if any.
 
     Raises:
         UsageError: says why.
     """
-    reason = BACKENDS.get(target, BACKENDS[CPU]).no_vram_budget
+    reason = BACKENDS.get(provider or target, BACKENDS[CPU]).no_vram_budget
     if reason is not None:
         raise UsageError(f"--vram-budget is for {reason}: leave it out")

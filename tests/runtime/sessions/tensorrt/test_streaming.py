@@ -24,7 +24,7 @@ from wanx.files.safetensors import SafetensorsWriter
 from wanx.runtime.sessions import open_session
 from wanx.runtime.sessions.device import weights
 from wanx.runtime.sessions.device.vram_budget import parse_vram_budget
-from wanx.runtime.sessions.registry import require_streaming
+from wanx.runtime.sessions.registry import require_budget
 from wanx.runtime.sessions.tensorrt.session import TensorRTSession
 
 BLOCKS = 7
@@ -361,11 +361,11 @@ def test_what_is_no_budget(text: str) -> None:
 
 def test_targets_without_streaming() -> None:
     for target in ("rtx", "tensorrt"):
-        require_streaming(target)
+        require_budget(target)
     with pytest.raises(UsageError, match="runs on the processor"):
-        require_streaming("cpu")
+        require_budget("cpu")
     with pytest.raises(UsageError, match="PyTorch manages the memory"):
-        require_streaming("aoti")
+        require_budget("aoti")
 
 
 def test_memory_is_said_once_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:

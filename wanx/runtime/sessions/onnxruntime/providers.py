@@ -45,7 +45,8 @@ class Provider:
 
     Attributes:
         execution_provider: what ONNX Runtime calls it.
-        install: command that installs it.
+        package: that has it.
+        install: command that installs the package.
         plugin: module of its plug-in package; None where it is part of ONNX Runtime.
         hardware: types of device that it is used on, such as ``GPU``; empty for a built-in one.
         device: where inputs and outputs lie, as ONNX Runtime's IO binding calls it.
@@ -53,6 +54,7 @@ class Provider:
     """
 
     execution_provider: str
+    package: str
     install: str
     plugin: str | None = None
     hardware: tuple[str, ...] = ()
@@ -85,15 +87,19 @@ def _cuda_settings(options: ProviderOptions) -> dict[str, str]:
 
 
 PROVIDERS: Mapping[str, Provider] = {
-    CPU: Provider(execution_provider=_CPU_PROVIDER, install="pip install onnxruntime"),
+    CPU: Provider(
+        execution_provider=_CPU_PROVIDER, package="onnxruntime", install="pip install onnxruntime"
+    ),
     "cuda": Provider(
         execution_provider="CUDAExecutionProvider",
+        package="onnxruntime-gpu in the place of onnxruntime",
         install="pip install --force-reinstall --no-deps onnxruntime-gpu",
         device="cuda",
         settings=_cuda_settings,
     ),
     "openvino": Provider(
         execution_provider="OpenVINOExecutionProvider",
+        package="onnxruntime-ep-openvino",
         install="pip install 'wanx[openvino]'",
         plugin="onnxruntime_ep_openvino",
         hardware=("CPU",),
@@ -101,12 +107,14 @@ PROVIDERS: Mapping[str, Provider] = {
     ),
     "tensorrt-rtx": Provider(
         execution_provider="NvTensorRTRTXExecutionProvider",
+        package="onnxruntime-ep-nv-tensorrt-rtx-cu13",
         install="pip install 'wanx[tensorrt-rtx]'",
         plugin="onnxruntime_ep_nv_tensorrt_rtx",
         hardware=("GPU",),
     ),
     "webgpu": Provider(
         execution_provider="WebGpuExecutionProvider",
+        package="onnxruntime-ep-webgpu",
         install="pip install 'wanx[webgpu]'",
         plugin="onnxruntime_ep_webgpu",
         hardware=("GPU",),
@@ -129,9 +137,7 @@ def check_provider(name: str) -> None:
     if name not in known:
         near = difflib.get_close_matches(name.lower(), known, 1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise UsageError(
-            f"--provider {name} is not available; {hint}choose {', '.join(known)}"
-        )
+        raise UsageError(f"--provider {name} is not available; {hint}choose {', '.join(known)}")
 
 
 def resolve_provider(name: str, component: str) -> str:
@@ -144,10 +150,10 @@ def resolve_provider(name: str, component: str) -> str:
         faster = FASTER.get(component, CPU)
         return faster if PROVIDERS[faster].is_installed else CPU
     if not PROVIDERS[name].is_installed:
-        package = PROVIDERS[name].plugin or "another package of ONNX Runtime"
+        provider = PROVIDERS[name]
         raise EnvironmentMismatchError(
-            f"--provider {name} takes {package}, which is not installed: "
-            f"{PROVIDERS[name].install} (docs/install.md)"
+            f"--provider {name} takes {provider.package}, which is not installed: "
+            f"{provider.install} (docs/install.md)"
         )
     return name
 

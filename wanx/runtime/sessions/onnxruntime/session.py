@@ -179,7 +179,7 @@ class OnnxRuntimeSession(Session):
 
     def _open(self, provider: str) -> None:
         record = self._bundle.manifest.components[self._component]
-        engine, advice = _graph_for(record, provider)
+        engine, lacks_own = _graph_for(record, provider)
         self._provider = provider
         self._device = PROVIDERS[provider].device
         with self._explained():
@@ -199,8 +199,10 @@ class OnnxRuntimeSession(Session):
                 "see docs/install.md"
             )
         if provider != CPU:
-            build = self._bundle.build_command(provider) if advice else ""
-            advice = f"`{build}` makes a graph for it" if build else ""
+            advice = ""
+            if lacks_own:
+                build = self._bundle.build_command(provider)
+                advice = f"`{build}` makes a graph that it takes whole"
             report_nodes_left(self._session, self._component, provider, advice)
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._inputs = {value.name for value in self._session.get_inputs()}

@@ -1,0 +1,4 @@
+"""OpenVINO, through its plug-in for ONNX Runtime.
+
+Start with ``graph.py``.
+"""
