@@ -6,6 +6,7 @@ the same name in :mod:`wanx.exporter.targets.registry`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from wanx.runtime.sessions.base import Session
 from wanx.runtime.sessions.engine_session import RUNS_BEFORE_CAPTURE
 from wanx.runtime.sessions.onnxruntime.providers import (
     AUTO,
+    CPU,
     PROVIDERS,
     ProviderOptions,
     check_provider,
@@ -24,7 +26,7 @@ from wanx.runtime.sessions.onnxruntime.providers import (
 )
 from wanx.runtime.sessions.tensorrt.library import MODULES
 
-CPU = "cpu"  # the target that every bundle can run on
+_log = logging.getLogger("wanx.runtime")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +76,14 @@ def _load_onnxruntime(bundle: Bundle, component: str, options: SessionOptions) -
 
     target = bundle.manifest.target
     default = target if target in PROVIDERS and target != CPU else AUTO
+    asked = options.provider or default
+    provider = resolve_provider(asked, component)
+    if asked == AUTO and provider != CPU:
+        _log.info("%s runs on %s, where it was measured to be faster", component, provider)
     return OnnxRuntimeSession(
         bundle,
         component,
-        provider=resolve_provider(options.provider or default, component),
+        provider=provider,
         fallback=options.fallback,
         options=ProviderOptions(threads=options.threads, vram_budget=options.vram_budget),
     )

@@ -2,8 +2,8 @@
 
 A node without one runs on the processor between two copies of its tensors, or nowhere: the
 processor has few kernels for bfloat16. ``cuda_kernels.json`` is ONNX Runtime's own table of its
-kernels. It unites the rows that differ in types only: which types go together is not in it, nor
-are shapes.
+kernels. A row unites kernels that differ in types only, so that which types go together is not in
+it; nor are shapes.
 
 What becomes of a graph follows ONNX Runtime; each rule names the file that it mirrors.
 """
@@ -20,6 +20,7 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
+from onnx.helper import make_node, make_opsetid, make_tensor_type_proto
 from onnx.shape_inference import infer_node_outputs
 from onnx_ir.passes.common import InlinePass
 
@@ -28,7 +29,7 @@ TABLE: Mapping[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_b
 
 # Kernels whose result lies in the processor's memory, and inputs that kernels read there: the
 # ``OutputMemoryType`` and ``InputMemoryType`` that they are registered with, core/providers/cuda.
-_WRITTEN_ON_CPU = {"Shape", "Size"}
+_WRITTEN_ON_CPU = ("Shape", "Size")
 _READ_ON_CPU = {
     **dict.fromkeys(("Expand", "Reshape", "Split", "Squeeze", "Tile", "Unsqueeze"), (1,)),
     **dict.fromkeys(("ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum"), (1,)),
@@ -40,9 +41,9 @@ _READ_ON_CPU = {
     "Slice": (1, 2, 3, 4),
 }
 _SMALL = 100  # numbers of an initialiser that may stay with the processor
-_NEVER_ON_CPU = ("float16", "bfloat16", "float8")  # prefixes of the types
+_NEVER_ON_CPU = ("float16", "bfloat16", "float8")  # what the names of such types begin with
 
-# The input whose type the result has, of operators that have no CUDA kernel and so no signature.
+# The input whose type the result has, of operators without a CUDA kernel and so without signature.
 _LIKE_INPUT = {"MatMulIntegerToFloat": 2}
 _EXPANDED = "expanded"  # domain of the bodies of operators that are functions
 
@@ -62,7 +63,7 @@ class MissingKernel:
     """
 
     op_type: str
-    domain: str
+    domain: str = ""
     since_version: int
     constraint: str = ""
     found: str = ""
@@ -73,14 +74,13 @@ class MissingKernel:
         name = f"{self.count} × {self.domain or 'ai.onnx'}.{self.op_type}-{self.since_version}"
         if not self.constraint:
             return f"{name}: no kernel"
-        return (
-            f"{name}: {self.constraint} is {self.found}, kernels take {', '.join(self.supported)}"
-        )
+        supported = ", ".join(self.supported)
+        return f"{name}: {self.constraint} is {self.found}, and kernels take {supported}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Signature:
-    """Version of an operator, and (name, type or type constraint) of its inputs and outputs."""
+    """Version of an operator, and (name, type constraint or type) of its inputs and outputs."""
 
     since_version: int
     inputs: tuple[tuple[str, str], ...]
@@ -98,98 +98,87 @@ def unsupported_nodes(graph: Path) -> list[MissingKernel]:
     Returns:
         One entry for each kind and reason, by operator. Nodes that ONNX Runtime leaves to the
         processor on purpose, as they compute shapes, are none.
+
+    Raises:
+        onnx.checker.ValidationError: a node has types that ONNX does not allow.
     """
     model = InlinePass()(ir.load(graph)).model
     opset = model.opset_imports[""]
     _infer_types(model.graph, opset)
-    while _expand_functions(model):
+    while _expand_functions(model, opset):
         _infer_types(model.graph, opset)
-    counts = Counter(
-        missing for part in _graphs(model) for missing in _missing_kernels(part, opset)
-    )
-    found = [replace(missing, count=count) for missing, count in counts.items()]
-    return sorted(found, key=lambda missing: (missing.domain, missing.op_type, missing.found))
+    kinds = Counter(kind for part in _graphs(model) for kind in _missing_kernels(part, opset))
+    missing = (replace(kind, count=count) for kind, count in kinds.items())
+    return sorted(missing, key=lambda kind: (kind.domain, kind.op_type, kind.found))
 
 
-def _graphs(model: ir.Model) -> Iterator[ir.Graph]:
-    yield model.graph
-    yield from model.graph.subgraphs()
-
-
-# Types of values ---------------------------------------------------------------------------------
+def _graphs(model: ir.Model) -> list[ir.Graph]:
+    return [model.graph, *model.graph.subgraphs()]
 
 
 def _infer_types(graph: ir.Graph, opset: int) -> None:
-    """Set the type of every value; shapes are not needed, and unknown."""
+    """Set the type of every value. Shapes are not needed, and stay unknown."""
     for node in graph:
-        bodies = [a.as_graph() for a in node.attributes.values() if a.type == a.type.GRAPH]
+        bodies = [
+            a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH
+        ]
         for body in bodies:
-            # Inputs of a Scan's body are those of the node, of a Loop's the iteration comes first.
-            given = list(node.inputs) if node.op_type == "Scan" else [None, *node.inputs]
-            for formal, actual in zip(body.inputs, given, strict=False):
+            for formal, actual in zip(body.inputs, node.inputs, strict=False):
                 if formal.type is None and actual is not None:
-                    formal.type = _tensor(actual.dtype)
+                    formal.type = actual.type
             _infer_types(body, opset)
         if bodies:
-            # Before the results of a Loop's body stands its condition.
-            results = bodies[0].outputs[1 if node.op_type == "Loop" else 0 :]
+            # The results of a Loop's body come after its condition.
+            results = bodies[0].outputs[node.op_type == "Loop" :]
             types = [result.dtype for result in results]
         else:
             types = _output_types(node, opset)
         for output, dtype in zip(node.outputs, types, strict=True):
-            output.type = _tensor(dtype)
-
-
-def _tensor(dtype: ir.DataType | None) -> ir.TensorType | None:
-    return None if dtype is None else ir.TensorType(dtype)
+            output.type = None if dtype is None else ir.TensorType(dtype)
 
 
 def _output_types(node: ir.Node, opset: int) -> list[ir.DataType | None]:
     if _has_schema(node):
-        names = {value: f"input_{i}" for i, value in enumerate(node.inputs) if _exists(value)}
-        types = {
-            name: onnx.helper.make_tensor_type_proto(value.dtype, None)
-            for value, name in names.items()
-            if value.dtype is not None
-        }
-        if len(types) < len(names):
+        call, inputs = _call(node)
+        known = {name: type_ for name, type_ in inputs.items() if type_.tensor_type.elem_type}
+        if len(known) < len(inputs):
             return [None] * len(node.outputs)
-        outputs = [f"output_{i}" for i, _ in enumerate(node.outputs)]
-        call = _to_proto(node, [names.get(value, "") for value in node.inputs], outputs)
-        inferred = infer_node_outputs(
-            _schema(node.op_type, opset), call, types,
-            opset_imports=[onnx.helper.make_opsetid("", opset)],
-        )  # fmt: skip
-        return [
-            ir.DataType(inferred[name].tensor_type.elem_type) if name in inferred else None
-            for name in outputs
-        ]
+        types = infer_node_outputs(
+            _schema(node.op_type, opset), call, known, opset_imports=[make_opsetid("", opset)]
+        )
+        inferred = [types.get(name, onnx.TypeProto()).tensor_type.elem_type for name in call.output]
+        return [ir.DataType(number) if number else None for number in inferred]
     signature = _signature(node.domain, node.op_type, opset)
     if not signature.outputs:
         like = node.inputs[_LIKE_INPUT.get(node.op_type, 0)]
         return [None if like is None else like.dtype] * len(node.outputs)
-    arguments = list(zip(signature.inputs, node.inputs, strict=False))
+    arguments = [
+        (constraint, value)
+        for (_, constraint), value in zip(signature.inputs, node.inputs, strict=False)
+        if value is not None and value.name
+    ]
     return [
-        next((value.dtype for (_, t), value in arguments if t == type_ and _exists(value)), None)
-        for _, type_ in signature.outputs[: len(node.outputs)]
+        next((value.dtype for other, value in arguments if other == constraint), None)
+        for _, constraint in signature.outputs[: len(node.outputs)]
     ]
 
 
-def _exists(value: ir.Value | None) -> bool:
-    return value is not None and value.name != ""
-
-
-def _to_proto(node: ir.Node, inputs: list[str], outputs: list[str]) -> onnx.NodeProto:
-    call = onnx.helper.make_node(node.op_type, inputs, outputs)
+def _call(node: ir.Node) -> tuple[onnx.NodeProto, dict[str, onnx.TypeProto]]:
+    """A node in the form that ONNX's own functions take, and the types of its inputs."""
+    there = {f"in_{i}": value for i, value in enumerate(node.inputs) if value and value.name}
+    names = [f"in_{i}" if f"in_{i}" in there else "" for i in range(len(node.inputs))]
+    call = make_node(node.op_type, names, [f"out_{i}" for i in range(len(node.outputs))])
     call.attribute.extend(ir.to_proto(attribute) for attribute in node.attributes.values())
-    return call
+    unknown = ir.DataType.UNDEFINED
+    types = {n: make_tensor_type_proto(v.dtype or unknown, None) for n, v in there.items()}
+    return call, types
 
 
 def _has_schema(node: ir.Node) -> bool:
     return not node.domain and onnx.defs.has(node.op_type)
 
 
-def _schema(op_type: str, opset: int) -> onnx.defs.OpSchema:
+def _schema(op_type: str, opset: int) -> Any:  # whose stub lacks what is about functions
     return onnx.defs.get_schema(op_type, opset, "")
 
 
@@ -202,35 +191,33 @@ def _signature(domain: str, op_type: str, opset: int) -> _Signature:
             inputs=tuple((formal.name, formal.type_str) for formal in schema.inputs),
             outputs=tuple((formal.name, formal.type_str) for formal in schema.outputs),
         )
-    sides = TABLE["signatures"][domain].get(op_type, ("", ""))
-    inputs, outputs = (tuple(tuple(f.split(":")) for f in side.split()) for side in sides)
+    inputs, outputs = (
+        tuple(
+            (name, constraint) for name, _, constraint in (f.partition(":") for f in side.split())
+        )
+        for side in TABLE["signatures"].get(domain, {}).get(op_type, ("", ""))
+    )
     return _Signature(since_version=1, inputs=inputs, outputs=outputs)
 
 
-# Kernels -----------------------------------------------------------------------------------------
-
-
 def _mismatch(kernels: Kernels, node: ir.Node, opset: int) -> MissingKernel | None:
-    """Why none of the kernels takes a node: KernelRegistry, core/framework/kernel_registry.cc."""
+    """Why no kernel takes a node: KernelRegistry, core/framework/kernel_registry.cc."""
     signature = _signature(node.domain, node.op_type, opset)
-    about = MissingKernel(
+    reason = MissingKernel(
         op_type=node.op_type, domain=node.domain, since_version=signature.since_version
     )
-    mismatches = []
     for versions, constraints in kernels.get(node.domain, {}).get(node.op_type, {}).items():
         if not _covers(versions, signature.since_version):
             continue
         for constraint, types in constraints.items():
             found = _type_at(node, signature, constraint)
-            if found is not None and found not in types.split():
-                supported = tuple(types.split())
-                mismatches.append(
-                    replace(about, constraint=constraint, found=found, supported=supported)
-                )
+            supported = tuple(types.split())
+            if found is not None and found not in supported:
+                reason = replace(reason, constraint=constraint, found=found, supported=supported)
                 break
         else:
             return None
-    return mismatches[0] if mismatches else about
+    return reason
 
 
 def _covers(versions: str, since_version: int) -> bool:
@@ -243,103 +230,91 @@ def _covers(versions: str, since_version: int) -> bool:
 
 
 def _type_at(node: ir.Node, signature: _Signature, constraint: str) -> str | None:
-    """The type that a constraint is about, which may be given by an argument's name too.
+    """The type that a constraint is about: of the first argument that is there, and of no other.
 
-    ONNX Runtime looks at the first argument that is there, and at no other. None: at none.
+    The constraint may also be the name of an argument. None: no such argument is there.
     """
-    formals = (*signature.inputs, *signature.outputs)
-    # As many as there are formals: a variadic one is the last, and its first argument counts.
-    inputs = [*node.inputs, *[None] * len(signature.inputs)][: len(signature.inputs)]
-    for formal, value in zip(formals, (*inputs, *node.outputs), strict=False):
-        if constraint in formal and _exists(value):
-            assert value is not None
-            return value.dtype.name.lower() if value.dtype else "unknown"
+    for formals, values in ((signature.inputs, node.inputs), (signature.outputs, node.outputs)):
+        for formal, value in zip(formals, values, strict=False):
+            if constraint in formal and value is not None and value.name:
+                return value.dtype.name.lower() if value.dtype else "unknown"
     return None
 
 
-def _expand_functions(model: ir.Model) -> bool:
-    """Replace operators that have no kernel anywhere and are functions of ONNX by their bodies.
+def _expand_functions(model: ir.Model, opset: int) -> bool:
+    """Replace operators that are functions of ONNX, and have no kernel, by their bodies.
 
-    An operator that the processor has a kernel for is left to it: GraphPartitioner,
+    One that the processor has a kernel for is left to it: PartitionOnnxFormatModel,
     core/framework/graph_partitioner.cc.
 
     Returns:
         Whether there were any.
     """
-    opset = model.opset_imports[""]
-    expanded: dict[bytes, ir.Function] = {}
-    for node in [node for part in _graphs(model) for node in part]:
-        if not _has_schema(node) or not _mismatch(TABLE["cuda"], node, opset):
+    bodies: dict[bytes, ir.Function] = {}
+    for node in [node for part in _graphs(model) for node in part if _has_schema(node)]:
+        if not all(_mismatch(TABLE[where], node, opset) for where in ("cuda", "cpu")):
             continue
-        if not _mismatch(TABLE["cpu"], node, opset) or not (body := _body(node, opset)):
-            continue
-        if body not in expanded:
-            proto = onnx.FunctionProto.FromString(body)
-            proto.domain, proto.name = _EXPANDED, f"{node.op_type}_{len(expanded)}"
-            # Its nodes become the model's, in the versions that the model imports.
-            proto.opset_import[0].version = opset
-            expanded[body] = ir.serde.deserialize_function(proto)
-        node.domain, node.op_type, _ = expanded[body].identifier()
-    model.functions.update({function.identifier(): function for function in expanded.values()})
-    InlinePass()(model)
-    return bool(expanded)
+        if body := _body(node, opset):
+            if body not in bodies:
+                proto = onnx.FunctionProto.FromString(body)
+                proto.domain, proto.name = _EXPANDED, f"{node.op_type}_{len(bodies)}"
+                # Its nodes become the model's, in the versions that the model imports.
+                proto.opset_import[0].version = opset
+                bodies[body] = ir.serde.deserialize_function(proto)
+            node.domain, node.op_type = bodies[body].domain, bodies[body].name
+    model.functions.update({function.identifier(): function for function in bodies.values()})
+    return InlinePass()(model).modified
 
 
 def _body(node: ir.Node, opset: int) -> bytes | None:
     schema = _schema(node.op_type, opset)
+    body: bytes | None = None
     if schema.has_context_dependent_function:
-        versions = schema.context_dependent_function_opset_versions
-        names = [f"input_{i}" if _exists(v) else "" for i, v in enumerate(node.inputs)]
-        call = _to_proto(node, names, [f"output_{i}" for i, _ in enumerate(node.outputs)])
-        types = [
-            onnx.helper.make_tensor_type_proto(v.dtype, None) if v else onnx.TypeProto()
-            for v in node.inputs
-        ]
-        return schema.get_context_dependent_function_with_opset_version(
-            max(version for version in versions if version <= opset),
+        version = max(v for v in schema.context_dependent_function_opset_versions if v <= opset)
+        call, types = _call(node)
+        body = schema.get_context_dependent_function_with_opset_version(
+            version,
             call.SerializeToString(),
-            [type_.SerializeToString() for type_ in types],
+            [types.get(name, onnx.TypeProto()).SerializeToString() for name in call.input],
         )
-    if schema.has_function:
-        versions = schema.function_opset_versions
-        return schema.get_function_with_opset_version(max(v for v in versions if v <= opset))
-    return None
-
-
-# Places ------------------------------------------------------------------------------------------
+    elif schema.has_function:
+        version = max(v for v in schema.function_opset_versions if v <= opset)
+        body = schema.get_function_with_opset_version(version)
+    return body
 
 
 def _missing_kernels(graph: ir.Graph, opset: int) -> Iterator[MissingKernel]:
-    """Nodes of one graph that lack a kernel, but for what the processor is to compute.
+    """Nodes of one graph that lack a kernel, but for those that the processor shall run.
 
-    A node that reads only what the processor has, and something that it has computed, stays with
-    it: GetCpuPreferredNodes, core/framework/fallback_cpu_capability.cc. That is how shapes are
-    computed. Here it goes for nodes without a kernel too, as nothing is copied for them.
+    One that reads a value in the processor's memory, and else only such values, inputs of the
+    graph and small constants, stays there: GetCpuPreferredNodes,
+    core/framework/fallback_cpu_capability.cc. That is how shapes are computed. Here it goes for
+    nodes without a kernel too, since nothing is copied for them.
     """
     on_cpu: set[ir.Value] = set()
     for node in graph:
         if node.op_type == "Constant":
-            continue  # an initialiser for ONNX Runtime: the constructor of Graph, graph/graph.cc
+            continue  # the constructor of Graph makes it an initialiser: core/graph/graph.cc
         missing = _mismatch(TABLE["cuda"], node, opset)
         inputs = [value for value in node.inputs if value is not None and value.name]
         follows = any(value in on_cpu for value in inputs)
-        stays = follows and all(value in on_cpu or _is_at_hand(value) for value in inputs)
-        stays = stays and not any(_has_type(value, _NEVER_ON_CPU) for value in inputs)
+        stays = follows and all(
+            (value in on_cpu or value in graph.inputs or _is_small(value)) and not _is_narrow(value)
+            for value in inputs
+        )
         if missing and not stays:
             yield missing
-        read = () if missing or node.domain else _READ_ON_CPU.get(node.op_type, ())
         # A kernel that reads its input there runs on the GPU all the same.
+        read = () if missing or node.domain else _READ_ON_CPU.get(node.op_type, ())
         stays = stays and not any(node.inputs[i] in on_cpu for i in read if i < len(node.inputs))
-        written = not missing and not node.domain and node.op_type in _WRITTEN_ON_CPU
-        if stays or written or (missing and follows):
+        if stays or (missing and follows) or node.op_type in _WRITTEN_ON_CPU:
             on_cpu.update(node.outputs)
 
 
-def _is_at_hand(value: ir.Value) -> bool:
-    """True for inputs of the graph and small constants, which the processor has anyway."""
+def _is_small(value: ir.Value) -> bool:
     constant = ir.convenience.get_const_tensor(value)
-    return value.is_graph_input() or (constant is not None and constant.size <= _SMALL)
+    return constant is not None and constant.size <= _SMALL
 
 
-def _has_type(value: ir.Value, prefixes: tuple[str, ...]) -> bool:
-    return value.dtype is not None and value.dtype.name.lower().startswith(prefixes)
+def _is_narrow(value: ir.Value) -> bool:
+    return value.dtype is not None and value.dtype.name.lower().startswith(_NEVER_ON_CPU)

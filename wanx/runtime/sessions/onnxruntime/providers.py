@@ -169,7 +169,13 @@ def add_provider(
     Raises:
         EnvironmentMismatchError: its library does not load, or finds no device.
     """
+    import onnxruntime
+
     provider = PROVIDERS[name]
+    if name != CPU:
+        onnxruntime.set_default_logger_severity(4)  # what fails is raised, or asked for
+    if provider.device == "cuda" and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # those that pip installed; without them, the system's are tried
     if provider.plugin is None:
         return [(provider.execution_provider, provider.settings(settings))]
     devices = _devices(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import platform
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 
 from wanx.bundle.reader import Bundle, Component
 from wanx.errors import CorruptInputError, EnvironmentMismatchError, WanxError
+from wanx.runtime.onnxruntime_packages import installed_packages, package_fault
 from wanx.runtime.sessions.base import NEXT, Array, Session, State
 from wanx.runtime.sessions.onnxruntime.assignment import RECORD, report_nodes_left
 from wanx.runtime.sessions.onnxruntime.providers import (
@@ -55,20 +57,25 @@ def create_session(
         options: for the provider.
 
     Raises:
-        EnvironmentMismatchError: the provider's library does not load, or finds no device.
+        EnvironmentMismatchError: the provider's library does not load, or finds no device; or files
+            of ONNX Runtime are missing.
     """
     import onnxruntime
 
+    if not hasattr(onnxruntime, "InferenceSession"):  # uninstalled with its twin's files
+        raise EnvironmentMismatchError(package_fault(installed_packages()) or "reinstall wanx")
     data = graph.read_bytes()
     settings = session_options(root, threads=threads, graph=data)
     if provider != CPU:
         settings.add_session_config_entry(RECORD, "1")
-    return onnxruntime.InferenceSession(
-        data,
-        settings,
-        providers=add_provider(settings, provider, options),
-        disabled_optimizers=None if fold else ["ConstantFolding"],
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a provider that is dropped, which is an error here
+        return onnxruntime.InferenceSession(
+            data,
+            settings,
+            providers=add_provider(settings, provider, options),
+            disabled_optimizers=None if fold else ["ConstantFolding"],
+        )
 
 
 def session_options(
@@ -153,6 +160,11 @@ class OnnxRuntimeSession(Session):
     def provider(self) -> str:
         """Name of the provider that runs the graph."""
         return self._provider
+
+    def graph_inputs(self) -> list[tuple[str, str, list[int | str]]]:
+        """Name, type and shape of each input, such as ``video``, ``tensor(float)``, ``8*h``."""
+        assert self._session is not None, "the session is closed"
+        return [(value.name, value.type, value.shape) for value in self._session.get_inputs()]
 
     def bind(self, constants: Mapping[str, Array]) -> None:
         """Put arrays where the provider computes, once; on the processor nothing is copied."""
