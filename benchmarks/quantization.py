@@ -19,11 +19,13 @@ from pathlib import Path
 
 import wanx.exporter.export as exporter
 from benchmarks.export import copy_seconds, export_seconds, weight_files
+from wanx.exporter import quantized_weights
 from wanx.exporter.calibration.options import CalibrationOptions
 from wanx.exporter.options import ExportOptions, resolve
+from wanx.exporter.quantization import choose_recipe
 from wanx.exporter.quantization.recipe import Recipe, dit_candidates
 from wanx.exporter.source import open_source
-from wanx.exporter.weights import write_weights
+from wanx.exporter.weights import WrittenWeights
 
 
 def export_uncalibrated(source: Path, output: Path, precision: str) -> None:
@@ -35,14 +37,17 @@ def export_uncalibrated(source: Path, output: Path, precision: str) -> None:
             scheme=scheme, layers=dict.fromkeys(layers, 1.0), unquantized_layers=kept
         ), None
 
-    def timed(resolved, group, *args):  # type: ignore[no-untyped-def]
+    write = quantized_weights.write_quantized_weights
+
+    def timed(resolved, group, *args) -> WrittenWeights:  # type: ignore[no-untyped-def]
         start = time.perf_counter()
-        written = write_weights(resolved, group, *args)
+        written = write(resolved, group, *args)
         if group == "dit":
             seconds_file(output).write_text(str(time.perf_counter() - start))
         return written
 
-    exporter.choose_recipe, exporter.write_weights = fixed, timed
+    choose_recipe.choose_recipe = fixed
+    quantized_weights.write_quantized_weights = timed
     options = ExportOptions(
         source=source, output=output, precision=precision, force=True,
         calibration=CalibrationOptions(golden_steps=0),

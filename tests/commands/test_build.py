@@ -52,7 +52,7 @@ def test_a_target_that_needs_nothing(wanx: Wanx, bundle: Path) -> None:
     [
         (["tiny"], 2, "tiny is built in and stays as it is; `wanx export tiny --target aoti`"),
         (["nowhere"], 2, "nowhere does not exist"),
-        (["BUNDLE", "--target", "tpu"], 2, "--target tpu is not available; choose cpu, aoti"),
+        (["BUNDLE", "--target", "tpu"], 2, "--target tpu is not available; choose cpu, cuda"),
         (["BUNDLE", "--target", "rtx:sm90"], 2, "TensorRT-RTX does not build for sm90; choose"),
         (["BUNDLE", "--target", "rtx:sm75"], 2, "sm75 has no bf16"),
     ],

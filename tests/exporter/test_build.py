@@ -55,7 +55,7 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> FakeBuilder:
         "wanx.exporter.targets.registry.TARGETS", dict(TARGETS) | {"aoti": lambda text: target}
     )
     parts = SimpleNamespace(steps=(), segments={})
-    monkeypatch.setattr("wanx.exporter.build.partition", lambda spec, dtype: parts)
+    monkeypatch.setattr("wanx.exporter.partition.partition.partition", lambda spec, dtype: parts)
     return fake
 
 

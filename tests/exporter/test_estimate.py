@@ -23,6 +23,7 @@ from wanx.exporter.export import plan
 from wanx.exporter.options import ExportOptions, resolve
 from wanx.exporter.quantization.recipe import Recipe, dit_candidates, smoothing_of, text_recipe
 from wanx.exporter.quantization.scheme import SCHEMES, QuantizeOptions
+from wanx.exporter.quantized_weights import write_quantized_weights
 from wanx.exporter.weights import write_weights
 
 # Millions of parameters and numbers of tensors, counted in the published checkpoints.
@@ -180,7 +181,10 @@ def test_sizes_of_8_bit_weights(precision: str, options: dict[str, Any], tmp_pat
         recipe = recipes.get(group) if group in quantize.components else None
         folder = tmp_path / group
         folder.mkdir()
-        write_weights(resolved, group, folder, lambda portion: None, recipe)
+        if recipe is None:
+            write_weights(resolved, group, folder, lambda portion: None)
+        else:
+            write_quantized_weights(resolved, group, folder, lambda portion: None, recipe)
         files = [load_file(file) for file in folder.iterdir()]
         written = sum(tensor.nbytes for tensors in files for tensor in tensors.values())
         assert size == pytest.approx(written, rel=0.01)

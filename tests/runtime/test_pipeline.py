@@ -46,9 +46,9 @@ class Watch:
         opener = run_parts_module.open_session
 
         def open_session(
-            bundle: Bundle, component: str, *, threads: int | None, vram_budget: int | None
+            bundle: Bundle, component: str, *, threads: int | None, **options: object
         ) -> Session:
-            assert vram_budget is None
+            assert not any(options.values())
             assert self.open == [], "two components in memory at once"
             assert threads == 1
             session = opener(bundle, component, threads=threads)

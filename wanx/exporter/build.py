@@ -82,8 +82,8 @@ def with_engines(
         WanxError: the engines cannot be built.
     """
     builder = target.prepare(manifest, options)
-    if target.rewrite is not None:
-        manifest = with_variants(root, manifest, target.name, target.rewrite, folder, progress)
+    if target.graph is not None:
+        manifest = with_variants(root, manifest, target.name, target.graph, folder, progress)
     if builder is None:
         return manifest.model_copy(update={"target": target.name})
     require_packages("build engines")

@@ -1,16 +1,14 @@
-"""Graphs that a target runs instead of the portable ones, rewritten from them."""
+"""Graphs that a target of ONNX Runtime runs instead of the portable ones."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 
-import onnx_ir as ir
-
 from wanx.bundle.manifest import Manifest
 from wanx.bundle.publish import record_files
 from wanx.exporter.component_writer import graph_bytes
-from wanx.exporter.targets.base import Rewrite
+from wanx.exporter.targets.base import OwnGraph
 from wanx.progress import Progress, no_progress
 
 
@@ -18,7 +16,7 @@ def with_variants(
     root: Path,
     manifest: Manifest,
     target: str,
-    rewrite: Rewrite,
+    graph: OwnGraph,
     folder: Path,
     progress: Progress = no_progress,
 ) -> Manifest:
@@ -28,7 +26,7 @@ def with_variants(
         root: of the bundle.
         manifest: of the bundle.
         target: such as ``openvino``.
-        rewrite: makes the target's graph of a portable one, in place.
+        graph: makes the target's graph of a component.
         folder: where ``engines/<key>`` is written, unless the bundle has it already.
         progress: told how many graphs are written.
 
@@ -36,14 +34,9 @@ def with_variants(
         The manifest of the bundle with them; graphs of the target that they replace are left out.
     """
     graphs: dict[str, bytes] = {}
-    for number, (name, component) in enumerate(manifest.components.items()):
+    for number, name in enumerate(manifest.components):
         progress(f"build {target}", number, len(manifest.components), "steps")
-        model = ir.load(root / component.graph)
-        for value in model.graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                value.const_value.base_dir = root
-        rewrite(model)
-        graphs[name] = graph_bytes(model)
+        graphs[name] = graph_bytes(graph(root, manifest, name))
     digest = hashlib.sha256(b"".join(hashlib.sha256(data).digest() for data in graphs.values()))
     key = f"{target}-{digest.hexdigest()[:12]}"
     written = folder / "engines" / key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import onnx_ir as ir
+import torch
 
 from wanx.config.models import ModelConfig
 from wanx.errors import WanxError
@@ -17,14 +18,27 @@ def component_spec(component: str, config: ModelConfig) -> ComponentSpec:
     return next(spec for spec in component_specs(config) if spec.name == component)
 
 
-def trace_component(component: str, config: ModelConfig, recipe: Recipe | None) -> ir.Model:
+def trace_component(
+    component: str,
+    config: ModelConfig,
+    recipe: Recipe | None,
+    dtype: torch.dtype = torch.float32,
+) -> ir.Model:
     """Trace a component without its weights.
+
+    Args:
+        component: such as ``dit``.
+        config: of the model.
+        recipe: which layers have 8 bits; None is the network as it is.
+        dtype: that the weights have in the graph, and the products around them.
 
     Raises:
         WanxError: memory ran out, or the exporter failed.
     """
     spec = component_spec(component, config)
+    before = torch.get_default_dtype()
     try:
+        torch.set_default_dtype(dtype)
         return trace(spec if recipe is None else quantized_spec(spec, recipe))
     except Exception as error:
         if _is_out_of_memory(error):
@@ -36,6 +50,8 @@ def trace_component(component: str, config: ModelConfig, recipe: Recipe | None) 
             f"cannot trace {component} ({type(error).__name__}); if there is memory left, report "
             "what WANX_DEBUG=1 shows"
         ) from error
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _is_out_of_memory(error: BaseException | None) -> bool:

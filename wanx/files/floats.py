@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wanx.config import number_formats
-from wanx.config.number_formats import BY_SAFETENSORS
+from wanx.config.number_formats import BY_SAFETENSORS, INT8, UINT8
 
 Chunk = bytes | bytearray | memoryview
 
@@ -21,6 +21,7 @@ NUMPY: dict[str, np.dtype[Any]] = {
     .newbyteorder("<")
     for row in number_formats.FORMATS
 }  # fmt: skip
+CENTRED = (UINT8.safetensors, INT8.safetensors)  # conversion of what is stored 128 above zero
 FLOATS = frozenset(row.safetensors for row in number_formats.FLOATS)
 _BLOCK = 1 << 16  # numbers converted at a time, so that they are still in the cache for each pass
 
@@ -70,9 +71,10 @@ def convert_chunk(chunk: Chunk, from_dtype: str, to_dtype: str) -> Chunk:
 
 
 def convert(values: NDArray[Any], from_dtype: str, to_dtype: str) -> NDArray[Any]:
-    """Convert between ``F32``, ``F16`` and ``BF16``, rounding to nearest even.
+    """Convert between ``F32``, ``F16`` and ``BF16``, rounding to nearest even, or ``U8`` to ``I8``.
 
-    What is too large becomes infinity, and NaN stays NaN.
+    What is too large becomes infinity, and NaN stays NaN. Numbers of ``U8`` are 128 above those of
+    ``I8``.
 
     Args:
         values: of the numpy type of ``from_dtype``, any shape.
@@ -84,6 +86,8 @@ def convert(values: NDArray[Any], from_dtype: str, to_dtype: str) -> NDArray[Any
     """
     if from_dtype == to_dtype:
         return values
+    if (from_dtype, to_dtype) == CENTRED:
+        return (values ^ np.uint8(UINT8.zero_point)).view(np.int8)
     if not {from_dtype, to_dtype} <= FLOATS:
         raise ValueError(f"{from_dtype} does not become {to_dtype}")
     out = np.empty(values.shape, NUMPY[to_dtype])

@@ -78,7 +78,9 @@ class ImageEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Encode ``pixels`` ``[B, 3, S, S]``, normalised as CLIP's, to ``[B, tokens, D]``."""
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        patches = (
+            self.patch_embedding(pixels.to(self.cls_embedding.dtype)).flatten(2).transpose(1, 2)
+        )
         first = self.cls_embedding.expand(pixels.shape[0], -1, -1)
         x = self.pre_norm(torch.cat([first, patches], dim=1) + self.pos_embedding)
         for block in self.transformer:

@@ -134,7 +134,7 @@ class UMT5Encoder(nn.Module):
         ``mask`` ``[B, n]`` is 1 for tokens and 0 for padding. The runtime feeds unpadded prompts,
         which gives the same features as padding and masking, so the exported graph has no mask.
         """
-        x = self.token_embedding(ids)
+        x = self.token_embedding(ids).to(self.norm.weight.dtype)
         mask_bias = None
         if mask is not None:
             lowest = torch.finfo(x.dtype).min

@@ -159,9 +159,9 @@ def test_a_quantised_text_encoder() -> None:
     model = quantize_module(UMT5Encoder(OUR_T5), recipe)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
-        if parameter.dtype == torch.int8:
-            parameter.data = torch.randint(-127, 128, parameter.shape, generator=generator).to(
-                torch.int8
+        if parameter.dtype == torch.uint8:
+            parameter.data = torch.randint(
+                1, 256, parameter.shape, generator=generator, dtype=torch.uint8
             )
         else:
             parameter.data.uniform_(0.01, 0.02, generator=generator)

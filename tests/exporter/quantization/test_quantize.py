@@ -23,7 +23,7 @@ from wanx.exporter.options import ExportOptions, resolve
 from wanx.exporter.quantization.quantize import QuantizedTensor, quantize_weights, scale_tensors
 from wanx.exporter.quantization.recipe import Recipe, shared_input, smoothing_of, text_recipe
 from wanx.exporter.quantization.scheme import SCHEMES, QuantizeOptions
-from wanx.exporter.weights import write_weights
+from wanx.exporter.quantized_weights import write_quantized_weights
 from wanx.models.quantized import quantize_weight
 from wanx.models.text_encoder import UMT5Encoder
 
@@ -314,7 +314,7 @@ def test_the_diffusers_layout_on_disk(tmp_path: Path) -> None:
     out = tmp_path / "weights"
     out.mkdir()
     portions: list[int] = []
-    written = write_weights(resolved, "dit", out, portions.append, recipe)
+    written = write_quantized_weights(resolved, "dit", out, portions.append, recipe)
     names = {"dit.safetensors", "dit-scales.safetensors"}
     assert {path.name for path in out.iterdir()} == names
     assert {path.name for path in written.sha256} == names

@@ -14,7 +14,7 @@ from tests.support import faults
 from wanx.checkpoints.weights import ComponentWeights, open_weights
 from wanx.exporter.quantization.recipe import Recipe
 from wanx.exporter.quantization.scheme import SCHEMES, QuantizeOptions
-from wanx.exporter.weights import write_weights
+from wanx.exporter.quantized_weights import write_quantized_weights
 
 FAULTS: dict[str, faults.Case] = {
     "weight scales of twice the size": (
@@ -190,4 +190,4 @@ def write(weight: torch.Tensor, scheme: str, per_tensor: bool, folder: Path) -> 
     options = QuantizeOptions(weight_scale="tensor" if per_tensor else "channel")
     recipe = Recipe(scheme=SCHEMES[scheme], options=options, layers={LAYER: 1.0})
     (folder / "weights").mkdir()
-    write_weights(resolved, "dit", folder / "weights", lambda _: None, recipe)
+    write_quantized_weights(resolved, "dit", folder / "weights", lambda _: None, recipe)

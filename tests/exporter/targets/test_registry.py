@@ -22,5 +22,7 @@ def test_gpus_are_no_part_of_the_name() -> None:
 
 @pytest.mark.parametrize("text", ["tpu", "", "cpu:sm89", "aoti:sm89", "cpu:", "rtxx:sm89", ":"])
 def test_unknown_targets(text: str) -> None:
-    with pytest.raises(UsageError, match=f"--target {text} is not available; choose cpu, aoti, rt"):
+    with pytest.raises(
+        UsageError, match=f"--target {text} is not available; choose cpu, cuda, openvino, aoti, rt"
+    ):
         parse_target(text)

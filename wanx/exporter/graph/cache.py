@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from wanx.config.models import ModelConfig
+from wanx.config.number_formats import FP32
 from wanx.exporter.graph.stored_graph import graph_from_bytes, graph_to_bytes
 from wanx.files.atomic import replacing
 from wanx.files.cache import cache_path
@@ -65,11 +66,11 @@ class GraphCache:
         config: ModelConfig,
         recipe: Recipe | None,
         trace: Callable[[], ir.Model],
+        computes: str = FP32.name,
     ) -> ir.Model:
         """Graph of a component without its weights, from the cache or by ``trace``."""
-        return self._find(
-            graph_key(component, config, recipe), graph_from_bytes, trace, graph_to_bytes
-        )
+        key = graph_key(component, config, recipe, computes)
+        return self._find(key, graph_from_bytes, trace, graph_to_bytes)
 
     def tensors(self, group: str, config: ModelConfig, build: Callable[[], Tensors]) -> Tensors:
         """Names and shapes of the tensors of a group of weights."""
@@ -95,11 +96,14 @@ class GraphCache:
         return made
 
 
-def graph_key(component: str, config: ModelConfig, recipe: Recipe | None) -> str:
-    """Key of a component's graph: its network's configuration and its recipe's layout."""
+def graph_key(
+    component: str, config: ModelConfig, recipe: Recipe | None, computes: str = FP32.name
+) -> str:
+    """Key of a component's graph: its network's configuration, its recipe's layout, its type."""
     group = "vae" if component.startswith("vae_") else component
     layout = None if recipe is None else recipe.layout()
-    return _digest(["graph", component, _config_of(group, config), layout])
+    facts = ["graph", component, _config_of(group, config), layout]
+    return _digest(facts if computes == FP32.name else [*facts, computes])
 
 
 def tensors_key(group: str, config: ModelConfig) -> str:

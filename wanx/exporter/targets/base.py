@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 OnFraction = Callable[[float], None]  # told how much is done, from 0 to 1
 
 
-Rewrite = Callable[["ir.Model"], None]
+OwnGraph = Callable[[Path, Manifest, str], "ir.Model"]
 
 
 def no_fraction(done: float) -> None:
@@ -81,10 +81,11 @@ class Target:
             ``UsageError`` where the target's GPU lacks the bundle's precision, and
             ``EnvironmentMismatchError`` where the compiler is missing.
         may_be_elsewhere: engines may be for a GPU that this machine lacks.
-        rewrite: makes the target's own graph of a portable one, in place; None where it has none.
+        graph: makes the target's own graph of a component, of a bundle's folder, its manifest and
+            the component's name; None where the portable ones are run.
     """
 
     name: str
     prepare: Callable[[Manifest, BuilderOptions], Builder | None]
     may_be_elsewhere: bool = False
-    rewrite: Rewrite | None = None
+    graph: OwnGraph | None = None

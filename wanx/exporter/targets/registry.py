@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanx.errors import UsageError
@@ -15,6 +16,8 @@ from wanx.exporter.targets.base import Target
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from wanx.bundle.manifest import Manifest
 
 
 def _cpu(text: str) -> Target | None:
@@ -27,24 +30,41 @@ def _openvino(text: str) -> Target | None:
     if text != "openvino":
         return None
 
-    def rewrite(model: ir.Model) -> None:
+    def graph(root: Path, manifest: Manifest, component: str) -> ir.Model:
         require_packages("write graphs for OpenVINO")
-        from wanx.exporter.targets.onnxruntime.openvino.graph import optimize_for_openvino
+        from wanx.exporter.targets.onnxruntime.openvino.graph import openvino_graph
 
-        optimize_for_openvino(model)
+        return openvino_graph(root, manifest, component)
 
-    return Target(name=text, prepare=lambda manifest, options: None, rewrite=rewrite)
+    return Target(name=text, prepare=lambda manifest, options: None, graph=graph)
+
+
+def _cuda(text: str) -> Target | None:
+    if text != "cuda":
+        return None
+
+    def graph(root: Path, manifest: Manifest, component: str) -> ir.Model:
+        require_packages("write graphs for CUDA")
+        from wanx.exporter.targets.onnxruntime.cuda.graph import cuda_graph
+
+        return cuda_graph(root, manifest, component)
+
+    return Target(
+        name=text, prepare=lambda manifest, options: None, graph=graph, may_be_elsewhere=True
+    )
 
 
 def _aoti(text: str) -> Target | None:
     if text != "aoti":
         return None
+    require_packages("build engines")
     from wanx.exporter.targets.aoti import AotiBuilder
 
     return Target(name=text, prepare=lambda manifest, options: AotiBuilder())
 
 
 def _tensorrt(text: str) -> Target | None:
+    require_packages("build engines")
     from wanx.exporter.targets.tensorrt.gpus import parse_target
     from wanx.exporter.targets.tensorrt.target import prepare
 
@@ -56,6 +76,7 @@ def _tensorrt(text: str) -> Target | None:
 
 TARGETS: Mapping[str, Callable[[str], Target | None]] = {
     "cpu": _cpu,
+    "cuda": _cuda,
     "openvino": _openvino,
     "aoti": _aoti,
     "rtx": _tensorrt,

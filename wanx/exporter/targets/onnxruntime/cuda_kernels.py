@@ -250,37 +250,50 @@ def _expand_functions(model: ir.Model, opset: int) -> bool:
     Returns:
         Whether there were any.
     """
-    bodies: dict[bytes, ir.Function] = {}
     for node in [node for part in _graphs(model) for node in part if _has_schema(node)]:
         if not all(_mismatch(TABLE[where], node, opset) for where in ("cuda", "cpu")):
             continue
-        if body := _body(node, opset):
-            if body not in bodies:
-                proto = onnx.FunctionProto.FromString(body)
-                proto.domain, proto.name = _EXPANDED, f"{node.op_type}_{len(bodies)}"
-                # Its nodes become the model's, in the versions that the model imports.
-                proto.opset_import[0].version = opset
-                bodies[body] = ir.serde.deserialize_function(proto)
-            node.domain, node.op_type = bodies[body].domain, bodies[body].name
-    model.functions.update({function.identifier(): function for function in bodies.values()})
+        schema = _schema(node.op_type, opset)
+        for name, attribute in schema.attributes.items():
+            # The body may refer to it.
+            if attribute.default_value.name and name not in node.attributes:
+                node.attributes[name] = ir.from_proto(attribute.default_value)
+        if (proto := _body(node, schema, opset)) is not None:
+            proto.domain, proto.name = _EXPANDED, f"{node.op_type}_{len(model.functions)}"
+            # Its nodes become the model's, in the versions that the model imports.
+            proto.opset_import[0].version = opset
+            del proto.output[len(node.outputs) :]
+            function = ir.serde.deserialize_function(proto)
+            model.functions[function.identifier()] = function
+            node.domain, node.op_type = function.domain, function.name
     return InlinePass()(model).modified
 
 
-def _body(node: ir.Node, opset: int) -> bytes | None:
-    schema = _schema(node.op_type, opset)
-    body: bytes | None = None
+def _body(node: ir.Node, schema: Any, opset: int) -> onnx.FunctionProto | None:
+    body = onnx.FunctionProto()
     if schema.has_context_dependent_function:
         version = max(v for v in schema.context_dependent_function_opset_versions if v <= opset)
         call, types = _call(node)
-        body = schema.get_context_dependent_function_with_opset_version(
-            version,
-            call.SerializeToString(),
-            [types.get(name, onnx.TypeProto()).SerializeToString() for name in call.input],
+        arguments = [types.get(name, onnx.TypeProto()) for name in call.input]
+        body.ParseFromString(
+            schema.get_context_dependent_function_with_opset_version(
+                version,
+                call.SerializeToString(),
+                [type_.SerializeToString() for type_ in arguments],
+            )
         )
-    elif schema.has_function:
-        version = max(v for v in schema.function_opset_versions if v <= opset)
-        body = schema.get_function_with_opset_version(version)
-    return body
+        return body
+    versions = [version for version in schema.function_opset_versions if version <= opset]
+    if not versions:
+        return None
+    version = max(versions)
+    body.ParseFromString(schema.get_function_with_opset_version(version))
+    # None whose operators have other versions by now: OpSchema::GetFunction, onnx/defs/schema.cc.
+    then, now = (
+        [_schema(inner.op_type, opset).since_version for inner in body.node]
+        for opset in (version, opset)
+    )
+    return body if then == now else None
 
 
 def _missing_kernels(graph: ir.Graph, opset: int) -> Iterator[MissingKernel]:

@@ -18,11 +18,10 @@ from typing import Any
 from onnxscript import OnnxFunction, script
 from onnxscript import opset23 as op
 
-from wanx.config.number_formats import FP8, UINT8
+from wanx.config.number_formats import FP8
 from wanx.kernels.registry import DOMAIN
 
 WEIGHT_SCALE = 1 / FP8.largest
-ZERO = UINT8.zero_point
 
 
 @script(DOMAIN, default_opset=op)
@@ -43,8 +42,7 @@ def QuantLinearRows(x8, x_scale, weight8, weight_scale, bias):  # type: ignore[n
 
 @script(DOMAIN, default_opset=op)
 def WeightOnlyLinear(x, weight8, weight_scale):  # type: ignore[no-untyped-def]
-    zero = op.CastLike(op.Constant(value_int=ZERO), x)
-    weight = op.Transpose(op.CastLike(weight8, x) - zero, perm=[1, 0])
+    weight = op.Transpose(op.CastLike(weight8, x), perm=[1, 0])
     return op.CastLike(op.Cast(op.MatMul(x, weight), to=1) * weight_scale, x)
 
 

@@ -70,6 +70,7 @@ def graph_with_plugins(
     assert exported is not None
     model = exported.model
     _scales_as_factors(model)
+    _signed_weights(model)
     types = {parameter.dtype for _, parameter in segment.parameters}
     decompose = types == {torch.float32} or isinstance(segment.module, WanVAE)
     functions = ONNX_FUNCTIONS | FUNCTION_BODIES | (DECOMPOSED if decompose else {})
@@ -97,6 +98,21 @@ def _scales_as_factors(model: ir.Model) -> None:
         model.graph.insert_before(node, divide)
         node.replace_input_with(0, divide.outputs[0])
         node.replace_input_with(1, one)
+
+
+def _signed_weights(model: ir.Model) -> None:
+    """Take weights of uint8 as int8, from which 128 is taken off already."""
+    for value in model.graph.inputs:
+        if value.dtype != ir.DataType.UINT8:
+            continue
+        value.type = ir.TensorType(ir.DataType.INT8)
+        for gather in [user for user, _ in value.uses() if user.op_type == "Gather"]:
+            gather.outputs[0].type = ir.TensorType(ir.DataType.INT8)
+            ((cast, _),) = gather.outputs[0].uses()
+            ((centred, _),) = cast.outputs[0].uses()
+            assert (cast.op_type, centred.op_type) == ("Cast", "Sub")
+            centred.outputs[0].replace_all_uses_with(cast.outputs[0])
+            model.graph.remove(centred, safe=True)
 
 
 def _unnamed(model: onnx.ModelProto) -> onnx.ModelProto:

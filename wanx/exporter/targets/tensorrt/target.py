@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
-from wanx.bundle.engine_schedule import SCHEDULE, EngineSchedule, Program
+from wanx.bundle.engine_schedule import SCHEDULE, EngineSchedule, Program, Weight
 from wanx.bundle.manifest import Component, Manifest
-from wanx.config.number_formats import QUANTIZED
+from wanx.config.number_formats import INT8, QUANTIZED, UINT8
 from wanx.errors import WanxError
 from wanx.exporter.partition.segments import Partition, Segment
 from wanx.exporter.targets.base import Builder, OnFraction, no_fraction
@@ -143,7 +143,9 @@ class TensorRTBuilder(Builder):
                     ) from error
                 file = f"{segment_name}.engine"
                 shutil.move(temporary / file, folder / file)
-                programs[segment_name] = Program(file=file, weights=segment.weights, layers=layers)
+                programs[segment_name] = Program(
+                    file=file, weights=signed_weights(segment), layers=layers
+                )
         schedule = EngineSchedule(
             compiler=self.target.compiler(),
             device=self.target.device,
@@ -158,6 +160,19 @@ class TensorRTBuilder(Builder):
     def notes(self) -> list[str]:
         """Return a line for each plug-in: how many nodes it took, and why others were left."""
         return plugin_notes(self.plugins, self._replaced)
+
+
+def signed_weights(segment: Segment) -> tuple[Weight, ...]:
+    """Weights of a segment as its engine takes them: around zero where they are stored above it.
+
+    TensorRT looks up no rows of uint8.
+    """
+    return tuple(
+        weight.model_copy(update={"dtype": INT8.safetensors})
+        if weight.dtype == UINT8.safetensors
+        else weight
+        for weight in segment.weights
+    )
 
 
 def shapes_of(segment: Segment, ranges: Mapping[str, Range]) -> dict[str, list[list[int]]]:

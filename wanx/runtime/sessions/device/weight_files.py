@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from wanx.bundle.engine_schedule import EngineSchedule, StoredType
 from wanx.config.number_formats import BY_SAFETENSORS
-from wanx.files.floats import FLOATS, NUMPY, convert
+from wanx.files.floats import CENTRED, FLOATS, NUMPY, convert
 from wanx.files.safetensors import TensorRef, read_header
 from wanx.runtime.sessions.device.cuda import Cuda, CudaError
 from wanx.runtime.sessions.device.memory import host_view, rounded
@@ -72,7 +72,8 @@ def plan_weights(
                     raise missing_weight(component, name)
             sources = tuple(known[name] for name in names)
             for source in sources:
-                if source.dtype != weight.dtype and not {source.dtype, weight.dtype} <= FLOATS:
+                pair = source.dtype, weight.dtype
+                if len(set(pair)) > 1 and pair != CENTRED and not set(pair) <= FLOATS:
                     raise misshaped_weight(component, source.name, [source.dtype], [weight.dtype])
             count = math.prod(weight.shape)
             if sum(math.prod(source.shape) for source in sources) != count:

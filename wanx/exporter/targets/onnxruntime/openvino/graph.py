@@ -9,11 +9,13 @@ weights of 8 bits alone are widened in the way that it does while it multiplies.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 from onnxscript import OnnxFunction
 
+from wanx.bundle.manifest import Manifest
 from wanx.exporter.targets.onnxruntime.openvino.forms import (
     PlainAttention,
     PlainRMSNormalization,
@@ -26,6 +28,16 @@ _PLAIN: dict[str, OnnxFunction[..., Any]] = {
     "RotaryEmbedding": PlainRotaryEmbedding,
     "Attention": PlainAttention,
 }
+
+
+def openvino_graph(root: Path, manifest: Manifest, component: str) -> ir.Model:
+    """Rewrite the portable graph of a component of a bundle for OpenVINO."""
+    model = ir.load(root / manifest.components[component].graph)
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value.base_dir = root
+    optimize_for_openvino(model)
+    return model
 
 
 def optimize_for_openvino(model: ir.Model) -> None:
