@@ -76,5 +76,7 @@ def save_graph(model: ir.Model, path: Path) -> None:
 
 def graph_bytes(model: ir.Model) -> bytes:
     """Serialise a model whose large tensors are external; the same model gives the same bytes."""
+    for node in model.graph:  # named by how many others were made before
+        node.name = None
     data: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
     return data

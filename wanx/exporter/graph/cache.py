@@ -90,10 +90,10 @@ class GraphCache:
         path = None if self._folder is None else self._folder / f"{_with_tracers(key)}.zlib"
         if path is not None and (data := _read(path)) is not None:
             return decode(data)
-        made = make()
+        data = encode(make())
         if path is not None:
-            _write(path, encode(made))
-        return made
+            _write(path, data)
+        return decode(data)  # what the next one gets too
 
 
 def graph_key(

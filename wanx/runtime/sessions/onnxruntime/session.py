@@ -199,7 +199,8 @@ class OnnxRuntimeSession(Session):
                 self._bundle.held(engine),
                 self._bundle.held(""),
                 threads=self._options.threads,
-                fold=folds(record),
+                # Others fold by themselves, and know which weights to leave as they are stored.
+                fold=provider == CPU and folds(record),
                 provider=provider,
                 options=self._options,
             )
