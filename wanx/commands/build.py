@@ -15,7 +15,8 @@ def build(
     target: Annotated[
         str,
         option(
-            help="As for export: aoti, rtx:sm89, tensorrt, cpu.", autocompletion=complete_target
+            help="As for export: aoti, rtx:sm89, tensorrt, cuda, openvino, cpu.",
+            autocompletion=complete_target,
         ),
     ] = "aoti",
     plugins: Annotated[

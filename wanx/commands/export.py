@@ -41,8 +41,8 @@ def export(
         str,
         option(
             help="What will run the bundle: cpu, aoti (compiled for this GPU), rtx:sm89 "
-            "(TensorRT-RTX for such GPUs, several with commas), tensorrt (for this GPU) or "
-            "tensorrt:sm80+ (and all newer ones).",
+            "(TensorRT-RTX for such GPUs, several with commas), tensorrt (for this GPU), "
+            "tensorrt:sm80+ (and all newer ones), or providers of ONNX Runtime: cuda, openvino.",
             autocompletion=complete_target,
         ),
     ] = "cpu",

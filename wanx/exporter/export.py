@@ -39,9 +39,11 @@ from wanx.exporter.known_golden import known_golden
 from wanx.exporter.options import ExportOptions, ResolvedExport, resolve
 from wanx.exporter.packages import missing_packages, require_packages
 from wanx.exporter.source import open_source
+from wanx.exporter.targets.base import Target
 from wanx.exporter.targets.registry import parse_target
 from wanx.exporter.weights import WrittenWeights, combined_sha256, write_weights
 from wanx.progress import Progress, byte_counter, no_progress
+from wanx.runtime.sessions.onnxruntime.providers import PROVIDERS
 from wanx.version import __version__
 
 if TYPE_CHECKING:
@@ -169,7 +171,7 @@ def _build(resolved: ResolvedExport, folder: Path, progress: Progress) -> None:
     manifest = with_engines(folder, plain.manifest, target, folder, progress)
     if options.gate:
         # Engines for a GPU that is not here cannot run; their numbers can, on the processor.
-        runs = not target.may_be_elsewhere or _has_gpu()
+        runs = _runs_here(target)
         built = replace(plain, manifest=manifest) if runs else plain
         require_golden(check_golden(built, progress=progress), Gates())
     write_manifest(folder, manifest)
@@ -193,7 +195,12 @@ def _golden(resolved: ResolvedExport, bundle: Bundle, progress: Progress) -> Gol
     return record_golden(resolved.checkpoint, bundle, options, progress, resolved.runs)
 
 
-def _has_gpu() -> bool:
+def _runs_here(target: Target) -> bool:
+    """True if this machine has what runs the target's engines."""
+    if target.name in PROVIDERS and not PROVIDERS[target.name].is_installed:
+        return False
+    if not target.may_be_elsewhere:
+        return True
     import torch
 
     return torch.cuda.is_available()

@@ -5,11 +5,19 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from wanx.bundle.manifest import Manifest
+from wanx.bundle.manifest import FileRecord, Manifest
 from wanx.bundle.publish import record_files
 from wanx.exporter.component_writer import graph_bytes
 from wanx.exporter.targets.base import OwnGraph
 from wanx.progress import Progress, no_progress
+
+
+def _recorded(written: Path, folder: Path) -> dict[str, FileRecord]:
+    """Records of the new graphs alone: the rest of a bundle has its own."""
+    if not written.exists():
+        return {}
+    prefix = written.relative_to(folder).as_posix()
+    return {f"{prefix}/{name}": record for name, record in record_files(written).items()}
 
 
 def with_variants(
@@ -47,7 +55,7 @@ def with_variants(
     progress(f"build {target}", len(graphs), len(graphs), "steps")
     replaced = {c.engines[target] for c in manifest.components.values() if target in c.engines}
     files = {path: record for path, record in manifest.files.items() if path not in replaced}
-    known = manifest.files | record_files(folder)
+    known = manifest.files | _recorded(written, folder)
     own = {path: r for path, r in known.items() if path.startswith(f"engines/{key}/")}
     components = {
         name: component.model_copy(

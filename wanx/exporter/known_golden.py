@@ -11,7 +11,8 @@ from wanx.exporter.options import ResolvedExport
 def known_golden(resolved: ResolvedExport) -> Golden | None:
     """Golden steps of a bundle that is exported again, if they are those that would be recorded.
 
-    That is so where they are of the same run. They come from the bundle's own source, in fp32.
+    That is so where they are of the same run. They come from what the bundle itself was exported
+    from, in fp32.
 
     Raises:
         CorruptInputError: the bundle's golden steps cannot be read.

@@ -280,3 +280,32 @@ def test_shipped_graphs_of_other_code_are_not_used(
         monkeypatch.undo()
         caches._archive.cache_clear()
     assert caches._shipped(graph_key("text_encoder", TINY, None)) is not None
+
+
+@pytest.mark.parametrize("damage", ["cut", "a byte", "no archive", "missing"])
+@pytest.mark.fault("a damaged graph cache")
+def test_a_damaged_archive_is_not_used(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copy(SHIPPED, tmp_path / "shipped.zip"))
+    data = bytearray(copy.read_bytes())
+    if damage == "cut":
+        copy.write_bytes(data[: len(data) // 2])
+    elif damage == "a byte":
+        key = graph_key("dit", PRESETS["t2v-14B"], None)
+        with zipfile.ZipFile(copy) as archive:
+            entry = archive.getinfo(key)
+        for place in range(entry.header_offset + 100, entry.header_offset + 400):
+            data[place] ^= 0x55
+        copy.write_bytes(data)
+    elif damage == "no archive":
+        copy.write_text("a pointer to a large file")
+    else:
+        copy.unlink()
+    monkeypatch.setattr(caches, "SHIPPED", copy)
+    caches._archive.cache_clear()
+    try:
+        assert caches._shipped(graph_key("dit", PRESETS["t2v-14B"], None)) is None
+    finally:
+        monkeypatch.undo()
+        caches._archive.cache_clear()

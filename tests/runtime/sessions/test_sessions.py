@@ -220,7 +220,7 @@ def test_too_little_memory(
         raise error
 
     with open_session(bundle_fp32, "dit", threads=1) as session:
-        monkeypatch.setattr(onnxruntime.InferenceSession, "run_with_iobinding", fail)
+        monkeypatch.setattr(onnxruntime.InferenceSession, "run_with_ort_values", fail)
         message = assert_one_line(lambda: session.run(dit_feeds), WanxError, "dit")
     assert "not enough memory" in message
     assert "fewer frames" in message

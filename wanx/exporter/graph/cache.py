@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -39,10 +40,17 @@ MAX_BYTES = 256 << 20  # of the user's cache; a 14B takes 40 kB
 TRACERS = ("torch", "onnx", "onnx-ir", "onnxscript")
 # Files below wanx/ that decide what a trace is.
 _SOURCES = (
-    *("models/**/*.py", "kernels/**/*.py", "config/number_formats.py"),
+    *("models/**/*.py", "kernels/**/*.py", "config/models.py", "config/number_formats.py"),
     *("exporter/graph/trace.py", "exporter/graph/repeat.py", "exporter/components.py"),
-    "exporter/quantization/quantized_spec.py",
+    *("exporter/graph/stored_graph.py", "exporter/trace_component.py"),
+    *(f"exporter/quantization/{name}.py" for name in ("quantized_spec", "recipe", "scheme")),
 )
+
+# What reading an archive raises that is missing or damaged.
+_UNREADABLE = (
+    OSError, KeyError, EOFError, RuntimeError, ValueError, zlib.error, zipfile.BadZipFile
+)  # fmt: skip
+_reading = threading.Lock()  # an archive has one place in its file for all threads
 
 T = TypeVar("T")
 Tensors = Mapping[str, tuple[int, ...]]
@@ -145,7 +153,7 @@ def _version(package: str) -> str:
 @functools.cache
 def _archive() -> zipfile.ZipFile | None:
     """The shipped entries; None where there are none, or they were made by other code."""
-    with suppress(OSError, KeyError, zipfile.BadZipFile):
+    with suppress(*_UNREADABLE):
         archive = zipfile.ZipFile(SHIPPED)
         if archive.read("sources").decode() == sources_digest():
             return archive
@@ -156,7 +164,9 @@ def _shipped(key: str) -> bytes | None:
     archive = _archive()
     if archive is None or key not in archive.NameToInfo:
         return None
-    return archive.read(key)
+    with suppress(*_UNREADABLE), _reading:
+        return archive.read(key)
+    return None
 
 
 def tensors_to_bytes(tensors: Tensors) -> bytes:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 OnFraction = Callable[[float], None]  # told how much is done, from 0 to 1
 
 
-OwnGraph = Callable[[Path, Manifest, str], "ir.Model"]
+OwnGraph = Callable[[Path, Manifest, str], "ir.Model"]  # of a bundle, its manifest, a component
 
 
 def no_fraction(done: float) -> None:

@@ -30,8 +30,9 @@ def _openvino(text: str) -> Target | None:
     if text != "openvino":
         return None
 
+    require_packages("write graphs for OpenVINO")
+
     def graph(root: Path, manifest: Manifest, component: str) -> ir.Model:
-        require_packages("write graphs for OpenVINO")
         from wanx.exporter.targets.onnxruntime.openvino.graph import openvino_graph
 
         return openvino_graph(root, manifest, component)
@@ -43,8 +44,9 @@ def _cuda(text: str) -> Target | None:
     if text != "cuda":
         return None
 
+    require_packages("write graphs for CUDA")
+
     def graph(root: Path, manifest: Manifest, component: str) -> ir.Model:
-        require_packages("write graphs for CUDA")
         from wanx.exporter.targets.onnxruntime.cuda.graph import cuda_graph
 
         return cuda_graph(root, manifest, component)

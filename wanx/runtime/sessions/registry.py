@@ -77,7 +77,15 @@ def _load_onnxruntime(bundle: Bundle, component: str, options: SessionOptions) -
     target = bundle.manifest.target
     default = target if target in PROVIDERS and target != CPU else AUTO
     asked = options.provider or default
-    provider = resolve_provider(asked, component)
+    try:
+        provider = resolve_provider(asked, component)
+    except EnvironmentMismatchError as error:
+        if options.provider is not None:
+            raise
+        raise EnvironmentMismatchError(
+            f"{bundle.root} was built for {target}: {error}; or run it on the processor: "
+            f"{bundle.build_command(CPU)}"
+        ) from None
     if asked == AUTO and provider != CPU:
         _log.info("%s runs on %s, where it was measured to be faster", component, provider)
     return OnnxRuntimeSession(

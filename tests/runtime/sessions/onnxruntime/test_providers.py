@@ -78,8 +78,7 @@ def test_a_package_that_is_not_installed(
         with pytest.raises(EnvironmentMismatchError) as caught:
             act(tiny, provider=name)  # type: ignore[operator]
         assert str(caught.value) == (
-            f"--provider {name} takes {package}, which is not installed: {install} "
-            "(docs/install.md)"
+            f"{name} takes {package}, which is not installed: {install} (docs/install.md)"
         )
 
 
@@ -124,14 +123,14 @@ def test_a_library_that_does_not_load(
     with pytest.raises(EnvironmentMismatchError) as caught:
         open_session(tiny, "text_encoder", provider="openvino")
     line = str(caught.value)
-    assert line.startswith("--provider openvino cannot load its library: ")
+    assert line.startswith("openvino cannot load its library: ")
     assert reason in line
     assert line.endswith("see docs/install.md")
 
 
 def test_no_device(tiny: Bundle, rows: dict[str, providers.Provider]) -> None:
     rows["openvino"] = replace(rows["openvino"], hardware=("NPU",))
-    with pytest.raises(EnvironmentMismatchError, match="--provider openvino finds no NPU that it"):
+    with pytest.raises(EnvironmentMismatchError, match="openvino finds no NPU that it"):
         open_session(tiny, "text_encoder", provider="openvino")
 
 
@@ -189,7 +188,9 @@ def test_it_goes_on_if_asked(
     ) as opened:
         assert np.array_equal(opened.run(feeds())["features"], expected["features"])
     (line,) = caplog.messages
-    assert line.startswith("openvino failed for text_encoder, which goes on on the processor: --pr")
+    assert line.startswith(
+        "openvino failed for text_encoder, which goes on on the processor: openvino finds"
+    )
 
 
 @pytest.mark.parametrize("fallback", [True, False])
@@ -235,7 +236,7 @@ class Failing:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def run_with_iobinding(self, binding: Any) -> None:
+    def run_with_ort_values(self, *_: Any) -> None:
         raise RuntimeError("it broke")
 
 
@@ -251,6 +252,34 @@ def test_constants_survive_going_on(tiny: Bundle) -> None:
     broken.bind(constants)
     broken._session = Failing(broken._session)  # type: ignore[assignment]
     assert np.array_equal(broken.run(inputs)["velocity"], expected.run(inputs)["velocity"])
+
+
+def test_bound_outputs_are_the_same(tiny: Bundle) -> None:
+    """As on devices, where the state stays; here on the processor's own memory."""
+    opened = session.OnnxRuntimeSession(
+        tiny, "vae_decoder_rest", options=ProviderOptions(threads=1)
+    )
+    inputs = feeds("vae_decoder_rest")
+    latent = {"latent": inputs.pop("latent")}
+    values = {n: onnxruntime.OrtValue.ortvalue_from_numpy(v) for n, v in inputs.items()}
+    names = [value.name for value in opened._session.get_outputs()]  # type: ignore[union-attr]
+    bound = opened._run_bound(values, latent, [n for n in names if n.endswith("_next")])
+    state = dict(values)
+    video = opened.run(latent, state)["video"]
+    assert np.array_equal(bound[0].numpy(), video)
+    for name, value in zip(names[1:], bound[1:], strict=True):
+        assert np.array_equal(value.numpy(), state[name.removesuffix("_next")].numpy())
+
+
+def test_a_folder_of_onnxruntime_without_files(
+    tiny: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of two packages leaves it that are uninstalled: an empty namespace."""
+    monkeypatch.setitem(sys.modules, "onnxruntime", types.ModuleType("onnxruntime"))
+    monkeypatch.setattr(session, "installed_packages", list)
+    for name in (None, "cpu", "cuda"):
+        with pytest.raises(EnvironmentMismatchError, match="reinstall wanx"):
+            open_session(tiny, "text_encoder", provider=name)
 
 
 def test_a_budget_of_memory(tiny: Bundle) -> None:

@@ -64,16 +64,19 @@ def _widen_one(graph: ir.Graph, product: ir.Node, chain: tuple[ir.Node, ir.Node]
         shape=shape, name=weight.name, base_dir=stored.base_dir,
     )  # fmt: skip
     weight.shape = shape
-    squeeze = ir.node("Squeeze", [x, _constant(graph, product, 0)])
+    name = weight.name
+    squeeze = ir.node("Squeeze", [x, _constant(graph, product, f"{name}.first", 0)])
     x_columns = ir.node("Transpose", [squeeze.outputs[0]], {"perm": [1, 0]})
     scan = ir.node(
         "Scan",
         [weight],
         {"body": _body(x_columns.outputs[0], stored.dtype, piece, columns), "num_scan_inputs": 1},
     )
-    joined = ir.node("Reshape", [scan.outputs[0], _constant(graph, product, rows, -1)])
+    joined = ir.node(
+        "Reshape", [scan.outputs[0], _constant(graph, product, f"{name}.sizes", rows, -1)]
+    )
     turned = ir.node("Transpose", [joined.outputs[0]], {"perm": [1, 0]})
-    y = ir.node("Unsqueeze", [turned.outputs[0], _constant(graph, product, 0)])
+    y = ir.node("Unsqueeze", [turned.outputs[0], _constant(graph, product, f"{name}.axis", 0)])
     for node in (squeeze, x_columns, scan, joined, turned, y):
         node.outputs[0].name = f"{weight.name}.{node.op_type.lower()}_{len(node.inputs)}"
         graph.insert_before(product, node)
@@ -94,9 +97,9 @@ def _rows_of_a_piece(rows: int, columns: int) -> int:
     )
 
 
-def _constant(graph: ir.Graph, before: ir.Node, *numbers: int) -> ir.Value:
+def _constant(graph: ir.Graph, before: ir.Node, name: str, *numbers: int) -> ir.Value:
     node = ir.node("Constant", [], {"value": ir.tensor(np.array(numbers, np.int64))})
-    node.outputs[0].name = f"numbers_{id(node)}"
+    node.outputs[0].name = name
     graph.insert_before(before, node)
     return node.outputs[0]
 

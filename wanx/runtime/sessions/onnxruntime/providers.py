@@ -9,8 +9,10 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import sys
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -66,8 +68,12 @@ class Provider:
         """True if its package is there; its library may still not load."""
         if self.plugin is not None:
             return find_spec(self.plugin) is not None
+        if self.execution_provider == _CPU_PROVIDER:
+            return True
         import onnxruntime
 
+        if not hasattr(onnxruntime, "get_available_providers"):  # what a session explains
+            return True
         return self.execution_provider in onnxruntime.get_available_providers()
 
 
@@ -124,7 +130,7 @@ PROVIDERS: Mapping[str, Provider] = {
 # docs/performance.md.
 FASTER: Mapping[str, str] = {}
 # Providers that `wanx build --target` makes graphs for, beside those of the processor.
-OWN_GRAPHS = ("openvino",)
+OWN_GRAPHS = ("cuda", "openvino")
 
 
 def check_provider(name: str) -> None:
@@ -152,7 +158,7 @@ def resolve_provider(name: str, component: str) -> str:
     if not PROVIDERS[name].is_installed:
         provider = PROVIDERS[name]
         raise EnvironmentMismatchError(
-            f"--provider {name} takes {provider.package}, which is not installed: "
+            f"{name} takes {provider.package}, which is not installed: "
             f"{provider.install} (docs/install.md)"
         )
     return name
@@ -175,7 +181,8 @@ def add_provider(
     if name != CPU:
         onnxruntime.set_default_logger_severity(4)  # what fails is raised, or asked for
     if provider.device == "cuda" and hasattr(onnxruntime, "preload_dlls"):
-        onnxruntime.preload_dlls()  # those that pip installed; without them, the system's are tried
+        with redirect_stdout(sys.stderr):
+            onnxruntime.preload_dlls()  # those that pip installed; else the system's are tried
     if provider.plugin is None:
         return [(provider.execution_provider, provider.settings(settings))]
     devices = _devices(name)
@@ -202,8 +209,8 @@ def _devices(name: str) -> list[Any]:
         if devices:
             return devices
     raise EnvironmentMismatchError(
-        f"--provider {name} finds no {' or '.join(provider.hardware)} that it can use here; "
-        "choose another, or --provider cpu"
+        f"{name} finds no {' or '.join(provider.hardware)} that it can use here; choose another "
+        "provider, or cpu"
     )
 
 
@@ -222,5 +229,5 @@ def _register(name: str) -> None:
             return
         _, _, reason = text.rpartition("with error: ")
         raise EnvironmentMismatchError(
-            f"--provider {name} cannot load its library: {reason[:240]}; see docs/install.md"
+            f"{name} cannot load its library: {reason[:240]}; see docs/install.md"
         ) from error

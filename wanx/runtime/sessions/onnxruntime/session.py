@@ -6,7 +6,7 @@ import functools
 import logging
 import platform
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,6 +75,7 @@ def create_session(
             settings,
             providers=add_provider(settings, provider, options),
             disabled_optimizers=None if fold else ["ConstantFolding"],
+            enable_fallback=0,  # which would say so on standard output, and lose the reason
         )
 
 
@@ -169,7 +170,12 @@ class OnnxRuntimeSession(Session):
     def bind(self, constants: Mapping[str, Array]) -> None:
         """Put arrays where the provider computes, once; on the processor nothing is copied."""
         self._constants |= constants
-        self._bound |= {name: self._on_device(value) for name, value in constants.items()}
+        try:
+            self._bound |= {name: self._on_device(value) for name, value in constants.items()}
+        except WanxError as error:
+            if not self._fallback:
+                raise
+            self._fall_back(error)  # which binds all constants
 
     def run(self, feeds: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
         """Run the graph; see :meth:`Session.run`."""
@@ -179,7 +185,8 @@ class OnnxRuntimeSession(Session):
             if not self._fallback:
                 raise
             if state is not None:
-                state |= {name: on_processor(value) for name, value in state.items()}
+                with self._explained():
+                    state |= {name: on_processor(value) for name, value in state.items()}
             self._fall_back(error)
             return self._run(feeds, state)
 
@@ -199,7 +206,7 @@ class OnnxRuntimeSession(Session):
                 self._bundle.held(engine),
                 self._bundle.held(""),
                 threads=self._options.threads,
-                # Others fold by themselves, and know which weights to leave as they are stored.
+                # Folding would widen weights that others read as they are stored.
                 fold=provider == CPU and folds(record),
                 provider=provider,
                 options=self._options,
@@ -222,29 +229,49 @@ class OnnxRuntimeSession(Session):
         self._bound = {name: self._on_device(value) for name, value in self._constants.items()}
 
     def _run(self, feeds: Mapping[str, Array], state: State | None) -> dict[str, Array]:
+        import onnxruntime
+
         assert self._session is not None, "the session is closed"
         values = dict(self._bound)
         if state is not None:
             values |= {name: value for name, value in state.items() if name in self._inputs}
         kept = {name for name in self._outputs if state is not None and name.endswith(NEXT)}
         with self._explained():
-            binding = self._session.io_binding()
-            for name, value in values.items():
-                binding.bind_ortvalue_input(name, value)
-            for name, array in feeds.items():
-                binding.bind_cpu_input(name, np.ascontiguousarray(array))
-            for name in self._outputs:
-                binding.bind_output(name, self._device if name in kept else "cpu")
-            self._session.run_with_iobinding(binding)
-            results = binding.get_outputs()
-        outputs = {}
-        for name, value in zip(self._outputs, results, strict=True):
-            if name in kept:
-                assert state is not None
-                state[name.removesuffix(NEXT)] = value
+            if self._device == "cpu":
+                for name, array in feeds.items():
+                    values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
+                results = self._session.run_with_ort_values(self._outputs, values)
             else:
-                outputs[name] = value.numpy()
+                results = self._run_bound(values, feeds, kept)
+            outputs = {}
+            for name, value in zip(self._outputs, results, strict=True):
+                if name in kept:
+                    assert state is not None
+                    state[name.removesuffix(NEXT)] = value
+                else:
+                    outputs[name] = value.numpy()
         return outputs
+
+    def _run_bound(
+        self,
+        values: Mapping[str, onnxruntime.OrtValue],
+        feeds: Mapping[str, Array],
+        kept: Collection[str],
+    ) -> list[onnxruntime.OrtValue]:
+        """Run with outputs in ``kept`` left on the device, and the others in host memory."""
+        assert self._session is not None, "the session is closed"
+        arrays = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        binding = self._session.io_binding()
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, array in arrays.items():
+            binding.bind_cpu_input(name, array)
+        for name in self._outputs:
+            binding.bind_output(name, self._device if name in kept else "cpu")
+        self._session.run_with_iobinding(binding)
+        results: list[onnxruntime.OrtValue] = binding.get_outputs()
+        binding.clear_binding_inputs()  # outputs keep the binding, and it the state before
+        return results
 
     def _on_device(self, array: Array) -> onnxruntime.OrtValue:
         import onnxruntime
@@ -297,4 +324,7 @@ def _graph_for(record: Component, provider: str) -> tuple[str, bool]:
     """The graph that a provider runs, and whether one of its own would be better."""
     if provider in record.engines:
         return record.engines[provider], False
-    return record.engines.get(CPU, record.graph), provider in OWN_GRAPHS
+    portable = record.graph
+    if provider in (CPU, "openvino"):  # which reads the processor's graph better than the portable
+        portable = record.engines.get(CPU, portable)
+    return portable, provider in OWN_GRAPHS

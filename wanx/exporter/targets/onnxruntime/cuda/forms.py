@@ -3,6 +3,7 @@
 There is no kernel for products of 8 bits with a scale for each channel. So activations stay in the
 16-bit type around, and a weight becomes that type, which holds 8-bit numbers exactly, when its
 layer runs; the scale is applied to the sums in fp32. Sums without a scale leave the range of fp16.
+``MatMulNBits`` has scales in the 16-bit type.
 """
 
 # mypy: ignore-errors
