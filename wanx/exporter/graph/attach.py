@@ -10,11 +10,9 @@ import onnx_ir as ir
 from wanx.checkpoints.weights import abbreviate
 from wanx.config.number_formats import WEIGHTS
 from wanx.errors import WanxError
-from wanx.files.floats import FLOATS
 from wanx.files.safetensors import TensorRef
 
 IR_TYPES = {row.safetensors: ir.DataType(row.onnx) for row in WEIGHTS}
-STORED_BY_IR = {kind: stored for stored, kind in IR_TYPES.items()}
 
 
 def attach_weights(model: ir.Model, tensors: Mapping[str, TensorRef], root: Path) -> dict[str, int]:
@@ -28,7 +26,7 @@ def attach_weights(model: ir.Model, tensors: Mapping[str, TensorRef], root: Path
         How many tensors of each stored type the graph reads.
 
     Raises:
-        WanxError: the files lack a tensor, or have it in 8 bits of another kind.
+        WanxError: the files lack a tensor.
     """
     counts: dict[str, int] = {}
     without_data = {n: v for n, v in model.graph.initializers.items() if v.const_value is None}
@@ -55,11 +53,6 @@ def attach_weights(model: ir.Model, tensors: Mapping[str, TensorRef], root: Path
         # Not ``value.dtype =``, which would change every value that shares the type object.
         value.type = ir.TensorType(stored)
         if stored != graph_type:
-            if not {ref.dtype, STORED_BY_IR[graph_type]} <= FLOATS:
-                raise WanxError(
-                    f"{name!r} is stored as {ref.dtype}, and {model.graph.name} reads it as "
-                    f"{STORED_BY_IR[graph_type]}; export the bundle again"
-                )
             _cast_uses(model.graph, value, graph_type)
         counts[ref.dtype] = counts.get(ref.dtype, 0) + 1
     return counts

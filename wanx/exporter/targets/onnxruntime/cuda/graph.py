@@ -15,6 +15,8 @@ import onnx_ir as ir
 import torch
 
 from wanx.bundle.manifest import Component, Manifest
+from wanx.config.number_formats import UINT8
+from wanx.errors import WanxError
 from wanx.exporter.graph.attach import attach_weights
 from wanx.exporter.graph.cache import GraphCache
 from wanx.exporter.quantization.recipe import recipe_from_manifest
@@ -37,6 +39,9 @@ def cuda_graph(
         manifest: of the bundle.
         component: such as ``dit``.
         dtype: that it computes in; None takes :func:`compute_dtype`.
+
+    Raises:
+        WanxError: 8-bit weights are not stored as this version stores them.
     """
     record = manifest.components[component]
     dtype = dtype or compute_dtype(component, record)
@@ -52,6 +57,13 @@ def cuda_graph(
         lambda: trace_component(component, manifest.config, recipe, dtype),
         computes=FORMATS[dtype].name,
     )  # fmt: skip
+    for name, value in model.graph.initializers.items():
+        # As exports of earlier versions had them, with the same name of their scheme.
+        if value.dtype == ir.DataType.UINT8 and tensors[name].dtype != UINT8.safetensors:
+            raise WanxError(
+                f"{name!r} of {component} is stored as {tensors[name].dtype} instead of "
+                f"{UINT8.safetensors}; export the bundle again"
+            )
     attach_weights(model, tensors, root)
     optimize_for_cuda(model)
     return model
