@@ -40,7 +40,7 @@ from wanx.exporter.quantization.scheme import SCHEMES, QuantizeOptions
 from wanx.exporter.targets.onnxruntime.graph import optimize_for_ort
 from wanx.files.safetensors import SafetensorsWriter, read_header
 from wanx.kernels.timing import interleaved
-from wanx.runtime.sessions.onnxruntime.session import create_session
+from wanx.runtime.sessions.onnxruntime.loading import create_session
 from wanx.runtime.tokens import patchify, rope_tables, unpatchify
 
 CONFIG = DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=4)

@@ -28,7 +28,7 @@ from wanx.exporter.quantization.scheme import SCHEMES, QuantizeOptions
 from wanx.exporter.targets.onnxruntime.graph import optimize_for_ort
 from wanx.files.safetensors import SafetensorsWriter, TensorRef
 from wanx.models.dit.model import WanDiT
-from wanx.runtime.sessions.onnxruntime.session import create_session
+from wanx.runtime.sessions.onnxruntime.loading import create_session
 
 Feeds = Mapping[str, np.ndarray]
 SMALL = DiTConfig(

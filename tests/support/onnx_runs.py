@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from wanx.exporter.components import ComponentSpec, GraphInput
 from wanx.exporter.graph.trace import trace
-from wanx.runtime.sessions.onnxruntime.session import session_options
+from wanx.runtime.sessions.onnxruntime.loading import session_options
 
 TYPES = {
     torch.float32: TensorProto.FLOAT,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-import os
 import re
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -15,7 +13,7 @@ from wanx.bundle.publish import add_engines, record_files
 from wanx.bundle.reader import Bundle, open_bundle, read_bundle
 from wanx.bundle.trust import TRUST_VARIABLE, is_trusted, mark_trusted
 from wanx.errors import WanxError
-from wanx.exporter.graph_variants import with_variants
+from wanx.exporter.graph_variants import free_key, with_variants
 from wanx.exporter.packages import require_packages
 from wanx.exporter.targets.base import Target
 from wanx.exporter.targets.options import DEFAULT_OPTIONS, BuilderOptions
@@ -101,7 +99,7 @@ def with_engines(
     }
     key = engine_key(partitions, target.name, builder.device, __version__, builder.fingerprint)
     if force or not _has_engines(manifest, target.name, key):
-        key = _free_key(root, key)
+        key = free_key(root, key)
         engines = {name: f"engines/{key}/{name}/{SCHEDULE}" for name in partitions}
         for name, parts in partitions.items():
             stage = f"build {name}"
@@ -124,12 +122,6 @@ def _has_engines(manifest: Manifest, target: str, key: str) -> bool:
         and is_trusted(engine, manifest.files)
         for engine in engines
     )
-
-
-def _free_key(root: Path, key: str) -> str:
-    """The key, numbered where engines are there: what a reader may have open is never replaced."""
-    numbered = itertools.chain([key], (f"{key}-{number}" for number in itertools.count(2)))
-    return next(name for name in numbered if not os.path.lexists(root / "engines" / name))
 
 
 def _percent(progress: Progress, stage: str, done: float) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import platform
-import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -22,7 +20,7 @@ import onnx_ir as ir
 from wanx.accuracy.gates import Gates
 from wanx.accuracy.golden_check import check_golden, require_golden
 from wanx.accuracy.golden_tokens import write_golden_tokens
-from wanx.bundle.golden_steps import GOLDEN, Golden, write_golden
+from wanx.bundle.golden_steps import GOLDEN, write_golden
 from wanx.bundle.manifest import TOKENIZER, Component, Manifest, Provenance
 from wanx.bundle.publish import publish_bundle, record_files, write_manifest
 from wanx.bundle.reader import Bundle, open_bundle
@@ -34,13 +32,14 @@ from wanx.exporter.build import with_engines
 from wanx.exporter.component_groups import component_groups, weight_groups
 from wanx.exporter.component_writer import verified_component, write_graphs
 from wanx.exporter.estimate import Estimate, estimate
+from wanx.exporter.golden import source_golden
 from wanx.exporter.graph.cache import GraphCache, Tensors
-from wanx.exporter.known_golden import known_golden
 from wanx.exporter.options import ExportOptions, ResolvedExport, resolve
-from wanx.exporter.packages import missing_packages, require_packages
+from wanx.exporter.packages import require_packages
 from wanx.exporter.source import open_source
 from wanx.exporter.targets.base import Target
 from wanx.exporter.targets.registry import parse_target
+from wanx.exporter.thread_settings import one_thread, short_switch_interval
 from wanx.exporter.weights import WrittenWeights, combined_sha256, write_weights
 from wanx.progress import Progress, byte_counter, no_progress
 from wanx.runtime.sessions.onnxruntime.providers import PROVIDERS
@@ -48,8 +47,6 @@ from wanx.version import __version__
 
 if TYPE_CHECKING:
     from wanx.exporter.quantization.recipe import Recipe
-
-_log = logging.getLogger("wanx.exporter")
 
 TOOLS = (
     "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors", "tokenizers", "numpy",
@@ -163,7 +160,7 @@ def _build(resolved: ResolvedExport, folder: Path, progress: Progress) -> None:
     else:
         build.add(list(groups), recipes)
         if options.calibration.golden_steps:
-            golden = _golden(resolved, build.bundle(), progress)
+            golden = source_golden(resolved, build.bundle(), progress)
     if golden is not None and options.calibration.golden_steps:
         write_golden(golden, folder / GOLDEN)
     plain = build.bundle()
@@ -175,24 +172,6 @@ def _build(resolved: ResolvedExport, folder: Path, progress: Progress) -> None:
         built = replace(plain, manifest=manifest) if runs else plain
         require_golden(check_golden(built, progress=progress), Gates())
     write_manifest(folder, manifest)
-
-
-def _golden(resolved: ResolvedExport, bundle: Bundle, progress: Progress) -> Golden | None:
-    """Golden steps of the source, recorded unless it has them; None where nothing can record."""
-    if golden := known_golden(resolved):
-        return golden
-    if missing := missing_packages():
-        if resolved.options.gate:
-            require_packages("record the golden steps that --gate runs")
-        _log.warning(
-            "no golden steps are recorded, which takes %s: wanx verify will check hashes alone; "
-            "pip install 'wanx[export]' for both", ", ".join(missing),
-        )  # fmt: skip
-        return None
-    from wanx.exporter.calibration.calibrate import record_golden
-
-    options = resolved.options.calibration
-    return record_golden(resolved.checkpoint, bundle, options, progress, resolved.runs)
 
 
 def _runs_here(target: Target) -> bool:
@@ -273,7 +252,7 @@ class _Build:
         stop = threading.Event()
         groups = list(dict.fromkeys(self._groups[name] for name in names))
         traced: dict[str, ir.Model] = {}
-        with _short_switch_interval(), ThreadPoolExecutor(max_workers=1) as writer:
+        with short_switch_interval(), ThreadPoolExecutor(max_workers=1) as writer:
             writing = writer.submit(self._write_groups, groups, recipes, stop)
             try:
                 for name in names:
@@ -306,7 +285,7 @@ class _Build:
         self, groups: list[str], recipes: Mapping[str, Recipe], stop: threading.Event
     ) -> dict[str, WrittenWeights]:
         written = {}
-        with _one_thread(quantizes=bool(recipes)):
+        with one_thread(quantizes=bool(recipes)):
             for group in groups:
                 total = self._resolved.weight_bytes(group)
                 count = byte_counter(self._progress, f"write {group}", total)
@@ -335,34 +314,3 @@ def _versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     return versions
-
-
-@contextmanager
-def _one_thread(*, quantizes: bool) -> Iterator[None]:
-    """Keep PyTorch to the calling thread, where it quantises.
-
-    Pieces are small, and another core is tracing or hashing: threads that wait for each other took
-    several times as long.
-    """
-    if not quantizes:
-        yield
-        return
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@contextmanager
-def _short_switch_interval() -> Iterator[None]:
-    """Lower the GIL's switch interval, so that tracing does not starve the writer."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(2e-4)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)

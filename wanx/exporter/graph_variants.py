@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import os
 from pathlib import Path
 
 from wanx.bundle.manifest import FileRecord, Manifest
@@ -12,10 +14,14 @@ from wanx.exporter.targets.base import OwnGraph
 from wanx.progress import Progress, no_progress
 
 
+def free_key(root: Path, key: str) -> str:
+    """The key, numbered where engines are there: what a reader may have open is never replaced."""
+    numbered = itertools.chain([key], (f"{key}-{number}" for number in itertools.count(2)))
+    return next(name for name in numbered if not os.path.lexists(root / "engines" / name))
+
+
 def _recorded(written: Path, folder: Path) -> dict[str, FileRecord]:
     """Records of the new graphs alone: the rest of a bundle has its own."""
-    if not written.exists():
-        return {}
     prefix = written.relative_to(folder).as_posix()
     return {f"{prefix}/{name}": record for name, record in record_files(written).items()}
 
@@ -47,16 +53,19 @@ def with_variants(
         graphs[name] = graph_bytes(graph(root, manifest, name))
     digest = hashlib.sha256(b"".join(hashlib.sha256(data).digest() for data in graphs.values()))
     key = f"{target}-{digest.hexdigest()[:12]}"
+    known = set(manifest.files)
+    is_there = all(f"engines/{key}/{name}.onnx" in known for name in graphs)
+    key = key if is_there else free_key(root, key)
     written = folder / "engines" / key
-    if not (root / "engines" / key).exists():
+    if not is_there:
         written.mkdir(parents=True)
         for name, data in graphs.items():
             (written / f"{name}.onnx").write_bytes(data)
     progress(f"build {target}", len(graphs), len(graphs), "steps")
     replaced = {c.engines[target] for c in manifest.components.values() if target in c.engines}
     files = {path: record for path, record in manifest.files.items() if path not in replaced}
-    known = manifest.files | _recorded(written, folder)
-    own = {path: r for path, r in known.items() if path.startswith(f"engines/{key}/")}
+    recorded = manifest.files | ({} if is_there else _recorded(written, folder))
+    own = {path: r for path, r in recorded.items() if path.startswith(f"engines/{key}/")}
     components = {
         name: component.model_copy(
             update={"engines": component.engines | {target: f"engines/{key}/{name}.onnx"}}

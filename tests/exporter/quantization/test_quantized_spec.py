@@ -38,7 +38,7 @@ from wanx.files.safetensors import SafetensorsWriter
 from wanx.models.dit.model import WanDiT
 from wanx.models.quantized import QuantEmbedding, QuantLinear, WeightOnlyLinear, quantize_weight
 from wanx.models.text_encoder import UMT5Encoder
-from wanx.runtime.sessions.onnxruntime.session import session_options
+from wanx.runtime.sessions.onnxruntime.loading import session_options
 
 CASES: dict[str, tuple[DiTConfig, str, QuantizeOptions]] = {
     "int8": (SMALL, "int8", QuantizeOptions()),

@@ -179,7 +179,7 @@ def _tensors_from_bytes(data: bytes) -> Tensors:
 
 
 def _read(path: Path) -> bytes | None:
-    """What :func:`_write` wrote; None where there is nothing, or other bytes."""
+    """Data that :func:`_write` wrote; None where there is nothing, or other bytes."""
     try:
         digest, packed = (data := path.read_bytes())[:32], data[32:]
     except (FileNotFoundError, NotADirectoryError):

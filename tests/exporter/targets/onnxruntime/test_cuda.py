@@ -24,7 +24,7 @@ from wanx.exporter.options import ExportOptions
 from wanx.exporter.quantization.scheme import QuantizeOptions
 from wanx.exporter.targets.onnxruntime.cuda import graph as cuda
 from wanx.exporter.targets.onnxruntime.cuda_kernels import unsupported_nodes
-from wanx.runtime.sessions.onnxruntime.session import create_session, folds
+from wanx.runtime.sessions.onnxruntime.loading import create_session, folds
 
 QUICK = CalibrationOptions(prompts=1, steps=2, golden_steps=1, width=32, height=32, frames=5)
 COMPONENTS = [

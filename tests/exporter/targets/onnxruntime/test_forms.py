@@ -16,7 +16,7 @@ from wanx.exporter.components import ComponentSpec, GraphInput
 from wanx.exporter.graph.trace import trace
 from wanx.exporter.targets.onnxruntime.graph import optimize_for_ort
 from wanx.models.quantized import WeightOnlyLinear
-from wanx.runtime.sessions.onnxruntime.session import session_options
+from wanx.runtime.sessions.onnxruntime.loading import session_options
 
 SIZES = [(1, 24, 40), (45, 33, 7), (3, 1, 1), (17, 1025, 130)]  # rows, K, N
 FAINT = 2.0**-126

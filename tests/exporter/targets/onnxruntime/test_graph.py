@@ -22,8 +22,8 @@ from wanx.exporter.targets.onnxruntime.graph import optimize_for_ort
 from wanx.exporter.targets.onnxruntime.profile import profile_products
 from wanx.kernels.attention.op import Attention, BiasedAttention, attention_reference
 from wanx.kernels.quant_linear import QuantLinear
-from wanx.runtime.sessions.onnxruntime import session as sessions
-from wanx.runtime.sessions.onnxruntime.session import create_session
+from wanx.runtime.sessions.onnxruntime import loading as sessions
+from wanx.runtime.sessions.onnxruntime.loading import create_session
 
 
 def build_model(heads: int, scale: float, *, biased: bool = False) -> ir.Model:

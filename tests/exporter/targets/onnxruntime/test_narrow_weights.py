@@ -21,7 +21,7 @@ from wanx.exporter.graph.trace import trace
 from wanx.exporter.targets.onnxruntime import narrow_weights
 from wanx.exporter.targets.onnxruntime.graph import optimize_for_ort
 from wanx.files.safetensors import read_header
-from wanx.runtime.sessions.onnxruntime.session import create_session
+from wanx.runtime.sessions.onnxruntime.loading import create_session
 
 
 class Layers(nn.Module):

@@ -21,7 +21,7 @@ from wanx.bundle.reader import Bundle
 from wanx.errors import EnvironmentMismatchError, UsageError, WanxError
 from wanx.runtime.pipeline import Pipeline
 from wanx.runtime.sessions import open_session
-from wanx.runtime.sessions.onnxruntime import providers, session
+from wanx.runtime.sessions.onnxruntime import loading, providers, session
 from wanx.runtime.sessions.onnxruntime.providers import PROVIDERS, ProviderOptions
 
 
@@ -276,7 +276,7 @@ def test_a_folder_of_onnxruntime_without_files(
 ) -> None:
     """As one of two packages leaves it that are uninstalled: an empty namespace."""
     monkeypatch.setitem(sys.modules, "onnxruntime", types.ModuleType("onnxruntime"))
-    monkeypatch.setattr(session, "installed_packages", list)
+    monkeypatch.setattr(loading, "installed_packages", list)
     for name in (None, "cpu", "cuda"):
         with pytest.raises(EnvironmentMismatchError, match="reinstall wanx"):
             open_session(tiny, "text_encoder", provider=name)

@@ -104,7 +104,7 @@ def _graph_call(
     import onnx
     from onnx import helper, numpy_helper
 
-    from wanx.runtime.sessions.onnxruntime.session import create_session
+    from wanx.runtime.sessions.onnxruntime.loading import create_session
 
     inputs = [
         helper.make_tensor_value_info(

@@ -19,7 +19,7 @@ from typing import Any
 from wanx.benchmarks.speed.roofline.parts import CONVOLUTIONS, REST, label_in, name_nodes, parts_of
 from wanx.bundle.reader import Bundle
 from wanx.runtime.sessions.engine_session import EngineSession
-from wanx.runtime.sessions.onnxruntime.session import folds, session_options
+from wanx.runtime.sessions.onnxruntime.loading import folds, session_options
 
 OTHER = "other"
 MOST_OPERATIONS = 10

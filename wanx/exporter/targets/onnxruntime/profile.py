@@ -32,7 +32,7 @@ def profile_products(spec: ComponentSpec, graph: Path, root: Path) -> dict[str, 
     """
     import onnxruntime
 
-    from wanx.runtime.sessions.onnxruntime.session import session_options
+    from wanx.runtime.sessions.onnxruntime.loading import session_options
 
     axes = dict.fromkeys(spec.axes, 16)
     feeds = {item.name: item.example(axes).numpy() for item in (*spec.inputs, *spec.caches)}

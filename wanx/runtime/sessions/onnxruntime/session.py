@@ -2,127 +2,29 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-import platform
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from wanx.bundle.reader import Bundle, Component
 from wanx.errors import CorruptInputError, EnvironmentMismatchError, WanxError
-from wanx.runtime.onnxruntime_packages import installed_packages, package_fault
 from wanx.runtime.sessions.base import NEXT, Array, Session, State
-from wanx.runtime.sessions.onnxruntime.assignment import RECORD, report_nodes_left
+from wanx.runtime.sessions.onnxruntime.assignment import report_nodes_left
+from wanx.runtime.sessions.onnxruntime.loading import NO_OPTIONS, create_session, folds
 from wanx.runtime.sessions.onnxruntime.providers import (
     CPU,
     OWN_GRAPHS,
     PROVIDERS,
     ProviderOptions,
-    add_provider,
 )
 
 if TYPE_CHECKING:
     import onnxruntime
 
 _log = logging.getLogger("wanx.runtime")
-NO_OPTIONS = ProviderOptions()
-_INTEGER_PRODUCT = b"MatMulIntegerToFloat"
-# Features of a processor that adds products of 8 bits in 32 bits at once.
-_WIDE_SUMS = ("avx512_vnni", "avx_vnni", "amx_int8")
-
-
-def create_session(
-    graph: Path,
-    root: Path,
-    *,
-    threads: int | None = None,
-    fold: bool = True,
-    provider: str = CPU,
-    options: ProviderOptions = NO_OPTIONS,
-) -> onnxruntime.InferenceSession:
-    """Load a graph on ONNX Runtime.
-
-    Args:
-        graph: the ONNX file.
-        root: the folder that its locations of weights are relative to.
-        threads: of the processor; None takes all cores.
-        fold: compute constant expressions once. With weights stored in 16 bits that would compute
-            the Cast behind each of them and keep the wide copies.
-        provider: a row of :data:`PROVIDERS`.
-        options: for the provider.
-
-    Raises:
-        EnvironmentMismatchError: the provider's library does not load, or finds no device; or files
-            of ONNX Runtime are missing.
-    """
-    import onnxruntime
-
-    if not hasattr(onnxruntime, "InferenceSession"):  # uninstalled with its twin's files
-        raise EnvironmentMismatchError(package_fault(installed_packages()) or "reinstall wanx")
-    data = graph.read_bytes()
-    settings = session_options(root, threads=threads, graph=data)
-    if provider != CPU:
-        settings.add_session_config_entry(RECORD, "1")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a provider that is dropped, which is an error here
-        return onnxruntime.InferenceSession(
-            data,
-            settings,
-            providers=add_provider(settings, provider, options),
-            disabled_optimizers=None if fold else ["ConstantFolding"],
-            enable_fallback=0,  # which would say so on standard output, and lose the reason
-        )
-
-
-def session_options(
-    root: Path, *, threads: int | None = None, graph: bytes = b""
-) -> onnxruntime.SessionOptions:
-    """Options of every session; see :func:`create_session`.
-
-    Args:
-        root: the folder that locations of weights are relative to.
-        threads: of the processor; None takes all cores.
-        graph: the serialised model, whose integer products shall be exact on any processor.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # errors are raised as well as logged
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(root)
-    )
-    # Unsigned times signed saturates there; so ONNX Runtime shifts the weights to unsigned too.
-    # Other graphs stay as they are: it would take their 8-bit tables for weights of a product.
-    if _INTEGER_PRODUCT in graph and _saturates():
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    return options
-
-
-@functools.cache
-def _saturates() -> bool:
-    """True if this processor adds pairs of 8-bit products in 16 bits: x86 without VNNI or AMX."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return False
-    try:
-        features = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
-    except OSError:  # unknown: rather slow than wrong
-        return True
-    return not any(feature in features for feature in _WIDE_SUMS)
-
-
-def folds(record: Component) -> bool:
-    """Decide if a component's constants are folded; see :func:`create_session`.
-
-    Integer products need their scales folded; what is left in 16 bits is small then.
-    """
-    return record.quantization is not None or all(dtype == "F32" for dtype in record.storage)
 
 
 class OnnxRuntimeSession(Session):
