@@ -91,10 +91,12 @@ def main() -> None:
     commands = parser.add_subparsers(dest="action")
     recording = commands.add_parser("record")
     recording.add_argument("name")
-    recording.add_argument("command", nargs="+")
+    recording.add_argument("command", nargs=argparse.REMAINDER)
     arguments = parser.parse_args()
     if arguments.action == "record":
-        record(arguments.name, arguments.command)
+        # The first "--" ends the options of this tool; others belong to the command.
+        command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+        record(arguments.name, command)
     PAGE.write_text(render(), encoding="utf-8")
 
 

@@ -8,8 +8,8 @@ vocabulary; sizes and shapes are those of the real model.
     python tools/synthesize.py i2v-14B /tmp/i2v-14B --small-text-encoder
     python tools/synthesize.py tiny-vace /tmp/tiny-vace
 
-``--small-text-encoder`` leaves umT5 with one layer and a small vocabulary, where the disk cannot
-hold everything twice.
+``--small-text-encoder`` leaves umT5 with one layer and a small vocabulary, and ``--blocks`` the DiT
+with so many, where the disk cannot hold everything twice.
 """
 
 from __future__ import annotations
@@ -137,11 +137,17 @@ def main() -> None:
     parser.add_argument("preset", choices=PRESETS)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--small-text-encoder", action="store_true")
+    parser.add_argument("--blocks", type=int, metavar="N")
     arguments = parser.parse_args()
     config = PRESETS[arguments.preset]
     if arguments.small_text_encoder:
         text_encoder = replace(config.text_encoder, vocab_size=512, num_layers=1)
         config = replace(config, text_encoder=text_encoder)
+    if arguments.blocks:
+        hints = tuple(layer for layer in config.dit.vace_layers if layer < arguments.blocks)
+        config = replace(
+            config, dit=replace(config.dit, num_layers=arguments.blocks, vace_layers=hints)
+        )
     synthesize(config, arguments.folder)
 
 

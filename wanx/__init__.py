@@ -64,7 +64,7 @@ def load(
     *,
     threads: int | None = None,
     vram_budget: int | None = None,
-    provider: str | None = None,
+    provider: str = "auto",
     fallback: bool = False,
 ) -> Pipeline:
     """Open a bundle to generate videos from.
@@ -74,8 +74,8 @@ def load(
         threads: threads of the processor; None takes all cores.
         vram_budget: most bytes of the GPU's memory to take, for engines of TensorRT; weights that
             do not fit are streamed. None takes what is free.
-        provider: of ONNX Runtime, such as ``openvino``, or ``auto``: what was measured to be faster
-            and is installed. None is the target's own, or ``auto``.
+        provider: of ONNX Runtime, such as ``openvino``; ``auto`` is the target's own, and of a
+            bundle for the processor what was measured to be faster and is installed.
         fallback: go on on the processor where the provider fails.
 
     Raises:
@@ -209,10 +209,11 @@ def build(
     Args:
         bundle: folder made by :func:`export`.
         target: ``aoti``, ``rtx:sm89`` (and other GPUs, with commas), ``tensorrt``,
-            ``tensorrt:sm80+``, or ``cpu``, which needs none.
+            ``tensorrt:sm80+``; ``cuda`` or ``openvino``, which are graphs for providers of ONNX
+            Runtime; or ``cpu``, which needs none.
         force: build engines that are there too; those of another machine are built anew anyway.
         progress: told how far each stage is.
-        options: of TensorRT's builder, such as ``plugins`` and ``sizes``; see
+        options: of the build, such as TensorRT's ``plugins`` and ``sizes``; see
             :class:`wanx.exporter.targets.options.BuilderOptions`.
 
     Raises:

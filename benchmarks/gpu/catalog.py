@@ -84,6 +84,7 @@ def all_items(models: Sequence[Model], sizes: Sequence[Size], *, quick: bool = F
     run = _autotuned(first, shortest)
     items.append(Item(name=name, seconds=150, run=run, subject_seconds=240))
     items.append(Item(name="tensorrt-rtx", seconds=20, run=_tensorrt_rtx))
+    items.append(Item(name="onnxruntime-cuda", seconds=40, run=_onnxruntime_cuda))
     return items
 
 
@@ -242,3 +243,9 @@ def _tensorrt_rtx(bench: BenchContext) -> Iterator[ReportItem]:
     from benchmarks.gpu.tensorrt_rtx import tensorrt_rtx
 
     yield from tensorrt_rtx(bench)
+
+
+def _onnxruntime_cuda(bench: BenchContext) -> Iterator[ReportItem]:
+    from benchmarks.gpu.onnxruntime_cuda import onnxruntime_cuda
+
+    yield from onnxruntime_cuda(bench)

@@ -90,6 +90,24 @@ def test_a_profile_says_where_the_time_goes(wanx: Wanx, tmp_path: Path) -> None:
     assert "The most expensive operations" in page
 
 
+def test_another_provider_has_no_profile_of_the_processors_own(wanx: Wanx, tmp_path: Path) -> None:
+    small = [*SMALL[:-1], "--repeat", "1", "--profile"]
+    shutil.copytree(builtin_bundle(), tmp_path / "built")
+    assert wanx("build", "built", "--target", "openvino").code == 0
+    for arguments in (["tiny", "--provider", "openvino"], ["built"]):
+        result = wanx("bench", *arguments, *small)
+        assert result.code == 0
+        rooflines = report_of(tmp_path).rooflines
+        assert {item.component for item in rooflines} == {
+            "text_encoder", "dit", "vae_decoder_rest",
+        }  # fmt: skip
+        for item in rooflines:
+            assert item.seconds > 0
+            assert item.operations == ()
+            assert {part.seconds for part in item.parts} == {None}
+    assert report_of(tmp_path).settings.provider == "auto"
+
+
 def test_a_peer_takes_part(wanx: Wanx, tmp_path: Path) -> None:
     result = wanx("bench", "tiny", *SMALL, "--repeat", "1", "--peer", "diffusers")
     assert result.code == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from wanx.exporter.calibration.options import CalibrationOptions
 from wanx.exporter.components import expected_tensors
 from wanx.exporter.estimate import estimate
 from wanx.exporter.export import plan
+from wanx.exporter.graph.cache import GraphCache
 from wanx.exporter.options import ExportOptions, resolve
 from wanx.exporter.quantization.recipe import Recipe, dit_candidates, smoothing_of, text_recipe
 from wanx.exporter.quantization.scheme import SCHEMES, QuantizeOptions
 from wanx.exporter.quantized_weights import write_quantized_weights
+from wanx.exporter.trace_component import trace_component
 from wanx.exporter.weights import write_weights
 
 # Millions of parameters and numbers of tensors, counted in the published checkpoints.
@@ -130,7 +133,7 @@ def test_every_task_at_full_size(preset: str, tmp_path: Path) -> None:
     assert needs.peak_memory_bytes <= 1.5e9
     size = preset.partition("-")[2]
     plain = estimate(resolve(options, full_size_checkpoint(f"t2v-{size}", "F32")))
-    assert needs.seconds >= plain.seconds
+    assert needs.seconds - needs.calibration_seconds >= plain.seconds - plain.calibration_seconds
 
 
 @pytest.mark.parametrize("task", ["i2v", "flf2v", "vace"])
@@ -218,3 +221,41 @@ def test_time_of_calibration(
     assert calibrating <= whole
     less, less_whole = seconds(golden_steps=min(golden_steps, 1))
     assert whole - less_whole == pytest.approx(calibrating - less)
+
+
+def seconds_of(cache: GraphCache, precision: str = "bf16", **calibration: Any) -> float:
+    options = ExportOptions(
+        source="x", precision=precision,
+        calibration=CalibrationOptions(**{"golden_steps": 0} | calibration),
+    )  # fmt: skip
+    resolved = resolve(options, full_size_checkpoint("t2v-1.3B", "BF16"))
+    return estimate(resolved, cache).seconds
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8", "fp8"])
+def test_known_graphs_take_no_time(precision: str) -> None:
+    """Four of them; a plain export without any to trace does not import PyTorch either."""
+    known = seconds_of(GraphCache(), precision)
+    traced = seconds_of(GraphCache(use=False), precision)
+    assert traced - known == pytest.approx(4 * 4.0 + (4.0 if precision == "bf16" else 0.0))
+
+
+def test_a_graph_that_was_kept_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = replace(PRESETS["tiny"], text_encoder=replace(PRESETS["tiny"].text_encoder, dim=48))
+    cache = GraphCache()
+    assert not cache.has_graph("text_encoder", config, None)
+    cache.graph("text_encoder", config, None, lambda: trace_component("text_encoder", config, None))
+    assert cache.has_graph("text_encoder", config, None)
+    assert not GraphCache(use=False).has_graph("text_encoder", config, None)
+
+
+def test_golden_steps_of_a_bundle_take_no_time(tmp_path: Path) -> None:
+    """A bundle that is exported again brings them along, unless others are asked for."""
+    brought = plan(ExportOptions(source="tiny", output=tmp_path)).estimate
+    assert brought.calibration_seconds == 0
+    other = CalibrationOptions(golden_steps=2)
+    recorded = plan(ExportOptions(source="tiny", output=tmp_path, calibration=other)).estimate
+    assert recorded.calibration_seconds > 0
+    quantized = plan(ExportOptions(source="tiny", output=tmp_path, precision="int8")).estimate
+    assert quantized.calibration_seconds > recorded.calibration_seconds

@@ -87,7 +87,7 @@ def bench(
         str | None,
         option(help="With --compare: exit 3 if something is slower by more, such as 10%."),
     ] = None,
-    provider: Provider = None,
+    provider: Provider = "auto",
     threads: Threads = None,
     as_json: Json = False,
     quiet: Quiet = False,

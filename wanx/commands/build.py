@@ -48,6 +48,9 @@ def build(
         int | None,
         option(help="TensorRT: 0 to 5; more tries more kernels.", show_default="TensorRT's own"),
     ] = None,
+    no_graph_cache: Annotated[
+        bool, option("--no-graph-cache", help="cuda: trace every graph anew, and keep none.")
+    ] = False,
     force: Annotated[bool, option(help="Build engines that are there too.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -71,6 +74,7 @@ def build(
             frames=frames,
             workspace=parse_workspace(workspace),
             opt_level=opt_level,
+            graph_cache=not no_graph_cache,
         )
     if as_json:
         print_json(bundle_facts(built))

@@ -26,11 +26,10 @@ Threads = Annotated[
     option(min=1, max=MAX_THREADS, help="Threads of the processor.", show_default="all cores"),
 ]
 Provider = Annotated[
-    str | None,
+    str,
     option(
-        help="Of ONNX Runtime: auto (what was measured to be faster and is installed), cpu, cuda, "
-        "openvino, tensorrt-rtx, webgpu.",
-        show_default="the target's own, or auto",
+        help="Of ONNX Runtime: auto (the target's own, or what was measured to be faster and is "
+        "installed), cpu, cuda, openvino, tensorrt-rtx, webgpu.",
         autocompletion=complete_provider,
     ),
 ]

@@ -93,7 +93,7 @@ def run(
             show_default="what is free",
         ),
     ] = None,
-    provider: Provider = None,
+    provider: Provider = "auto",
     fallback: Fallback = False,
     threads: Threads = None,
     as_json: Json = False,

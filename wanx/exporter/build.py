@@ -13,6 +13,7 @@ from wanx.bundle.publish import add_engines, record_files
 from wanx.bundle.reader import Bundle, open_bundle, read_bundle
 from wanx.bundle.trust import TRUST_VARIABLE, is_trusted, mark_trusted
 from wanx.errors import WanxError
+from wanx.exporter.graph.cache import GraphCache
 from wanx.exporter.graph_variants import free_key, with_variants
 from wanx.exporter.packages import require_packages
 from wanx.exporter.targets.base import Target
@@ -81,7 +82,8 @@ def with_engines(
     """
     builder = target.prepare(manifest, options)
     if target.graph is not None:
-        manifest = with_variants(root, manifest, target.name, target.graph, folder, progress)
+        cache = GraphCache(use=options.graph_cache)
+        manifest = with_variants(root, manifest, target, folder, progress, cache=cache, force=force)
     if builder is None:
         return manifest.model_copy(update={"target": target.name})
     require_packages("build engines")

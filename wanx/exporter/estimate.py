@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from wanx.exporter.component_groups import component_groups
+from wanx.exporter.golden import known_golden
+from wanx.exporter.graph.cache import GraphCache
 from wanx.exporter.options import ResolvedExport
 from wanx.runtime.sampling.guidance import branches
 from wanx.runtime.sizes import latent_shape
 
+if TYPE_CHECKING:
+    from wanx.exporter.quantization.recipe import Recipe
+
 # Measured on two cores of an AMD EPYC of the Zen 4 generation; see docs/performance.md.
-_SECONDS_FIXED = 22.0
-_SECONDS_VAE_ENCODER = 12.0
+_SECONDS_FIXED = 2.0
+_SECONDS_PYTORCH = 4.0  # to import it and what traces
+_SECONDS_PER_TRACE = 4.0
 _SECONDS_PER_VACE_BLOCK = 0.6  # a DiT with hints is traced whole, any other from two blocks
 _BYTES_PER_SECOND = 400e6
 _OPERATIONS_PER_SECOND = 150e9  # of the streamed denoiser in fp32
@@ -38,26 +46,54 @@ class Estimate:
     calibration_seconds: float
 
 
-def estimate(resolved: ResolvedExport) -> Estimate:
-    """Estimate an export from the sizes of its weights and the depth of its networks."""
+def estimate(resolved: ResolvedExport, cache: GraphCache | None = None) -> Estimate:
+    """Estimate an export from the sizes of its weights and the depth of its networks.
+
+    Args:
+        resolved: the export.
+        cache: knows which graphs need no trace; None takes the usual one.
+    """
     config = resolved.checkpoint.config
     weights = {group: resolved.weight_bytes(group) for group in resolved.checkpoint.components}
     blocks = config.dit.num_layers + len(config.dit.vace_layers) + config.text_encoder.num_layers
     if config.image_encoder is not None:
         blocks += config.image_encoder.used_layers
-    tracing = _SECONDS_FIXED + (0.0 if config.task == "t2v" else _SECONDS_VAE_ENCODER)
-    if config.dit.vace_layers:
+    traced = _traced(resolved, cache or GraphCache())
+    tracing = len(traced) * _SECONDS_PER_TRACE
+    if "dit" in traced and config.dit.vace_layers:
         tracing += blocks * _SECONDS_PER_VACE_BLOCK
-    calibration = _operations(resolved) / _OPERATIONS_PER_SECOND
+    records = bool(resolved.runs) and (
+        "dit" in resolved.eight_bit or known_golden(resolved) is None
+    )
+    calibration = _operations(resolved) / _OPERATIONS_PER_SECOND if records else 0.0
+    pytorch = _SECONDS_PYTORCH if traced or records or resolved.scheme is not None else 0.0
     total = sum(weights.values())
     return Estimate(
         weight_bytes=weights,
         # Graphs and the tokenizer, which is 17 MB for umT5-xxl.
         bundle_bytes=total + (32 << 20),
         peak_memory_bytes=_GRAPH_BYTES + blocks * _GRAPH_BYTES_PER_BLOCK,
-        seconds=tracing + total / _BYTES_PER_SECOND + calibration,
+        seconds=_SECONDS_FIXED + pytorch + tracing + total / _BYTES_PER_SECOND + calibration,
         calibration_seconds=calibration,
     )
+
+
+def _traced(resolved: ResolvedExport, cache: GraphCache) -> list[str]:
+    """Components whose graph is not known; which layers calibration keeps high is not either."""
+    config = resolved.checkpoint.config
+    recipes: dict[str, Recipe | None] = dict.fromkeys(component_groups(config))
+    if resolved.scheme is not None:
+        from wanx.exporter.quantization import recipe
+
+        quantize = resolved.options.quantize
+        layers, _ = recipe.dit_candidates(config.dit, quantize)
+        scales = dict.fromkeys(layers, 1.0 if quantize.activation_scale == "static" else None)
+        quantized = {
+            "dit": recipe.Recipe(scheme=resolved.scheme, options=quantize, layers=scales),
+            "text_encoder": recipe.text_recipe(config.text_encoder),
+        }
+        recipes |= {name: quantized[name] for name in resolved.eight_bit}
+    return [name for name in recipes if not cache.has_graph(name, config, recipes[name])]
 
 
 def _operations(resolved: ResolvedExport) -> int:

@@ -38,6 +38,7 @@ from wanx.exporter.options import ExportOptions, ResolvedExport, resolve
 from wanx.exporter.packages import require_packages
 from wanx.exporter.source import open_source
 from wanx.exporter.targets.base import Target
+from wanx.exporter.targets.options import BuilderOptions
 from wanx.exporter.targets.registry import parse_target
 from wanx.exporter.thread_settings import one_thread, short_switch_interval
 from wanx.exporter.weights import WrittenWeights, combined_sha256, write_weights
@@ -81,7 +82,7 @@ def plan(options: ExportOptions, checkpoint: Checkpoint | None = None) -> Export
     # First, because "auto" follows the types that the tensors are stored in.
     check(checkpoint, cache)
     resolved = resolve(options, checkpoint)
-    return ExportPlan(resolved=resolved, estimate=estimate(resolved))
+    return ExportPlan(resolved=resolved, estimate=estimate(resolved, cache))
 
 
 def export(options: ExportOptions, progress: Progress = no_progress) -> Bundle:
@@ -165,7 +166,8 @@ def _build(resolved: ResolvedExport, folder: Path, progress: Progress) -> None:
         write_golden(golden, folder / GOLDEN)
     plain = build.bundle()
     target = parse_target(options.target)
-    manifest = with_engines(folder, plain.manifest, target, folder, progress)
+    building = BuilderOptions(graph_cache=options.graph_cache)
+    manifest = with_engines(folder, plain.manifest, target, folder, progress, building)
     if options.gate:
         # Engines for a GPU that is not here cannot run; their numbers can, on the processor.
         runs = _runs_here(target)

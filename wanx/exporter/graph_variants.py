@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import os
 from pathlib import Path
 
 from wanx.bundle.manifest import FileRecord, Manifest
 from wanx.bundle.publish import record_files
+from wanx.errors import WanxError
 from wanx.exporter.component_writer import graph_bytes
-from wanx.exporter.targets.base import OwnGraph
+from wanx.exporter.graph.cache import GraphCache
+from wanx.exporter.targets.base import Target
 from wanx.progress import Progress, no_progress
+
+_log = logging.getLogger("wanx.exporter")
+_NAMED = 4  # kinds of nodes without a kernel in one line
 
 
 def free_key(root: Path, key: str) -> str:
@@ -29,49 +35,76 @@ def _recorded(written: Path, folder: Path) -> dict[str, FileRecord]:
 def with_variants(
     root: Path,
     manifest: Manifest,
-    target: str,
-    graph: OwnGraph,
+    target: Target,
     folder: Path,
     progress: Progress = no_progress,
+    *,
+    cache: GraphCache,
+    force: bool = False,
 ) -> Manifest:
     """Write a target's graphs of all components; they read the bundle's own weights.
 
     Args:
         root: of the bundle.
         manifest: of the bundle.
-        target: such as ``openvino``.
-        graph: makes the target's graph of a component.
+        target: such as ``openvino``; it has graphs of its own.
         folder: where ``engines/<key>`` is written, unless the bundle has it already.
         progress: told how many graphs are written.
+        cache: of traced graphs.
+        force: write graphs that are there too.
 
     Returns:
         The manifest of the bundle with them; graphs of the target that they replace are left out.
+
+    Raises:
+        WanxError: there are nodes without a kernel, and ``WANX_STRICT=1``.
     """
+    assert target.graph is not None
     graphs: dict[str, bytes] = {}
     for number, name in enumerate(manifest.components):
-        progress(f"build {target}", number, len(manifest.components), "steps")
-        graphs[name] = graph_bytes(graph(root, manifest, name))
+        progress(f"build {target.name}", number, len(manifest.components), "steps")
+        graphs[name] = graph_bytes(target.graph(root, manifest, name, cache))
     digest = hashlib.sha256(b"".join(hashlib.sha256(data).digest() for data in graphs.values()))
-    key = f"{target}-{digest.hexdigest()[:12]}"
+    key = f"{target.name}-{digest.hexdigest()[:12]}"
     known = set(manifest.files)
-    is_there = all(f"engines/{key}/{name}.onnx" in known for name in graphs)
+    is_there = not force and all(f"engines/{key}/{name}.onnx" in known for name in graphs)
     key = key if is_there else free_key(root, key)
     written = folder / "engines" / key
     if not is_there:
         written.mkdir(parents=True)
         for name, data in graphs.items():
             (written / f"{name}.onnx").write_bytes(data)
-    progress(f"build {target}", len(graphs), len(graphs), "steps")
-    replaced = {c.engines[target] for c in manifest.components.values() if target in c.engines}
+            _report_missing(target, name, written / f"{name}.onnx")
+    progress(f"build {target.name}", len(graphs), len(graphs), "steps")
+    replaced = {
+        component.engines[target.name]
+        for component in manifest.components.values()
+        if target.name in component.engines
+    }
     files = {path: record for path, record in manifest.files.items() if path not in replaced}
     recorded = manifest.files | ({} if is_there else _recorded(written, folder))
     own = {path: r for path, r in recorded.items() if path.startswith(f"engines/{key}/")}
     components = {
         name: component.model_copy(
-            update={"engines": component.engines | {target: f"engines/{key}/{name}.onnx"}}
+            update={"engines": component.engines | {target.name: f"engines/{key}/{name}.onnx"}}
         )
         for name, component in manifest.components.items()
     }
     return manifest.model_copy(
         update={"components": components, "files": dict(sorted((files | own).items()))}
     )
+
+
+def _report_missing(target: Target, component: str, graph: Path) -> None:
+    """Say which nodes of a graph the target has no kernel for."""
+    missing = target.missing_kernels(graph)
+    if not missing:
+        return
+    more = f", and {len(missing) - _NAMED} more kinds" if len(missing) > _NAMED else ""
+    line = (
+        f"{target.name} has no kernel for nodes of {component}: "
+        f"{'; '.join(str(kind) for kind in missing[:_NAMED])}{more}"
+    )
+    if os.environ.get("WANX_STRICT") == "1":
+        raise WanxError(f"{line}; leave WANX_STRICT=1 out to have them run on the processor")
+    _log.warning("%s: they run on the processor", line)

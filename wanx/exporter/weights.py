@@ -99,44 +99,60 @@ def _is_unchanged(file: Path, rows: list[TensorRow]) -> bool:
 
 
 def _copy(file: Path, path: Path, written: WrittenWeights, on_bytes: OnBytes) -> None:
-    """Let the kernel copy a file, one piece behind a thread that hashes it and looks for NaN.
+    """Let the kernel copy a file, one piece ahead of a thread that hashes it and looks for NaN.
 
-    In step, because a file that outgrows the page cache would otherwise be read twice.
+    In step, because a file that outgrows the page cache would otherwise be read twice; and ahead,
+    because the kernel reads faster for itself than for a mapping.
     """
     header = read_header(file)
     digest = hashlib.sha256()
-    pieces = _check_pieces(header, digest)
-    with CopiedFile(file, path, header.size) as copy, ThreadPoolExecutor(max_workers=1) as checker:
-        checking = checker.submit(next, pieces, 0)
-        while count := checking.result():
-            checking = checker.submit(next, pieces, 0)
-            copy.copy(count)
-            on_bytes(count)
+    with (
+        CopiedFile(file, path, header.size) as copy,
+        ThreadPoolExecutor(max_workers=1) as checker,
+        open_input(file) as source,
+        # Mapped, so that the pages which the kernel copied are hashed where they are.
+        mmap.mmap(source.fileno(), header.size, access=mmap.ACCESS_READ) as mapped,
+    ):
+        checking: Future[None] | None = None
+        try:
+            for piece in _pieces(header):
+                copy.copy(piece.stop - piece.start)
+                on_bytes(piece.stop - piece.start)
+                if checking is not None:
+                    checking.result()
+                checking = checker.submit(piece.check, mapped, digest)
+            if checking is not None:
+                checking.result()
+        finally:
+            checker.shutdown()  # before the mapping is closed
     written.tensors |= {n: replace(ref, file=path) for n, ref in header.entries.items()}
     written.sha256[path] = written.source_sha256[file.name] = digest.hexdigest()
 
 
-def _check_pieces(header: SafetensorsHeader, digest: hashlib._Hash) -> Iterator[int]:
-    """Hash a file from start to end, refusing NaN; yield the size of each piece."""
+@dataclass(frozen=True)
+class _Piece:
+    """Bytes of a file; ``source`` is the tensor that they belong to, None for the header."""
+
+    start: int
+    stop: int
+    source: SafetensorsTensor | None
+
+    def check(self, mapped: mmap.mmap, digest: hashlib._Hash) -> None:
+        """Hash the bytes, refusing NaN."""
+        with memoryview(mapped) as data, data[self.start : self.stop] as piece:
+            if self.source is not None:
+                self.source.require_finite(piece)
+            digest.update(piece)
+
+
+def _pieces(header: SafetensorsHeader) -> Iterator[_Piece]:
+    """A file from start to end; large, as each piece asks for the interpreter lock."""
     refs = sorted(header.entries.values(), key=lambda ref: ref.offset)
-    # Mapped, so that the pages which the kernel copies are hashed where they are.
-    with (
-        open_input(header.path) as file,
-        mmap.mmap(file.fileno(), header.size, access=mmap.ACCESS_READ) as mapped,
-        memoryview(mapped) as data,
-    ):
-        start = refs[0].offset if refs else header.size
-        digest.update(data[:start])
-        yield start
-        for ref in refs:
-            source, end = SafetensorsTensor.from_ref(ref), ref.offset + ref.nbytes
-            # Large pieces: each step asks for the interpreter lock, which tracing holds meanwhile.
-            for start in range(ref.offset, end, _PIECE_BYTES):
-                with data[start : min(start + _PIECE_BYTES, end)] as piece:
-                    source.require_finite(piece)
-                    digest.update(piece)
-                    size = len(piece)
-                yield size
+    yield _Piece(0, refs[0].offset if refs else header.size, None)
+    for ref in refs:
+        source, end = SafetensorsTensor.from_ref(ref), ref.offset + ref.nbytes
+        for start in range(ref.offset, end, _PIECE_BYTES):
+            yield _Piece(start, min(start + _PIECE_BYTES, end), source)
 
 
 def _rewrite(rows: list[TensorRow], path: Path, written: WrittenWeights, on_bytes: OnBytes) -> None:

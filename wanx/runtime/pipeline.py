@@ -30,8 +30,8 @@ from wanx.runtime.output.frame_checks import FrameCheck
 from wanx.runtime.output.video import VideoWriter
 from wanx.runtime.resolve import resolve
 from wanx.runtime.run_parts import EncodedRun, RunParts, prompts_by_branch
-from wanx.runtime.sessions.onnxruntime.providers import check_provider, resolve_provider
-from wanx.runtime.sessions.registry import require_budget
+from wanx.runtime.sessions.onnxruntime.providers import AUTO
+from wanx.runtime.sessions.registry import require_budget, require_provider
 from wanx.runtime.stages import Stage, StageTimer
 
 Float32 = NDArray[np.float32]
@@ -70,7 +70,7 @@ class Pipeline:
         *,
         threads: int | None = None,
         vram_budget: int | None = None,
-        provider: str | None = None,
+        provider: str = AUTO,
         fallback: bool = False,
     ) -> None:
         """Prepare to run ``bundle``.
@@ -89,9 +89,7 @@ class Pipeline:
             EnvironmentMismatchError: the provider is not installed.
         """
         require_between("threads", threads, 1, MAX_THREADS)
-        if provider is not None:
-            check_provider(provider)
-            resolve_provider(provider, "dit")
+        require_provider(provider, fallback=fallback)
         if vram_budget is not None:
             require_budget(bundle.manifest.target, provider)
         self.bundle = bundle

@@ -24,6 +24,7 @@ from wanx.runtime.options import ResolvedRun
 from wanx.runtime.sampling.guidance import Branch, branches
 from wanx.runtime.sessions import open_session
 from wanx.runtime.sessions.base import Array, Session, State
+from wanx.runtime.sessions.onnxruntime.providers import AUTO
 from wanx.runtime.stages import StageTimer
 from wanx.runtime.text import PromptTokenizer, clean_prompt, encode_prompt
 
@@ -90,7 +91,7 @@ class RunParts:
         *,
         threads: int | None = None,
         vram_budget: int | None = None,
-        provider: str | None = None,
+        provider: str = AUTO,
         fallback: bool = False,
     ) -> Self:
         """Take the components from a bundle; arguments as of :func:`open_session`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,13 @@ from torch import Tensor
 import wanx.kernels
 from benchmarks.gpu import kernel_cases
 from benchmarks.gpu.numerics import numerics
+from benchmarks.gpu.onnxruntime_cuda import onnxruntime_cuda
 from benchmarks.gpu.tensorrt_rtx import PROGRAM, tensorrt_rtx
 from benchmarks.gpu.tuning import tuning
 from tests.support.gpu_bench import MODEL, item, run_items, run_one, tiny_bench
+from wanx.builtin import open_named
 from wanx.kernels.registry import NODES
+from wanx.runtime.sessions.onnxruntime.providers import PROVIDERS
 
 # The same kernel as its neighbour, with another type of result.
 SAME = {"adaln_to": "adaln"}
@@ -68,3 +72,33 @@ def test_the_question_to_tensorrt_is_asked_where_it_is_installed(
     monkeypatch.setattr("benchmarks.gpu.tensorrt_rtx.PROGRAM", "print('log'); print('it builds')")
     record = run_one(tiny_bench(tmp_path), tensorrt_rtx)
     assert record["rows"][0]["answer"] == "it builds"
+
+
+@pytest.mark.skipif(PROVIDERS["cuda"].is_installed, reason="it is installed")
+def test_the_provider_for_cuda_is_measured_where_it_is_installed(tmp_path: Path) -> None:
+    record = run_one(tiny_bench(tmp_path), onnxruntime_cuda)
+    assert (
+        record["rows"][0]["error"] == "onnxruntime-gpu in the place of onnxruntime is not installed"
+    )
+
+
+def test_a_provider_is_held_against_the_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = run_one(
+        tiny_bench(tmp_path), lambda bench: onnxruntime_cuda(bench, "tiny", "openvino")
+    )
+    components = open_named("tiny").manifest.components
+    assert [row["what"] for row in record["rows"]] == list(components)
+    assert all(row["numerics"]["cosine"] > 0.999 for row in record["rows"])
+    assert record["goals"][0]["met"] is True
+    monkeypatch.setenv("WANX_STRICT", "1")
+    monkeypatch.setattr(
+        "wanx.runtime.sessions.onnxruntime.assignment.nodes_left",
+        lambda session: (Counter(Conv=1), 2),
+    )
+    record = run_one(
+        tiny_bench(tmp_path), lambda bench: onnxruntime_cuda(bench, "tiny", "openvino")
+    )
+    assert "leaves 1 of 2 nodes" in record["rows"][0]["error"]
+    assert record["goals"][0]["met"] is False

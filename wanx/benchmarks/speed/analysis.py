@@ -26,8 +26,8 @@ from wanx.runtime.sampling.guidance import branches
 from wanx.runtime.sessions import open_session
 from wanx.runtime.sessions.base import State
 from wanx.runtime.sessions.engine_session import EngineSession
-from wanx.runtime.sessions.onnxruntime.providers import AUTO, CPU
-from wanx.runtime.sessions.registry import BACKENDS
+from wanx.runtime.sessions.onnxruntime.providers import CPU
+from wanx.runtime.sessions.registry import backend_of, provider_of
 from wanx.runtime.sizes import latent_shape
 from wanx.runtime.text import PromptTokenizer, clean_prompt
 from wanx.runtime.tokens import token_grid
@@ -92,7 +92,7 @@ def with_rooflines(
     for done, (subject, case) in enumerate(todo):
         progress("roofline", done, len(todo), "steps")
         bundle, label = suite.bundles[subject], results.subjects[subject].label
-        on_gpu = BACKENDS[bundle.manifest.target].uses_gpu
+        on_gpu = backend_of(bundle.manifest.target, results.settings.provider).uses_gpu
         if on_gpu not in measured:
             threads = results.settings.threads
             measured[on_gpu] = gpu_ceilings() if on_gpu else processor_ceilings(threads)
@@ -123,13 +123,12 @@ def _roofline(
 ) -> Roofline:
     costs = component_cost(bundle.held(bundle.graph_path(call.component)), call.sizes)
     threads, profile = results.settings.threads, None
-    if results.settings.provider not in (None, AUTO, CPU):
-        pass  # its kernels are not those of the processor's own provider
-    elif not BACKENDS[bundle.manifest.target].uses_gpu:
+    provider = provider_of(bundle.manifest, call.component, results.settings.provider)
+    if provider == CPU:
         inputs = bundle.manifest.components[call.component].inputs
         held = {name: value for name, value in (call.state or {}).items() if name in inputs}
         profile = profile_component(bundle, call.component, call.feeds | held, threads=threads)
-    elif operations:
+    elif provider is None and operations:
         with open_session(bundle, call.component, threads=threads) as session:
             if isinstance(session, EngineSession):
                 profile = profile_engines(session, partial(session.run, call.feeds, call.state))
@@ -172,7 +171,10 @@ def _profiled_calls(
     if frames:
         latent = np.random.default_rng(0).standard_normal((1, shape[0], 1, *shape[2:]), np.float32)
         state: State = {}
-        with open_session(bundle, "vae_decoder_first", threads=threads) as session:
+        provider = results.settings.provider
+        with open_session(
+            bundle, "vae_decoder_first", threads=threads, provider=provider
+        ) as session:
             session.run({"latent": latent}, state)
         yield ProfiledCall(
             component="vae_decoder_rest", unit="latent frame", seconds=median(frames), runs=1,

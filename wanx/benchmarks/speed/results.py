@@ -14,6 +14,7 @@ from wanx.benchmarks.speed.roofline.bounds import Roofline
 from wanx.benchmarks.speed.sweep import Sweep
 from wanx.bundle.reader import Bundle
 from wanx.errors import CorruptInputError, UsageError
+from wanx.runtime.sessions.onnxruntime.providers import AUTO
 from wanx.runtime.stages import Stage
 from wanx.version import __version__
 
@@ -155,14 +156,14 @@ class Settings:
         warm_up: first steps of a trial that do not count as ``step``.
         baseline: index of the subject that others are compared with.
         threads: of the processor; None is all cores.
-        provider: of ONNX Runtime; None is the target's own.
+        provider: of ONNX Runtime; ``auto`` is the target's own.
     """
 
     repeat: int
     warm_up: int
     baseline: int
     threads: int | None
-    provider: str | None = None
+    provider: str = AUTO
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,8 @@ from wanx.progress import Progress, Unit, no_progress
 from wanx.runtime.inputs.reading import read_inputs
 from wanx.runtime.options import RunOptions
 from wanx.runtime.resolve import resolve
-from wanx.runtime.sessions.onnxruntime.providers import check_provider, resolve_provider
-from wanx.runtime.sessions.registry import BACKENDS
+from wanx.runtime.sessions.onnxruntime.providers import AUTO
+from wanx.runtime.sessions.registry import backend_of, require_provider
 from wanx.runtime.sizes import check_size, latent_shape
 from wanx.runtime.tokens import token_grid
 
@@ -55,7 +55,7 @@ class BenchOptions:
     baseline: str | None = None
     peers: tuple[Peer, ...] = ()
     threads: int | None = None
-    provider: str | None = None
+    provider: str = AUTO
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,9 +91,7 @@ def prepare(bundles: Sequence[Bundle], options: BenchOptions, command: str) -> S
         require_peer(bundles[0])
     require_between("--repeat", options.repeat, 1, MAX_REPEATS)
     require_between("threads", options.threads, 1, MAX_THREADS)
-    if options.provider is not None:
-        check_provider(options.provider)
-        resolve_provider(options.provider, "dit")
+    require_provider(options.provider)
     tasks = {bundle.manifest.task for bundle in bundles}
     if len(tasks) > 1:
         tasks_by_bundle = ", ".join(
@@ -107,7 +105,7 @@ def prepare(bundles: Sequence[Bundle], options: BenchOptions, command: str) -> S
     subjects += [Subject.of(bundles[0], peer, peer) for peer in options.peers]
     runs = _runs(bundles[0].manifest.config, options)
     cases = tuple(_case(run, bundles[0].manifest.config) for run in runs)
-    needed = max(BACKENDS[subject.target].warm_up_runs for subject in subjects)
+    needed = max(backend_of(subject.target, options.provider).warm_up_runs for subject in subjects)
     warm_up = needed if options.warm_up is None else options.warm_up
     least = min(case.steps for case in cases)
     if options.warm_up is None:

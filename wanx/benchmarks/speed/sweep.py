@@ -19,6 +19,7 @@ from wanx.bundle.reader import Bundle
 from wanx.errors import UsageError
 from wanx.progress import Progress, no_progress
 from wanx.runtime.sessions import open_session
+from wanx.runtime.sessions.onnxruntime.providers import AUTO
 from wanx.runtime.sizes import latent_shape
 from wanx.runtime.tokens import token_grid
 
@@ -133,7 +134,7 @@ def sweep(
     steps: int = 3,
     warm_up: int = 1,
     threads: int | None = None,
-    provider: str | None = None,
+    provider: str = AUTO,
     predict: Sequence[tuple[int, int, int]] = (),
     progress: Progress = no_progress,
 ) -> Sweep:
@@ -147,7 +148,7 @@ def sweep(
         steps: measured at each size.
         warm_up: steps before them at each size.
         threads: of the processor; None takes all cores.
-        provider: of ONNX Runtime; None takes the target's own.
+        provider: of ONNX Runtime; ``auto`` takes the target's own.
         predict: sizes to predict.
         progress: told how many steps are done.
 

@@ -17,6 +17,7 @@ from wanx.benchmarks.speed.telemetry import MemoryWatch
 from wanx.bundle.reader import Bundle
 from wanx.errors import WanxError
 from wanx.progress import Progress, no_progress
+from wanx.runtime.sessions.onnxruntime.providers import AUTO
 from wanx.runtime.stages import Stage
 
 
@@ -37,7 +38,7 @@ def run_trial(
     name: str,
     peer: Peer | None = None,
     threads: int | None = None,
-    provider: str | None = None,
+    provider: str = AUTO,
     progress: Progress = no_progress,
 ) -> Outcome:
     """Make one video in a new process.
@@ -49,7 +50,7 @@ def run_trial(
         name: of the trial's files.
         peer: who makes the video with the bundle's weights, instead of wanx.
         threads: of the processor; None takes all cores.
-        provider: of ONNX Runtime; None takes the target's own.
+        provider: of ONNX Runtime; ``auto`` takes the target's own.
         progress: told what the process is doing.
 
     Raises:

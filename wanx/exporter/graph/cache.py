@@ -80,6 +80,14 @@ class GraphCache:
         key = graph_key(component, config, recipe, computes)
         return self._find(key, graph_from_bytes, trace, graph_to_bytes)
 
+    def has_graph(self, component: str, config: ModelConfig, recipe: Recipe | None) -> bool:
+        """True if :meth:`graph` traces nothing, unless the entry is damaged."""
+        if not self._use:
+            return False
+        key = graph_key(component, config, recipe)
+        path = self._path(key)
+        return _shipped(key) is not None or (path is not None and path.is_file())
+
     def tensors(self, group: str, config: ModelConfig, build: Callable[[], Tensors]) -> Tensors:
         """Names and shapes of the tensors of a group of weights."""
         return self._find(tensors_key(group, config), _tensors_from_bytes, build, tensors_to_bytes)
@@ -95,13 +103,16 @@ class GraphCache:
             return make()
         if (data := _shipped(key)) is not None:
             return decode(data)
-        path = None if self._folder is None else self._folder / f"{_with_tracers(key)}.zlib"
+        path = self._path(key)
         if path is not None and (data := _read(path)) is not None:
             return decode(data)
         data = encode(make())
         if path is not None:
             _write(path, data)
         return decode(data)  # what the next one gets too
+
+    def _path(self, key: str) -> Path | None:
+        return None if self._folder is None else self._folder / f"{_with_tracers(key)}.zlib"
 
 
 def graph_key(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanx.bundle.engine_schedule import EngineSchedule
 from wanx.bundle.manifest import Component, Manifest
+from wanx.exporter.graph.cache import GraphCache
 from wanx.exporter.targets.options import BuilderOptions
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 OnFraction = Callable[[float], None]  # told how much is done, from 0 to 1
 
 
-OwnGraph = Callable[[Path, Manifest, str], "ir.Model"]  # of a bundle, its manifest, a component
+# Of a bundle, its manifest, a component, and the graphs that were traced before.
+OwnGraph = Callable[[Path, Manifest, str, GraphCache], "ir.Model"]
 
 
 def no_fraction(done: float) -> None:
@@ -81,11 +83,14 @@ class Target:
             ``UsageError`` where the target's GPU lacks the bundle's precision, and
             ``EnvironmentMismatchError`` where the compiler is missing.
         may_be_elsewhere: engines may be for a GPU that this machine lacks.
-        graph: makes the target's own graph of a component, of a bundle's folder, its manifest and
-            the component's name; None where the portable ones are run.
+        graph: makes the target's own graph of a component, of a bundle's folder, its manifest, the
+            component's name and a cache; None where the portable ones are run.
+        missing_kernels: names the nodes of such a graph's file that the target has no kernel for,
+            found without its device.
     """
 
     name: str
     prepare: Callable[[Manifest, BuilderOptions], Builder | None]
     may_be_elsewhere: bool = False
     graph: OwnGraph | None = None
+    missing_kernels: Callable[[Path], Sequence[object]] = lambda graph: ()

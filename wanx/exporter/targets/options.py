@@ -1,4 +1,4 @@
-"""Options of builders; all of them are TensorRT's so far."""
+"""Options of builds."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class BuilderOptions:
         workspace: most bytes that a kernel may work in; None leaves it to TensorRT.
         opt_level: 0 to 5; higher levels try more kernels and take longer. None leaves it to
             TensorRT.
+        graph_cache: take graphs that were traced before, and keep new ones.
 
     Raises:
         UsageError: the workspace or the level is out of range.
@@ -35,6 +36,7 @@ class BuilderOptions:
     frames: int | None = None
     workspace: int | None = None
     opt_level: int | None = None
+    graph_cache: bool = True
 
     def __post_init__(self) -> None:
         require_between("--workspace in bytes", self.workspace, 1, MAX_WORKSPACE)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from wanx.bundle.manifest import Manifest
+    from wanx.exporter.graph.cache import GraphCache
+    from wanx.exporter.targets.onnxruntime.cuda.kernel_table import MissingKernel
 
 
 def _cpu(text: str) -> Target | None:
@@ -32,7 +34,7 @@ def _openvino(text: str) -> Target | None:
 
     require_packages("write graphs for OpenVINO")
 
-    def graph(root: Path, manifest: Manifest, component: str) -> ir.Model:
+    def graph(root: Path, manifest: Manifest, component: str, cache: GraphCache) -> ir.Model:
         from wanx.exporter.targets.onnxruntime.openvino.graph import openvino_graph
 
         return openvino_graph(root, manifest, component)
@@ -46,13 +48,22 @@ def _cuda(text: str) -> Target | None:
 
     require_packages("write graphs for CUDA")
 
-    def graph(root: Path, manifest: Manifest, component: str) -> ir.Model:
+    def graph(root: Path, manifest: Manifest, component: str, cache: GraphCache) -> ir.Model:
         from wanx.exporter.targets.onnxruntime.cuda.graph import cuda_graph
 
-        return cuda_graph(root, manifest, component)
+        return cuda_graph(root, manifest, component, cache=cache)
+
+    def missing_kernels(path: Path) -> list[MissingKernel]:
+        from wanx.exporter.targets.onnxruntime.cuda.missing_kernels import unsupported_nodes
+
+        return unsupported_nodes(path)
 
     return Target(
-        name=text, prepare=lambda manifest, options: None, graph=graph, may_be_elsewhere=True
+        name=text,
+        prepare=lambda manifest, options: None,
+        may_be_elsewhere=True,
+        graph=graph,
+        missing_kernels=missing_kernels,
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from wanx.bundle.reader import Bundle
 from wanx.runtime.sessions.base import Session
+from wanx.runtime.sessions.onnxruntime.providers import AUTO
 from wanx.runtime.sessions.registry import SessionOptions, load_component
 
 
@@ -16,7 +17,7 @@ def open_session(
     *,
     threads: int | None = None,
     vram_budget: int | None = None,
-    provider: str | None = None,
+    provider: str = AUTO,
     fallback: bool = False,
 ) -> Session:
     """Load a component of a bundle on the backend that it was exported for.
@@ -28,7 +29,8 @@ def open_session(
         vram_budget: most bytes of the GPU's memory to take, for engines of TensorRT; None takes
             what is free.
         provider: of ONNX Runtime, such as ``openvino``, which runs the graph whatever the target;
-            ``auto`` takes what was measured to be faster; None is the target's own, or ``auto``.
+            ``auto`` is the target's own, and of a bundle for the processor what was measured to
+            be faster and is installed.
         fallback: go on on the processor where the provider fails.
 
     Raises:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from wanx.bundle.manifest import Manifest
 from wanx.bundle.reader import Bundle
 from wanx.config.bounds import MAX_THREADS, require_between
 from wanx.errors import EnvironmentMismatchError, UsageError
@@ -22,7 +23,8 @@ from wanx.runtime.sessions.onnxruntime.providers import (
     PROVIDERS,
     ProviderOptions,
     check_provider,
-    resolve_provider,
+    fastest_provider,
+    require_installed,
 )
 from wanx.runtime.sessions.tensorrt.library import MODULES
 
@@ -39,13 +41,12 @@ class SessionOptions:
 
     threads: int | None = None
     vram_budget: int | None = None
-    provider: str | None = None
+    provider: str = AUTO
     fallback: bool = False
 
     def __post_init__(self) -> None:
         require_between("threads", self.threads, 1, MAX_THREADS)
-        if self.provider is not None:
-            check_provider(self.provider)
+        check_provider(self.provider)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,25 +75,31 @@ class Backend:
 def _load_onnxruntime(bundle: Bundle, component: str, options: SessionOptions) -> Session:
     from wanx.runtime.sessions.onnxruntime.session import OnnxRuntimeSession
 
-    target = bundle.manifest.target
-    default = target if target in PROVIDERS and target != CPU else AUTO
-    asked = options.provider or default
+    manifest = bundle.manifest
+    target = manifest.target
+    provider = provider_of(manifest, component, options.provider)
+    provider = provider or fastest_provider(component, manifest.config)
+    chosen = options.provider == AUTO and provider not in (CPU, target)
     try:
-        provider = resolve_provider(asked, component)
+        require_installed(provider)
     except EnvironmentMismatchError as error:
-        if options.provider is not None:
+        if options.fallback:
+            _log.warning("%s goes on on the processor: %s", component, error)
+            provider = CPU
+        elif options.provider == AUTO:
+            raise EnvironmentMismatchError(
+                f"{bundle.root} was built for {target}: {error}; or run it on the processor: "
+                "--provider cpu"
+            ) from None
+        else:
             raise
-        raise EnvironmentMismatchError(
-            f"{bundle.root} was built for {target}: {error}; or run it on the processor: "
-            f"{bundle.build_command(CPU)}"
-        ) from None
-    if asked == AUTO and provider != CPU:
+    if chosen:
         _log.info("%s runs on %s, where it was measured to be faster", component, provider)
     return OnnxRuntimeSession(
         bundle,
         component,
         provider=provider,
-        fallback=options.fallback,
+        fallback=options.fallback or chosen,  # nobody asked for one that fails
         options=ProviderOptions(threads=options.threads, vram_budget=options.vram_budget),
     )
 
@@ -111,25 +118,24 @@ def _load_tensorrt(bundle: Bundle, component: str, options: SessionOptions) -> S
     )
 
 
+def _onnxruntime(name: str) -> Backend:
+    """Backend of a provider of ONNX Runtime."""
+    provider = PROVIDERS[name]
+    reason = None
+    if not provider.uses_gpu:
+        reason = f"GPUs, and the provider {name} runs on the processor"
+    elif not provider.limits_memory:
+        limiting = ", ".join(name for name, row in PROVIDERS.items() if row.limits_memory)
+        reason = f"engines of TensorRT and the provider {limiting}, and not for {name}"
+    return Backend(
+        load=_load_onnxruntime, warm_up_runs=1, uses_gpu=provider.uses_gpu, no_vram_budget=reason
+    )
+
+
 BACKENDS: Mapping[str, Backend] = {
-    CPU: Backend(
-        load=_load_onnxruntime,
-        warm_up_runs=1,
-        uses_gpu=False,
-        no_vram_budget="GPUs, and this bundle runs on the processor",
-    ),
-    "cuda": Backend(
-        load=_load_onnxruntime,
-        warm_up_runs=1,
-        uses_gpu=True,
-        no_vram_budget=None,
-    ),
-    "openvino": Backend(
-        load=_load_onnxruntime,
-        warm_up_runs=1,
-        uses_gpu=False,
-        no_vram_budget="GPUs, and OpenVINO runs on the processor",
-    ),
+    CPU: _onnxruntime(CPU),
+    "cuda": _onnxruntime("cuda"),
+    "openvino": _onnxruntime("openvino"),
     "aoti": Backend(
         load=_load_aoti,
         warm_up_runs=RUNS_BEFORE_CAPTURE + 1,
@@ -159,6 +165,35 @@ BACKENDS: Mapping[str, Backend] = {
 }
 
 
+def backend_of(target: str, provider: str = AUTO) -> Backend:
+    """Backend that runs a bundle.
+
+    Args:
+        target: of the bundle.
+        provider: that was asked for.
+    """
+    if provider != AUTO:
+        return _onnxruntime(provider)
+    return BACKENDS.get(target, BACKENDS[CPU])
+
+
+def provider_of(manifest: Manifest, component: str, provider: str = AUTO) -> str | None:
+    """Provider of ONNX Runtime that runs a component; None where engines of another runtime do.
+
+    Args:
+        manifest: of the bundle.
+        component: such as ``dit``.
+        provider: that was asked for; ``auto`` is the target's own, and of the target ``cpu`` what
+            was measured to be faster.
+    """
+    if provider != AUTO:
+        return provider
+    target = manifest.target
+    if target == CPU:
+        return fastest_provider(component, manifest.config)
+    return target if target in PROVIDERS else None
+
+
 def load_component(bundle: Bundle, component: str, options: SessionOptions) -> Session:
     """Load a component on the backend of the bundle's target, or on a provider of ONNX Runtime.
 
@@ -170,9 +205,7 @@ def load_component(bundle: Bundle, component: str, options: SessionOptions) -> S
     """
     target = bundle.manifest.target
     has_engine = target in bundle.manifest.components[component].engines
-    backend = BACKENDS[CPU]
-    if options.provider is None and has_engine and target in BACKENDS:
-        backend = BACKENDS[target]
+    backend = backend_of(target if has_engine else CPU, options.provider)
     if backend.module is not None and find_spec(backend.module) is None:
         raise EnvironmentMismatchError(
             f"the engines of {bundle.root} need {backend.product or backend.module}, which is not "
@@ -182,16 +215,32 @@ def load_component(bundle: Bundle, component: str, options: SessionOptions) -> S
         return backend.load(bundle, component, options)
 
 
-def require_budget(target: str, provider: str | None = None) -> None:
+def require_budget(target: str, provider: str = AUTO) -> None:
     """Refuse a budget of GPU memory for a bundle that cannot keep to one.
 
     Args:
         target: of the bundle.
-        provider: of ONNX Runtime that was asked for, if any.
+        provider: of ONNX Runtime that was asked for.
 
     Raises:
         UsageError: says why.
     """
-    reason = BACKENDS.get(provider or target, BACKENDS[CPU]).no_vram_budget
+    reason = backend_of(target, provider).no_vram_budget
     if reason is not None:
         raise UsageError(f"--vram-budget is for {reason}: leave it out")
+
+
+def require_provider(provider: str, *, fallback: bool = False) -> None:
+    """Refuse a provider of ONNX Runtime that there is not.
+
+    Args:
+        provider: that was asked for.
+        fallback: one that is not installed is none to refuse.
+
+    Raises:
+        UsageError: names the nearest one.
+        EnvironmentMismatchError: it is not installed.
+    """
+    check_provider(provider)
+    if not fallback:
+        require_installed(provider)

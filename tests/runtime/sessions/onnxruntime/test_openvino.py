@@ -18,6 +18,7 @@ from wanx.config.models import PRESETS
 from wanx.exporter.calibration.options import CalibrationOptions
 from wanx.exporter.export import export
 from wanx.exporter.options import ExportOptions
+from wanx.exporter.quantization.scheme import QuantizeOptions
 from wanx.runtime.sessions import open_session
 
 NO_GOLDEN = CalibrationOptions(golden_steps=0)
@@ -33,9 +34,12 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
 
     def make(kind: str) -> Bundle:
         source: str | Path = "tiny-i2v"
-        precision, calibration = "auto", NO_GOLDEN
+        precision, calibration, options = "auto", NO_GOLDEN, QuantizeOptions()
         if kind == "int8":
             precision, calibration = "int8", QUICK
+        elif kind == "wide int8":
+            source, precision = find("wide").root, "int8"
+            options = QuantizeOptions(components=("text_encoder",))
         elif kind == "wide":
             source = base / "source"
             # The VAE of the real models, and the other networks a few times as wide as tiny ones.
@@ -50,8 +54,8 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
             synthesize(wide, source)
         return export(
             ExportOptions(
-                source=source, output=base / kind, precision=precision, target="openvino",
-                calibration=calibration,
+                source=source, output=base / kind.replace(" ", "-"), precision=precision,
+                target="openvino", calibration=calibration, quantize=options,
             )
         )  # fmt: skip
 
@@ -91,13 +95,22 @@ def test_it_computes_the_same(
             assert not actual[name].any()
 
 
-@pytest.mark.parametrize("component", ["text_encoder", "dit"])
-def test_in_8_bits(component: str, bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "like", "component"),
+    [
+        ("int8", "tiny", "text_encoder"),
+        ("int8", "tiny", "dit"),
+        ("wide int8", "wide", "text_encoder"),
+    ],
+)
+def test_in_8_bits(
+    kind: str, like: str, component: str, bundles: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As close to the unquantised network as the processor's own kernels are."""
     monkeypatch.setenv("WANX_STRICT", "1")
-    bundle = bundles("int8")
+    bundle = bundles(kind)
     feeds = component_feeds(component, bundle.manifest.config)
-    with open_session(bundles("tiny"), component, provider="cpu", threads=1) as session:
+    with open_session(bundles(like), component, provider="cpu", threads=1) as session:
         exact = session.run(feeds)
     errors = {}
     for provider in ("cpu", "openvino"):

@@ -18,11 +18,14 @@ import pytest
 from tests.support.component_feeds import component_feeds
 from wanx.builtin import open_named
 from wanx.bundle.reader import Bundle
+from wanx.config.models import PRESETS
 from wanx.errors import EnvironmentMismatchError, UsageError, WanxError
+from wanx.exporter.component_groups import component_groups
 from wanx.runtime.pipeline import Pipeline
 from wanx.runtime.sessions import open_session
 from wanx.runtime.sessions.onnxruntime import loading, providers, session
 from wanx.runtime.sessions.onnxruntime.providers import PROVIDERS, ProviderOptions
+from wanx.runtime.sessions.registry import require_budget
 
 
 @pytest.fixture(scope="module")
@@ -158,12 +161,35 @@ def test_nodes_that_are_left(
         open_session(tiny, "dit", provider="openvino")
 
 
+def faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if OpenVINO had been measured to encode the texts of tiny models faster."""
+    monkeypatch.setattr(providers, "FASTER", {"text_encoder": "openvino"})
+    monkeypatch.setattr(providers, "_LEAST_WIDTH", 1)
+    monkeypatch.setattr(providers, "_is_intel", lambda: True)
+
+
+@pytest.mark.parametrize("intel", [True, False])
+@pytest.mark.parametrize("preset", ["tiny", "t2v-1.3B", "i2v-14B"])
+def test_where_another_provider_was_measured_to_be_faster(
+    intel: bool, preset: str, rows: dict[str, providers.Provider], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what was measured: the VAE at its official width, on processors of one maker."""
+    monkeypatch.setattr(providers, "_is_intel", lambda: intel)
+    config = PRESETS[preset]
+    found = {name: providers.fastest_provider(name, config) for name in component_groups(config)}
+    wins = intel and preset != "tiny"
+    for name, provider in found.items():
+        assert provider == ("openvino" if wins and name.startswith("vae_") else "cpu")
+    rows["openvino"] = replace(rows["openvino"], plugin="no_such_module")
+    assert providers.fastest_provider("vae_decoder_rest", config) == "cpu"
+
+
 def test_auto_takes_what_is_faster_and_installed(
     tiny: Bundle, rows: dict[str, providers.Provider], monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     caplog.set_level("INFO", "wanx.runtime")
-    monkeypatch.setattr(providers, "FASTER", {"text_encoder": "openvino"})
+    faster(monkeypatch)
     with open_session(tiny, "text_encoder", threads=1) as opened:
         assert isinstance(opened, session.OnnxRuntimeSession)
         assert opened.provider == "openvino"
@@ -175,6 +201,30 @@ def test_auto_takes_what_is_faster_and_installed(
     with open_session(tiny, "text_encoder", threads=1) as opened:
         assert isinstance(opened, session.OnnxRuntimeSession)
         assert opened.provider == "cpu"
+
+
+def test_a_faster_provider_that_fails_is_none_to_fail_for(
+    tiny: Bundle, rows: dict[str, providers.Provider], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    faster(monkeypatch)
+    rows["openvino"] = replace(rows["openvino"], hardware=("NPU",))
+    with open_session(tiny, "text_encoder", threads=1) as opened:
+        assert isinstance(opened, session.OnnxRuntimeSession)
+        assert opened.provider == "cpu"
+    assert caplog.messages[-1].startswith("openvino failed for text_encoder, which goes on")
+
+
+def test_it_goes_on_without_a_package(
+    tiny: Bundle, rows: dict[str, providers.Provider], caplog: pytest.LogCaptureFixture
+) -> None:
+    rows["openvino"] = replace(rows["openvino"], plugin="no_such_module")
+    pipeline = Pipeline(tiny, provider="openvino", fallback=True, threads=1)
+    with open_session(tiny, "text_encoder", provider=pipeline.provider, fallback=True) as opened:
+        assert isinstance(opened, session.OnnxRuntimeSession)
+        assert opened.provider == "cpu"
+    (line,) = caplog.messages
+    assert line.startswith("text_encoder goes on on the processor: openvino takes onnxruntime-ep-")
 
 
 def test_it_goes_on_if_asked(
@@ -277,16 +327,23 @@ def test_a_folder_of_onnxruntime_without_files(
     """As one of two packages leaves it that are uninstalled: an empty namespace."""
     monkeypatch.setitem(sys.modules, "onnxruntime", types.ModuleType("onnxruntime"))
     monkeypatch.setattr(loading, "installed_packages", list)
-    for name in (None, "cpu", "cuda"):
+    for name in ("auto", "cpu", "cuda"):
         with pytest.raises(EnvironmentMismatchError, match="reinstall wanx"):
             open_session(tiny, "text_encoder", provider=name)
 
 
 def test_a_budget_of_memory(tiny: Bundle) -> None:
-    with pytest.raises(UsageError, match="--vram-budget is for GPUs, and OpenVINO runs on the pro"):
-        Pipeline(tiny, provider="openvino", vram_budget=1 << 30)
-    with pytest.raises(UsageError, match="--vram-budget is for GPUs, and this bundle runs on"):
-        Pipeline(tiny, provider="cpu", vram_budget=1 << 30)
+    for name, other in (("auto", "cpu"), ("cpu", "cpu"), ("openvino", "openvino")):
+        with pytest.raises(
+            UsageError, match=f"is for GPUs, and the provider {other} runs on the processor"
+        ):
+            Pipeline(tiny, provider=name, vram_budget=1 << 30)
+    for name in ("tensorrt-rtx", "webgpu"):
+        with pytest.raises(UsageError, match=f"provider cuda, and not for {name}: leave it out"):
+            require_budget("cuda", name)
+    for target in ("cuda", "rtx"):
+        require_budget(target)
+        require_budget(target, "cuda")
     settings = PROVIDERS["cuda"].settings(ProviderOptions(vram_budget=1 << 30))
     assert settings["gpu_mem_limit"] == str(1 << 30)
 

@@ -16,8 +16,10 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wanx.config.models import ModelConfig
 from wanx.errors import EnvironmentMismatchError, UsageError
 
 if TYPE_CHECKING:
@@ -35,10 +37,12 @@ class ProviderOptions:
     Attributes:
         threads: of the processor; None takes all cores.
         vram_budget: most bytes of the GPU's memory; None takes what is needed.
+        captures: runs of a repeated shape shall become CUDA graphs.
     """
 
     threads: int | None = None
     vram_budget: int | None = None
+    captures: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,8 @@ class Provider:
         plugin: module of its plug-in package; None where it is part of ONNX Runtime.
         hardware: types of device that it is used on, such as ``GPU``; empty for a built-in one.
         device: where inputs and outputs lie, as ONNX Runtime's IO binding calls it.
+        captures: it can record runs of a repeated shape as CUDA graphs.
+        limits_memory: it has a setting for the most memory of the device that it takes.
         settings: the provider's own options.
     """
 
@@ -61,7 +67,14 @@ class Provider:
     plugin: str | None = None
     hardware: tuple[str, ...] = ()
     device: str = "cpu"
+    captures: bool = False
+    limits_memory: bool = False
     settings: Callable[[ProviderOptions], dict[str, str]] = lambda options: {}
+
+    @property
+    def uses_gpu(self) -> bool:
+        """True if it computes on a GPU."""
+        return self.device == "cuda" or "GPU" in self.hardware
 
     @property
     def is_installed(self) -> bool:
@@ -78,8 +91,12 @@ class Provider:
 
 
 def _openvino_settings(options: ProviderOptions) -> dict[str, str]:
-    # By itself OpenVINO computes in bf16 where the processor can, which loses accuracy.
-    facts: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+    # By itself OpenVINO computes in bf16 where the processor can, and rounds what is multiplied by
+    # weights of 8 bits to 8 bits as well: both lose accuracy.
+    facts: dict[str, Any] = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+    }
     if options.threads is not None:
         facts["INFERENCE_NUM_THREADS"] = options.threads
     return {"load_config": json.dumps({"CPU": facts})}
@@ -89,6 +106,8 @@ def _cuda_settings(options: ProviderOptions) -> dict[str, str]:
     settings = {"arena_extend_strategy": "kSameAsRequested"}
     if options.vram_budget is not None:
         settings["gpu_mem_limit"] = str(options.vram_budget)
+    if options.captures:
+        settings["enable_cuda_graph"] = "1"
     return settings
 
 
@@ -101,6 +120,8 @@ PROVIDERS: Mapping[str, Provider] = {
         package="onnxruntime-gpu in the place of onnxruntime",
         install="pip install --force-reinstall --no-deps onnxruntime-gpu",
         device="cuda",
+        captures=True,
+        limits_memory=True,
         settings=_cuda_settings,
     ),
     "openvino": Provider(
@@ -126,9 +147,15 @@ PROVIDERS: Mapping[str, Provider] = {
         hardware=("GPU",),
     ),
 }
-# Components that another provider than the processor's was measured to be faster for; see
-# docs/performance.md.
-FASTER: Mapping[str, str] = {}
+# Components that another provider than the processor's was measured to be faster for, on processors
+# of Intel and at the widths of the official networks (docs/performance.md). Narrower ones run for
+# less time than it takes to load.
+FASTER: Mapping[str, str] = {
+    f"vae_{half}_{part}": "openvino"
+    for half in ("encoder", "decoder")
+    for part in ("first", "rest")
+}
+_LEAST_WIDTH = 96  # of the VAE's first level
 # Providers that `wanx build --target` makes graphs for, beside those of the processor.
 OWN_GRAPHS = ("cuda", "openvino")
 
@@ -146,22 +173,38 @@ def check_provider(name: str) -> None:
         raise UsageError(f"--provider {name} is not available; {hint}choose {', '.join(known)}")
 
 
-def resolve_provider(name: str, component: str) -> str:
-    """Name the provider of a component: of ``auto`` the one that was measured to be faster.
+def fastest_provider(component: str, config: ModelConfig) -> str:
+    """Name the provider that was measured to be fastest for a component, of those installed.
+
+    Args:
+        component: such as ``dit``.
+        config: of its model.
+    """
+    faster = FASTER.get(component, CPU)
+    measured = config.vae.base_dim >= _LEAST_WIDTH and _is_intel()
+    return faster if measured and PROVIDERS[faster].is_installed else CPU
+
+
+@functools.cache
+def _is_intel() -> bool:
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
+def require_installed(name: str) -> None:
+    """Refuse a provider, or ``auto``, whose package is missing.
 
     Raises:
-        EnvironmentMismatchError: the provider is not installed.
+        EnvironmentMismatchError: it is not installed.
     """
-    if name == AUTO:
-        faster = FASTER.get(component, CPU)
-        return faster if PROVIDERS[faster].is_installed else CPU
-    if not PROVIDERS[name].is_installed:
-        provider = PROVIDERS[name]
+    provider = PROVIDERS[CPU if name == AUTO else name]
+    if not provider.is_installed:
         raise EnvironmentMismatchError(
             f"{name} takes {provider.package}, which is not installed: "
             f"{provider.install} (docs/install.md)"
         )
-    return name
 
 
 def add_provider(

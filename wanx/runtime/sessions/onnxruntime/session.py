@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +15,13 @@ import numpy as np
 from wanx.bundle.reader import Bundle, Component
 from wanx.errors import CorruptInputError, EnvironmentMismatchError, WanxError
 from wanx.runtime.sessions.base import NEXT, Array, Session, State
-from wanx.runtime.sessions.onnxruntime.assignment import report_nodes_left
+from wanx.runtime.sessions.engine_session import MAX_CACHED_SHAPES, RUNS_BEFORE_CAPTURE
+from wanx.runtime.sessions.onnxruntime.assignment import nodes_left, report_nodes_left
+from wanx.runtime.sessions.onnxruntime.fixed_buffers import (
+    REFUSED_CAPTURE,
+    FixedBuffers,
+    run_options,
+)
 from wanx.runtime.sessions.onnxruntime.loading import NO_OPTIONS, create_session, folds
 from wanx.runtime.sessions.onnxruntime.providers import (
     CPU,
@@ -23,6 +32,9 @@ from wanx.runtime.sessions.onnxruntime.providers import (
 
 if TYPE_CHECKING:
     import onnxruntime
+
+REPEATED = ("dit",)  # components that run many times with the same shapes
+Shapes = tuple[tuple[str, tuple[int, ...], str], ...]
 
 _log = logging.getLogger("wanx.runtime")
 
@@ -69,11 +81,17 @@ class OnnxRuntimeSession(Session):
         assert self._session is not None, "the session is closed"
         return [(value.name, value.type, value.shape) for value in self._session.get_inputs()]
 
+    def nodes_left(self) -> tuple[Counter[str], int]:
+        """Nodes that run on the processor's own provider, by operator, and the number of all."""
+        assert self._session is not None, "the session is closed"
+        return nodes_left(self._session)
+
     def bind(self, constants: Mapping[str, Array]) -> None:
         """Put arrays where the provider computes, once; on the processor nothing is copied."""
         self._constants |= constants
         try:
             self._bound |= {name: self._on_device(value) for name, value in constants.items()}
+            self._forget_captured()
         except WanxError as error:
             if not self._fallback:
                 raise
@@ -97,22 +115,25 @@ class OnnxRuntimeSession(Session):
         self._session = None
         self._constants.clear()
         self._bound.clear()
+        self._forget_captured()
 
     def _open(self, provider: str) -> None:
         record = self._bundle.manifest.components[self._component]
         engine, lacks_own = _graph_for(record, provider)
         self._provider = provider
         self._device = PROVIDERS[provider].device
+        self._captures = PROVIDERS[provider].captures and self._component in REPEATED
         with self._explained():
-            self._session = create_session(
-                self._bundle.held(engine),
-                self._bundle.held(""),
-                threads=self._options.threads,
-                # Folding would widen weights that others read as they are stored.
-                fold=provider == CPU and folds(record),
-                provider=provider,
-                options=self._options,
-            )
+            try:
+                self._session = self._create(engine, self._captures)
+            except Exception as error:  # ONNX Runtime's exceptions share no base of their own
+                if not self._captures or REFUSED_CAPTURE not in str(error):
+                    raise
+                self._captures = False
+                self._session = self._create(engine, False)
+        self._repeats: Counter[Shapes] = Counter()
+        self._captured: dict[Shapes, FixedBuffers] = {}
+        self._capture_ids = itertools.count(1)
         taken = self._session.get_providers()
         if PROVIDERS[provider].execution_provider not in taken:
             raise EnvironmentMismatchError(
@@ -130,10 +151,23 @@ class OnnxRuntimeSession(Session):
         self._inputs = {value.name for value in self._session.get_inputs()}
         self._bound = {name: self._on_device(value) for name, value in self._constants.items()}
 
+    def _create(self, engine: str, captures: bool) -> onnxruntime.InferenceSession:
+        return create_session(
+            self._bundle.held(engine),
+            self._bundle.held(""),
+            threads=self._options.threads,
+            # Folding would widen weights that others read as they are stored.
+            fold=self._provider == CPU and folds(self._bundle.manifest.components[self._component]),
+            provider=self._provider,
+            options=replace(self._options, captures=captures),
+        )
+
     def _run(self, feeds: Mapping[str, Array], state: State | None) -> dict[str, Array]:
         import onnxruntime
 
         assert self._session is not None, "the session is closed"
+        if self._captures and state is None:
+            return self._run_repeated(feeds)
         values = dict(self._bound)
         if state is not None:
             values |= {name: value for name, value in state.items() if name in self._inputs}
@@ -154,6 +188,33 @@ class OnnxRuntimeSession(Session):
                     outputs[name] = value.numpy()
         return outputs
 
+    def _run_repeated(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run, and as a CUDA graph where the shapes repeat."""
+        arrays = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        shapes = tuple((name, array.shape, array.dtype.str) for name, array in arrays.items())
+        with self._explained():
+            if shapes in self._captured:
+                return self._captured[shapes].run(arrays)
+            self._repeats[shapes] += 1
+            results = self._run_bound(self._bound, arrays, ())
+            outputs = dict(zip(self._outputs, (value.numpy() for value in results), strict=True))
+            if self._repeats[shapes] >= RUNS_BEFORE_CAPTURE and self._can_capture:
+                assert self._session is not None, "the session is closed"
+                self._captured[shapes] = FixedBuffers(
+                    self._session, self._device, self._bound, arrays, outputs,
+                    next(self._capture_ids),
+                )  # fmt: skip
+        return outputs
+
+    @property
+    def _can_capture(self) -> bool:
+        return len(self._captured) < MAX_CACHED_SHAPES
+
+    def _forget_captured(self) -> None:
+        """Free the buffers of captured runs, whose constants lie elsewhere now."""
+        self._repeats.clear()
+        self._captured.clear()
+
     def _run_bound(
         self,
         values: Mapping[str, onnxruntime.OrtValue],
@@ -170,7 +231,7 @@ class OnnxRuntimeSession(Session):
             binding.bind_cpu_input(name, array)
         for name in self._outputs:
             binding.bind_output(name, self._device if name in kept else "cpu")
-        self._session.run_with_iobinding(binding)
+        self._session.run_with_iobinding(binding, run_options(None) if self._captures else None)
         results: list[onnxruntime.OrtValue] = binding.get_outputs()
         binding.clear_binding_inputs()  # outputs keep the binding, and it the state before
         return results

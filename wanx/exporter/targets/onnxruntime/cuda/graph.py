@@ -30,7 +30,11 @@ BLOCKS = (128, 64, 32, 16)
 
 
 def cuda_graph(
-    root: Path, manifest: Manifest, component: str, dtype: torch.dtype | None = None
+    root: Path,
+    manifest: Manifest,
+    component: str,
+    dtype: torch.dtype | None = None,
+    cache: GraphCache | None = None,
 ) -> ir.Model:
     """Trace a component of a bundle for CUDA, on the bundle's own weights.
 
@@ -39,6 +43,7 @@ def cuda_graph(
         manifest: of the bundle.
         component: such as ``dit``.
         dtype: that it computes in; None takes :func:`compute_dtype`.
+        cache: of graphs; None is the user's.
 
     Raises:
         WanxError: 8-bit weights are not stored as this version stores them.
@@ -52,7 +57,7 @@ def cuda_graph(
     if record.quantization is not None:
         shapes = {name: ref.shape for name, ref in tensors.items()}
         recipe = recipe_from_manifest(record.quantization, shapes)
-    model = GraphCache().graph(
+    model = (cache or GraphCache()).graph(
         component, manifest.config, recipe,
         lambda: trace_component(component, manifest.config, recipe, dtype),
         computes=FORMATS[dtype].name,

@@ -1,20 +1,16 @@
 """CUDA kernels that a graph needs and ONNX Runtime lacks, found on any machine.
 
 A node without one runs on the processor between two copies of its tensors, or nowhere: the
-processor has few kernels for bfloat16. ``cuda_kernels.json`` is ONNX Runtime's own table of its
-kernels. A row unites kernels that differ in types only, so that which types go together is not in
-it; nor are shapes.
+processor has few kernels for bfloat16.
 
 What becomes of a graph follows ONNX Runtime; each rule names the file that it mirrors.
 """
 
 from __future__ import annotations
 
-import functools
-import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +20,14 @@ from onnx.helper import make_node, make_opsetid, make_tensor_type_proto
 from onnx.shape_inference import infer_node_outputs
 from onnx_ir.passes.common import InlinePass
 
-Kernels = Mapping[str, Mapping[str, Mapping[str, Mapping[str, str]]]]
-TABLE: Mapping[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_bytes())
+from wanx.exporter.targets.onnxruntime.cuda.kernel_table import (
+    TABLE,
+    MissingKernel,
+    has_schema,
+    missing_kernel,
+    schema_of,
+    signature_of,
+)
 
 # Kernels whose result lies in the processor's memory, and inputs that kernels read there: the
 # ``OutputMemoryType`` and ``InputMemoryType`` that they are registered with, core/providers/cuda.
@@ -46,45 +48,6 @@ _NEVER_ON_CPU = ("float16", "bfloat16", "float8")  # what the names of such type
 # The input whose type the result has, of operators without a CUDA kernel and so without signature.
 _LIKE_INPUT = {"MatMulIntegerToFloat": 2}
 _EXPANDED = "expanded"  # domain of the bodies of operators that are functions
-
-
-@dataclass(frozen=True, kw_only=True)
-class MissingKernel:
-    """Nodes for which there is no kernel, all for the same reason.
-
-    Attributes:
-        op_type: of the nodes.
-        domain: of the nodes; ai.onnx is empty.
-        since_version: opset that the graph's version of the operator is from.
-        constraint: type constraint that no kernel meets; empty where that version has no kernel.
-        found: type that the nodes have there.
-        supported: types that kernels have there.
-        count: how many nodes.
-    """
-
-    op_type: str
-    domain: str = ""
-    since_version: int
-    constraint: str = ""
-    found: str = ""
-    supported: tuple[str, ...] = ()
-    count: int = 1
-
-    def __str__(self) -> str:
-        name = f"{self.count} × {self.domain or 'ai.onnx'}.{self.op_type}-{self.since_version}"
-        if not self.constraint:
-            return f"{name}: no kernel"
-        supported = ", ".join(self.supported)
-        return f"{name}: {self.constraint} is {self.found}, and kernels take {supported}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Signature:
-    """Version of an operator, and (name, type constraint or type) of its inputs and outputs."""
-
-    since_version: int
-    inputs: tuple[tuple[str, str], ...]
-    outputs: tuple[tuple[str, str], ...]
 
 
 def unsupported_nodes(graph: Path) -> list[MissingKernel]:
@@ -138,17 +101,17 @@ def _infer_types(graph: ir.Graph, opset: int) -> None:
 
 
 def _output_types(node: ir.Node, opset: int) -> list[ir.DataType | None]:
-    if _has_schema(node):
+    if has_schema(node):
         call, inputs = _call(node)
         known = {name: type_ for name, type_ in inputs.items() if type_.tensor_type.elem_type}
         if len(known) < len(inputs):
             return [None] * len(node.outputs)
         types = infer_node_outputs(
-            _schema(node.op_type, opset), call, known, opset_imports=[make_opsetid("", opset)]
+            schema_of(node.op_type, opset), call, known, opset_imports=[make_opsetid("", opset)]
         )
         inferred = [types.get(name, onnx.TypeProto()).tensor_type.elem_type for name in call.output]
         return [ir.DataType(number) if number else None for number in inferred]
-    signature = _signature(node.domain, node.op_type, opset)
+    signature = signature_of(node.domain, node.op_type, opset)
     if not signature.outputs:
         like = node.inputs[_LIKE_INPUT.get(node.op_type, 0)]
         return [None if like is None else like.dtype] * len(node.outputs)
@@ -174,73 +137,6 @@ def _call(node: ir.Node) -> tuple[onnx.NodeProto, dict[str, onnx.TypeProto]]:
     return call, types
 
 
-def _has_schema(node: ir.Node) -> bool:
-    return not node.domain and onnx.defs.has(node.op_type)
-
-
-def _schema(op_type: str, opset: int) -> Any:  # whose stub lacks what is about functions
-    return onnx.defs.get_schema(op_type, opset, "")
-
-
-@functools.cache
-def _signature(domain: str, op_type: str, opset: int) -> _Signature:
-    if not domain and onnx.defs.has(op_type):
-        schema = _schema(op_type, opset)
-        return _Signature(
-            since_version=schema.since_version,
-            inputs=tuple((formal.name, formal.type_str) for formal in schema.inputs),
-            outputs=tuple((formal.name, formal.type_str) for formal in schema.outputs),
-        )
-    inputs, outputs = (
-        tuple(
-            (name, constraint) for name, _, constraint in (f.partition(":") for f in side.split())
-        )
-        for side in TABLE["signatures"].get(domain, {}).get(op_type, ("", ""))
-    )
-    return _Signature(since_version=1, inputs=inputs, outputs=outputs)
-
-
-def _mismatch(kernels: Kernels, node: ir.Node, opset: int) -> MissingKernel | None:
-    """Why no kernel takes a node: KernelRegistry, core/framework/kernel_registry.cc."""
-    signature = _signature(node.domain, node.op_type, opset)
-    reason = MissingKernel(
-        op_type=node.op_type, domain=node.domain, since_version=signature.since_version
-    )
-    for versions, constraints in kernels.get(node.domain, {}).get(node.op_type, {}).items():
-        if not _covers(versions, signature.since_version):
-            continue
-        for constraint, types in constraints.items():
-            found = _type_at(node, signature, constraint)
-            supported = tuple(types.split())
-            if found is not None and found not in supported:
-                reason = replace(reason, constraint=constraint, found=found, supported=supported)
-                break
-        else:
-            return None
-    return reason
-
-
-def _covers(versions: str, since_version: int) -> bool:
-    """True if a kernel for ``13+``, ``13`` or ``7-12`` takes an operator of that version.
-
-    ``13+`` takes no later one: a kernel without an end was written before a later version was.
-    """
-    first, _, last = versions.removesuffix("+").partition("-")
-    return int(first) <= since_version <= int(last or first)
-
-
-def _type_at(node: ir.Node, signature: _Signature, constraint: str) -> str | None:
-    """The type that a constraint is about: of the first argument that is there, and of no other.
-
-    The constraint may also be the name of an argument. None: no such argument is there.
-    """
-    for formals, values in ((signature.inputs, node.inputs), (signature.outputs, node.outputs)):
-        for formal, value in zip(formals, values, strict=False):
-            if constraint in formal and value is not None and value.name:
-                return value.dtype.name.lower() if value.dtype else "unknown"
-    return None
-
-
 def _expand_functions(model: ir.Model, opset: int) -> bool:
     """Replace operators that are functions of ONNX, and have no kernel, by their bodies.
 
@@ -250,10 +146,10 @@ def _expand_functions(model: ir.Model, opset: int) -> bool:
     Returns:
         Whether there were any.
     """
-    for node in [node for part in _graphs(model) for node in part if _has_schema(node)]:
-        if not all(_mismatch(TABLE[where], node, opset) for where in ("cuda", "cpu")):
+    for node in [node for part in _graphs(model) for node in part if has_schema(node)]:
+        if not all(missing_kernel(TABLE[where], node, opset) for where in ("cuda", "cpu")):
             continue
-        schema = _schema(node.op_type, opset)
+        schema = schema_of(node.op_type, opset)
         for name, attribute in schema.attributes.items():
             # The body may refer to it.
             if attribute.default_value.name and name not in node.attributes:
@@ -290,7 +186,7 @@ def _body(node: ir.Node, schema: Any, opset: int) -> onnx.FunctionProto | None:
     body.ParseFromString(schema.get_function_with_opset_version(version))
     # None whose operators have other versions by now: OpSchema::GetFunction, onnx/defs/schema.cc.
     then, now = (
-        [_schema(inner.op_type, opset).since_version for inner in body.node]
+        [schema_of(inner.op_type, opset).since_version for inner in body.node]
         for opset in (version, opset)
     )
     return body if then == now else None
@@ -308,7 +204,7 @@ def _missing_kernels(graph: ir.Graph, opset: int) -> Iterator[MissingKernel]:
     for node in graph:
         if node.op_type == "Constant":
             continue  # the constructor of Graph makes it an initialiser: core/graph/graph.cc
-        missing = _mismatch(TABLE["cuda"], node, opset)
+        missing = missing_kernel(TABLE["cuda"], node, opset)
         inputs = [value for value in node.inputs if value is not None and value.name]
         follows = any(value in on_cpu for value in inputs)
         stays = follows and all(

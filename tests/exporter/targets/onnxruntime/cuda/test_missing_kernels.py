@@ -24,8 +24,10 @@ from wanx.exporter.graph.attach import attach_weights
 from wanx.exporter.graph.stored_graph import graph_to_bytes
 from wanx.exporter.graph.trace import trace
 from wanx.exporter.quantization.quantized_spec import quantized_like_bundle
-from wanx.exporter.targets.onnxruntime import cuda_kernels, narrow_weights
-from wanx.exporter.targets.onnxruntime.cuda_kernels import MissingKernel, unsupported_nodes
+from wanx.exporter.targets.onnxruntime import narrow_weights
+from wanx.exporter.targets.onnxruntime.cuda import kernel_table, missing_kernels
+from wanx.exporter.targets.onnxruntime.cuda.kernel_table import MissingKernel
+from wanx.exporter.targets.onnxruntime.cuda.missing_kernels import unsupported_nodes
 from wanx.exporter.targets.onnxruntime.graph import optimize_for_ort
 from wanx.files.safetensors import TensorRef
 
@@ -99,7 +101,7 @@ def test_transformers_lack_nothing_in_16_bits(
     path = trace_in(dtype, small_spec(name), tmp_path)
     assert unsupported_nodes(path) == []
     model = InlinePass()(ir.load(path)).model
-    cuda_kernels._infer_types(model.graph, model.opset_imports[""])
+    missing_kernels._infer_types(model.graph, model.opset_imports[""])
     types = {n.inputs[0].dtype.name for n in model.graph if n.op_type == "Attention"}
     assert types == {str(dtype).removeprefix("torch.").upper()}
 
@@ -155,29 +157,29 @@ def test_types_are_those_that_onnx_infers() -> None:
     graph = onnx.shape_inference.infer_shapes(ir.to_proto(model)).graph
     values = (*graph.value_info, *graph.output)
     expected = {value.name: value.type.tensor_type.elem_type for value in values}
-    cuda_kernels._infer_types(model.graph, model.opset_imports[""])
+    missing_kernels._infer_types(model.graph, model.opset_imports[""])
     outputs = [value for node in model.graph for value in node.outputs]
     assert {value.name: value.dtype for value in outputs} == {
         value.name: expected[value.name] for value in outputs
     }
 
 
-def signatures(domain: str, op_type: str) -> Iterator[cuda_kernels._Signature]:
+def signatures(domain: str, op_type: str) -> Iterator[kernel_table.Signature]:
     """Signatures of an operator, by opset."""
     for opset in range(18, onnx.defs.onnx_opset_version() + 1):
         with suppress(onnx.defs.SchemaError):  # of an operator that is from a later opset
-            yield cuda_kernels._signature(domain, op_type, opset)
+            yield kernel_table.signature_of(domain, op_type, opset)
 
 
 def test_every_row_of_the_table_belongs_to_an_operator() -> None:
     for side in ("cuda", "cpu"):
-        for domain, operators in cuda_kernels.TABLE[side].items():
+        for domain, operators in kernel_table.TABLE[side].items():
             for op_type, rows in operators.items():
                 for versions, constraints in rows.items():
                     names = {
                         name
                         for signature in signatures(domain, op_type)
-                        if cuda_kernels._covers(versions, signature.since_version)
+                        if kernel_table.covers(versions, signature.since_version)
                         for formal in (*signature.inputs, *signature.outputs)
                         for name in formal
                     }
@@ -248,7 +250,7 @@ def test_a_kernel_without_an_end_takes_no_later_version(
     [("13+", {13}), ("13", {13}), ("11-13", {11, 12, 13}), ("7-11", {11})],
 )
 def test_versions_that_a_kernel_takes(versions: str, taken: set[int]) -> None:
-    assert {v for v in range(11, 15) if cuda_kernels._covers(versions, v)} == taken
+    assert {v for v in range(11, 15) if kernel_table.covers(versions, v)} == taken
 
 
 @pytest.mark.parametrize(
@@ -290,11 +292,11 @@ def test_onnx_runtime_expands_the_same_functions(
     options.optimized_model_filepath = str(tmp_path / "expanded.onnx")
     onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     expected = Counter(node.op_type for node in onnx.load(tmp_path / "expanded.onnx").graph.node)
-    monkeypatch.setattr(cuda_kernels, "TABLE", {**cuda_kernels.TABLE, "cuda": {}})
+    monkeypatch.setattr(missing_kernels, "TABLE", {**kernel_table.TABLE, "cuda": {}})
     model = ir.load(path)
-    cuda_kernels._infer_types(model.graph, 24)
-    while cuda_kernels._expand_functions(model, 24):
-        cuda_kernels._infer_types(model.graph, 24)
+    missing_kernels._infer_types(model.graph, 24)
+    while missing_kernels._expand_functions(model, 24):
+        missing_kernels._infer_types(model.graph, 24)
     found = Counter(node.op_type for node in model.graph)
     del found["Constant"]
     assert found == expected

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +14,12 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from onnx_ir.passes.common import InlinePass
 
 from tests.support.component_feeds import component_feeds
 from tests.support.peers import relative_error
 from wanx.bundle.reader import Bundle, open_bundle
+from wanx.errors import WanxError
 from wanx.exporter.build import build
 from wanx.exporter.calibration.options import CalibrationOptions
 from wanx.exporter.component_writer import save_graph
@@ -23,7 +27,10 @@ from wanx.exporter.export import export
 from wanx.exporter.options import ExportOptions
 from wanx.exporter.quantization.scheme import QuantizeOptions
 from wanx.exporter.targets.onnxruntime.cuda import graph as cuda
-from wanx.exporter.targets.onnxruntime.cuda_kernels import unsupported_nodes
+from wanx.exporter.targets.onnxruntime.cuda import missing_kernels
+from wanx.exporter.targets.onnxruntime.cuda.kernel_table import TABLE
+from wanx.exporter.targets.onnxruntime.cuda.missing_kernels import unsupported_nodes
+from wanx.exporter.targets.options import BuilderOptions
 from wanx.runtime.sessions.onnxruntime.loading import create_session, folds
 
 QUICK = CalibrationOptions(prompts=1, steps=2, golden_steps=1, width=32, height=32, frames=5)
@@ -87,16 +94,17 @@ def test_every_node_has_a_kernel(
 def test_products_have_16_bits(kind: str, component: str, bundles: Bundles, tmp_path: Path) -> None:
     """No weight of a block passes through fp32, and nothing is an fp32 twin of what is stored."""
     graph = write(bundles(kind), component, tmp_path / "graph.onnx")
-    model = onnx.inliner.inline_local_functions(onnx.load(graph, load_external_data=False))
-    model = onnx.shape_inference.infer_shapes(model)
-    types = {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
-    types |= {t.name: t.data_type for t in model.graph.initializer}
-    types |= {v.name: v.type.tensor_type.elem_type for v in model.graph.input}
-    wanted = onnx.TensorProto.FLOAT16 if kind == "fp16" else onnx.TensorProto.BFLOAT16
-    products = [n for n in model.graph.node if n.op_type in ("MatMul", "MatMulNBits")]
-    found = Counter(types.get(n.input[0], 0) for n in products)
-    high = 0 if component == "text_encoder" else 4  # time embedding, modulation and head
-    assert found[wanted] >= len(products) - high - found[0]
+    model = InlinePass()(ir.load(graph)).model
+    missing_kernels._infer_types(model.graph, model.opset_imports[""])
+    wanted = ir.DataType.FLOAT16 if kind == "fp16" else ir.DataType.BFLOAT16
+    found = Counter(
+        node.inputs[0].dtype
+        for node in model.graph
+        if node.op_type in ("MatMul", "MatMulNBits") and node.inputs[0] is not None
+    )
+    # The first product of the time embedding, on sines and cosines.
+    assert found.pop(ir.DataType.FLOAT, 0) == (0 if component == "text_encoder" else 1)
+    assert found.keys() == {wanted}
     assert found[wanted] >= 10
 
 
@@ -150,7 +158,41 @@ def test_the_target(bundles: Bundles, tmp_path: Path) -> None:
     assert open_bundle(bundle.root, verify="full").hash == built.hash
     again = build(built, "cuda")
     assert again.manifest.files == built.manifest.files
-    assert build(again, "cpu").manifest.target == "cpu"
+    back = build(again, "cpu")
+    assert back.manifest.target == "cpu"
+    forced = build(back, "cuda", force=True)
+    before, after = (
+        {component.engines["cuda"] for component in one.manifest.components.values()}
+        for one in (built, forced)
+    )
+    assert not before & after
+    assert all(bundle.root.joinpath(path).is_file() for path in after)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_nodes_without_a_kernel_are_said(
+    strict: bool, bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """As where ONNX Runtime drops a kernel that a graph needs."""
+    shutil.copytree(bundles("bf16").root, tmp_path / "bundle")
+    bundle = open_bundle(tmp_path / "bundle")
+    before = bundle.manifest.files
+    kernels = {domain: dict(operators) for domain, operators in TABLE["cuda"].items()}
+    del kernels["com.microsoft"]["MultiHeadAttention"]
+    monkeypatch.setattr(missing_kernels, "TABLE", {**TABLE, "cuda": kernels})
+    line = (
+        r"cuda has no kernel for nodes of dit: \d+ × com.microsoft.MultiHeadAttention-1: no kernel"
+    )
+    if strict:
+        monkeypatch.setenv("WANX_STRICT", "1")
+        with pytest.raises(WanxError, match=line):
+            build(bundle, "cuda", force=True)
+        assert open_bundle(bundle.root, verify="full").manifest.files == before
+        return
+    build(bundle, "cuda", force=True, options=BuilderOptions(graph_cache=False))
+    assert any(re.match(line, message) for message in caplog.messages)
+    assert all(message.endswith(": they run on the processor") for message in caplog.messages)
 
 
 @pytest.mark.gpu
