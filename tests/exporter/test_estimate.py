@@ -223,9 +223,11 @@ def test_time_of_calibration(
     assert whole - less_whole == pytest.approx(calibrating - less)
 
 
-def seconds_of(cache: GraphCache, precision: str = "bf16", **calibration: Any) -> float:
+def seconds_of(
+    cache: GraphCache, precision: str = "bf16", target: str = "cpu", **calibration: Any
+) -> float:
     options = ExportOptions(
-        source="x", precision=precision,
+        source="x", precision=precision, target=target,
         calibration=CalibrationOptions(**{"golden_steps": 0} | calibration),
     )  # fmt: skip
     resolved = resolve(options, full_size_checkpoint("t2v-1.3B", "BF16"))
@@ -238,6 +240,14 @@ def test_known_graphs_take_no_time(precision: str) -> None:
     known = seconds_of(GraphCache(), precision)
     traced = seconds_of(GraphCache(use=False), precision)
     assert traced - known == pytest.approx(4 * 4.0 + (4.0 if precision == "bf16" else 0.0))
+
+
+def test_graphs_of_a_target_are_traced_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Text encoder and DiT in bf16; the VAE computes in fp32 there, as everywhere."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    plain, cuda = (seconds_of(GraphCache(), "bf16", target) for target in ("cpu", "cuda"))
+    assert cuda - plain == pytest.approx(2 * 4.0 + 4.0)
+    assert seconds_of(GraphCache(), "fp32", "cuda") == seconds_of(GraphCache(), "fp32")
 
 
 def test_a_graph_that_was_kept_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -45,6 +45,17 @@ def test_a_view_holds_what_it_shows() -> None:
     assert peak_bytes(model(nodes, {"x": ["L", 8]}), {"L": rows}) == joined
 
 
+def test_an_output_may_be_a_view() -> None:
+    """Then what it shows is held to the end."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"]),
+        helper.make_node("Reshape", ["a", "shape"], ["y"]),
+        helper.make_node("Exp", ["x"], ["b"]),
+        helper.make_node("Neg", ["b"], ["c"]),
+    ]
+    assert peak_bytes(model(nodes, {"x": ["L", 8]}), {"L": 10}) == 4 * 10 * (8 + 32 + 8 + 8)
+
+
 @pytest.mark.parametrize("preset", ["tiny", "tiny-i2v"])
 def test_larger_videos_take_more(preset: str) -> None:
     small, large = (predict(PRESETS[preset], side, side, 17) for side in (64, 128))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from wanx.config.number_formats import BF16, BY_SAFETENSORS, FP32
 from wanx.exporter.component_groups import component_groups
 from wanx.exporter.golden import known_golden
 from wanx.exporter.graph.cache import GraphCache
@@ -16,7 +18,7 @@ from wanx.runtime.sizes import latent_shape
 if TYPE_CHECKING:
     from wanx.exporter.quantization.recipe import Recipe
 
-# Measured on two cores of an AMD EPYC of the Zen 4 generation; see docs/performance.md.
+# Measured on two cores, of an AMD EPYC of the Zen 4 generation or an Intel Xeon with AMX.
 _SECONDS_FIXED = 2.0
 _SECONDS_PYTORCH = 4.0  # to import it and what traces
 _SECONDS_PER_TRACE = 4.0
@@ -79,7 +81,10 @@ def estimate(resolved: ResolvedExport, cache: GraphCache | None = None) -> Estim
 
 
 def _traced(resolved: ResolvedExport, cache: GraphCache) -> list[str]:
-    """Components whose graph is not known; which layers calibration keeps high is not either."""
+    """Components whose graph is not known, once for each type of it.
+
+    Which layers calibration keeps high is not known either: none is taken for one.
+    """
     config = resolved.checkpoint.config
     recipes: dict[str, Recipe | None] = dict.fromkeys(component_groups(config))
     if resolved.scheme is not None:
@@ -93,7 +98,29 @@ def _traced(resolved: ResolvedExport, cache: GraphCache) -> list[str]:
             "text_encoder": recipe.text_recipe(config.text_encoder),
         }
         recipes |= {name: quantized[name] for name in resolved.eight_bit}
-    return [name for name in recipes if not cache.has_graph(name, config, recipes[name])]
+    wanted = [(name, FP32.name) for name in recipes]
+    if resolved.options.target == "cuda":  # its graphs compute in what most weights are stored in
+        types = {group: _computes(resolved, group) for group in resolved.checkpoint.components}
+        wanted += [
+            (name, types[name]) for name in recipes if types.get(name, FP32.name) != FP32.name
+        ]
+    return [
+        name
+        for name, computes in wanted
+        if not cache.has_graph(name, config, recipes[name], computes)
+    ]
+
+
+def _computes(resolved: ResolvedExport, group: str) -> str:
+    """Type that the target ``cuda`` computes a group's networks in."""
+    if group == "vae":
+        return FP32.name
+    if group in resolved.eight_bit:
+        return BF16.name
+    sizes: Counter[str] = Counter()
+    for tensor in resolved.checkpoint.components[group].tensors.values():
+        sizes[resolved.stored_type(group, tensor.dtype)] += tensor.nbytes
+    return BY_SAFETENSORS[max(sizes, key=lambda dtype: sizes[dtype])].name
 
 
 def _operations(resolved: ResolvedExport) -> int:

@@ -6,7 +6,8 @@ import hashlib
 import itertools
 import logging
 import os
-from pathlib import Path
+import re
+from pathlib import Path, PurePosixPath
 
 from wanx.bundle.manifest import FileRecord, Manifest
 from wanx.bundle.publish import record_files
@@ -24,6 +25,15 @@ def free_key(root: Path, key: str) -> str:
     """The key, numbered where engines are there: what a reader may have open is never replaced."""
     numbered = itertools.chain([key], (f"{key}-{number}" for number in itertools.count(2)))
     return next(name for name in numbered if not os.path.lexists(root / "engines" / name))
+
+
+def _folder_of(manifest: Manifest, target: str, key: str) -> str | None:
+    """Name of the folder that has a target's graphs of a key, which may be numbered."""
+    engines = [component.engines.get(target, "") for component in manifest.components.values()]
+    folders = {PurePosixPath(engine).parent for engine in engines}
+    name = folders.pop().name
+    is_there = not folders and re.fullmatch(rf"{re.escape(key)}(-\d+)?", name)
+    return name if is_there and all(engine in manifest.files for engine in engines) else None
 
 
 def _recorded(written: Path, folder: Path) -> dict[str, FileRecord]:
@@ -66,15 +76,16 @@ def with_variants(
         graphs[name] = graph_bytes(target.graph(root, manifest, name, cache))
     digest = hashlib.sha256(b"".join(hashlib.sha256(data).digest() for data in graphs.values()))
     key = f"{target.name}-{digest.hexdigest()[:12]}"
-    known = set(manifest.files)
-    is_there = not force and all(f"engines/{key}/{name}.onnx" in known for name in graphs)
-    key = key if is_there else free_key(root, key)
-    written = folder / "engines" / key
-    if not is_there:
+    there = None if force else _folder_of(manifest, target.name, key)
+    written = folder / "engines" / (there or free_key(root, key))
+    if there is None:
         written.mkdir(parents=True)
         for name, data in graphs.items():
             (written / f"{name}.onnx").write_bytes(data)
-            _report_missing(target, name, written / f"{name}.onnx")
+    key = written.name
+    for name in graphs:
+        graph_file = (written if there is None else root / "engines" / key) / f"{name}.onnx"
+        _report_missing(target, name, graph_file)
     progress(f"build {target.name}", len(graphs), len(graphs), "steps")
     replaced = {
         component.engines[target.name]
@@ -82,7 +93,7 @@ def with_variants(
         if target.name in component.engines
     }
     files = {path: record for path, record in manifest.files.items() if path not in replaced}
-    recorded = manifest.files | ({} if is_there else _recorded(written, folder))
+    recorded = manifest.files | ({} if there else _recorded(written, folder))
     own = {path: r for path, r in recorded.items() if path.startswith(f"engines/{key}/")}
     components = {
         name: component.model_copy(
@@ -106,5 +117,5 @@ def _report_missing(target: Target, component: str, graph: Path) -> None:
         f"{'; '.join(str(kind) for kind in missing[:_NAMED])}{more}"
     )
     if os.environ.get("WANX_STRICT") == "1":
-        raise WanxError(f"{line}; leave WANX_STRICT=1 out to have them run on the processor")
-    _log.warning("%s: they run on the processor", line)
+        raise WanxError(f"{line}; leave WANX_STRICT=1 out to build it all the same")
+    _log.warning("%s; ONNX Runtime leaves them to the processor, if that has one", line)

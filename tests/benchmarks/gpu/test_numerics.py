@@ -7,6 +7,7 @@ import pkgutil
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -92,6 +93,13 @@ def test_a_provider_is_held_against_the_processor(
     assert [row["what"] for row in record["rows"]] == list(components)
     assert all(row["numerics"]["cosine"] > 0.999 for row in record["rows"])
     assert record["goals"][0]["met"] is True
+    wrong = np.full((2, 3), np.nan, np.float32)
+    with monkeypatch.context() as patch:
+        patch.setattr("benchmarks.gpu.onnxruntime_cuda.cosine", lambda a, b: float(wrong.mean()))
+        record = run_one(
+            tiny_bench(tmp_path), lambda bench: onnxruntime_cuda(bench, "tiny", "openvino")
+        )
+    assert record["goals"][0]["met"] is False
     monkeypatch.setenv("WANX_STRICT", "1")
     monkeypatch.setattr(
         "wanx.runtime.sessions.onnxruntime.assignment.nodes_left",

@@ -32,6 +32,7 @@ from wanx.runtime.denoise import DenoisingRun
 from wanx.runtime.options import ResolvedRun
 from wanx.runtime.run_parts import RunParts
 from wanx.runtime.sampling.guidance import Branch
+from wanx.runtime.sessions.onnxruntime.providers import CPU
 
 Float32 = NDArray[np.float32]
 
@@ -65,7 +66,7 @@ def calibrate(
         runs = planned_runs(options, config)
     key_parts = (*observed, options.golden_steps)
     path = state_path(checkpoint, bundle, runs, key_parts) if observed else None
-    trajectories = [encoded.start() for encoded in RunParts.of(bundle).encode(runs)]
+    trajectories = [encoded.start() for encoded in RunParts.of(bundle, provider=CPU).encode(runs)]
     if path is not None and options.fresh:
         path.unlink(missing_ok=True)
     state = Calibration.load(path, len(runs))

@@ -80,11 +80,17 @@ class GraphCache:
         key = graph_key(component, config, recipe, computes)
         return self._find(key, graph_from_bytes, trace, graph_to_bytes)
 
-    def has_graph(self, component: str, config: ModelConfig, recipe: Recipe | None) -> bool:
+    def has_graph(
+        self,
+        component: str,
+        config: ModelConfig,
+        recipe: Recipe | None,
+        computes: str = FP32.name,
+    ) -> bool:
         """True if :meth:`graph` traces nothing, unless the entry is damaged."""
         if not self._use:
             return False
-        key = graph_key(component, config, recipe)
+        key = graph_key(component, config, recipe, computes)
         path = self._path(key)
         return _shipped(key) is not None or (path is not None and path.is_file())
 

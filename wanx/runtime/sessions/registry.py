@@ -78,7 +78,7 @@ def _load_onnxruntime(bundle: Bundle, component: str, options: SessionOptions) -
     manifest = bundle.manifest
     target = manifest.target
     provider = provider_of(manifest, component, options.provider)
-    provider = provider or fastest_provider(component, manifest.config)
+    assert provider is not None, "another runtime has engines of it"
     chosen = options.provider == AUTO and provider not in (CPU, target)
     try:
         require_installed(provider)
@@ -128,7 +128,10 @@ def _onnxruntime(name: str) -> Backend:
         limiting = ", ".join(name for name, row in PROVIDERS.items() if row.limits_memory)
         reason = f"engines of TensorRT and the provider {limiting}, and not for {name}"
     return Backend(
-        load=_load_onnxruntime, warm_up_runs=1, uses_gpu=provider.uses_gpu, no_vram_budget=reason
+        load=_load_onnxruntime,
+        warm_up_runs=RUNS_BEFORE_CAPTURE + 1 if provider.captures else 1,
+        uses_gpu=provider.uses_gpu,
+        no_vram_budget=reason,
     )
 
 
@@ -183,15 +186,16 @@ def provider_of(manifest: Manifest, component: str, provider: str = AUTO) -> str
     Args:
         manifest: of the bundle.
         component: such as ``dit``.
-        provider: that was asked for; ``auto`` is the target's own, and of the target ``cpu`` what
-            was measured to be faster.
+        provider: that was asked for; ``auto`` is the target's own, and where the target is ``cpu``,
+            or has no engine of the component, what was measured to be faster.
     """
     if provider != AUTO:
         return provider
     target = manifest.target
-    if target == CPU:
-        return fastest_provider(component, manifest.config)
-    return target if target in PROVIDERS else None
+    if target in manifest.components[component].engines and target not in PROVIDERS:
+        return None
+    own = target in PROVIDERS and target != CPU
+    return target if own else fastest_provider(component, manifest.config)
 
 
 def load_component(bundle: Bundle, component: str, options: SessionOptions) -> Session:

@@ -25,7 +25,7 @@ from wanx.runtime.pipeline import Pipeline
 from wanx.runtime.sessions import open_session
 from wanx.runtime.sessions.onnxruntime import loading, providers, session
 from wanx.runtime.sessions.onnxruntime.providers import PROVIDERS, ProviderOptions
-from wanx.runtime.sessions.registry import require_budget
+from wanx.runtime.sessions.registry import backend_of, require_budget
 
 
 @pytest.fixture(scope="module")
@@ -341,6 +341,8 @@ def test_a_budget_of_memory(tiny: Bundle) -> None:
     for name in ("tensorrt-rtx", "webgpu"):
         with pytest.raises(UsageError, match=f"provider cuda, and not for {name}: leave it out"):
             require_budget("cuda", name)
+    assert backend_of("cuda").warm_up_runs == backend_of("rtx").warm_up_runs  # both capture
+    assert backend_of("cpu").warm_up_runs == backend_of("cuda", "openvino").warm_up_runs == 1
     for target in ("cuda", "rtx"):
         require_budget(target)
         require_budget(target, "cuda")

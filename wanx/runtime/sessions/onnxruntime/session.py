@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -15,11 +14,10 @@ import numpy as np
 from wanx.bundle.reader import Bundle, Component
 from wanx.errors import CorruptInputError, EnvironmentMismatchError, WanxError
 from wanx.runtime.sessions.base import NEXT, Array, Session, State
-from wanx.runtime.sessions.engine_session import MAX_CACHED_SHAPES, RUNS_BEFORE_CAPTURE
 from wanx.runtime.sessions.onnxruntime.assignment import nodes_left, report_nodes_left
-from wanx.runtime.sessions.onnxruntime.fixed_buffers import (
+from wanx.runtime.sessions.onnxruntime.captured_runs import (
     REFUSED_CAPTURE,
-    FixedBuffers,
+    CapturedRuns,
     run_options,
 )
 from wanx.runtime.sessions.onnxruntime.loading import NO_OPTIONS, create_session, folds
@@ -34,7 +32,6 @@ if TYPE_CHECKING:
     import onnxruntime
 
 REPEATED = ("dit",)  # components that run many times with the same shapes
-Shapes = tuple[tuple[str, tuple[int, ...], str], ...]
 
 _log = logging.getLogger("wanx.runtime")
 
@@ -63,6 +60,8 @@ class OnnxRuntimeSession(Session):
         self._bundle, self._component, self._options = bundle, component, options
         self._fallback = fallback and provider != CPU
         self._constants: dict[str, Array] = {}
+        self._bound: dict[str, onnxruntime.OrtValue] = {}
+        self._captured: CapturedRuns | None = None
         self._session: onnxruntime.InferenceSession | None = None
         try:
             self._open(provider)
@@ -90,12 +89,22 @@ class OnnxRuntimeSession(Session):
         """Put arrays where the provider computes, once; on the processor nothing is copied."""
         self._constants |= constants
         try:
-            self._bound |= {name: self._on_device(value) for name, value in constants.items()}
-            self._forget_captured()
+            for name, value in constants.items():
+                self._bind_one(name, value)
         except WanxError as error:
             if not self._fallback:
                 raise
             self._fall_back(error)  # which binds all constants
+
+    def _bind_one(self, name: str, array: Array) -> None:
+        known = self._bound.get(name)
+        if self._captured is not None and known is not None:
+            if known.shape() == list(array.shape):
+                with self._explained():
+                    known.update_inplace(array)  # as graphs read it there
+                return
+            self._captured.forget()
+        self._bound[name] = self._on_device(array)
 
     def run(self, feeds: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
         """Run the graph; see :meth:`Session.run`."""
@@ -112,28 +121,30 @@ class OnnxRuntimeSession(Session):
 
     def close(self) -> None:
         """Free the graph and its memory."""
-        self._session = None
+        self._close_session()
         self._constants.clear()
-        self._bound.clear()
-        self._forget_captured()
 
-    def _open(self, provider: str) -> None:
+    def _close_session(self) -> None:
+        self._captured = None
+        self._bound.clear()
+        self._session = None
+
+    def _open(self, provider: str, *, captures: bool = True) -> None:
         record = self._bundle.manifest.components[self._component]
         engine, lacks_own = _graph_for(record, provider)
         self._provider = provider
         self._device = PROVIDERS[provider].device
-        self._captures = PROVIDERS[provider].captures and self._component in REPEATED
+        self._captured = None
+        captures = captures and PROVIDERS[provider].captures and self._component in REPEATED
         with self._explained():
             try:
-                self._session = self._create(engine, self._captures)
+                self._session = self._create(engine, captures)
             except Exception as error:  # ONNX Runtime's exceptions share no base of their own
-                if not self._captures or REFUSED_CAPTURE not in str(error):
+                if not captures or REFUSED_CAPTURE not in str(error):
                     raise
-                self._captures = False
-                self._session = self._create(engine, False)
-        self._repeats: Counter[Shapes] = Counter()
-        self._captured: dict[Shapes, FixedBuffers] = {}
-        self._capture_ids = itertools.count(1)
+                _log.info("ONNX Runtime makes no CUDA graph of %s", self._component)
+                captures = False
+                self._session = self._create(engine, captures)
         taken = self._session.get_providers()
         if PROVIDERS[provider].execution_provider not in taken:
             raise EnvironmentMismatchError(
@@ -149,6 +160,8 @@ class OnnxRuntimeSession(Session):
             report_nodes_left(self._session, self._component, provider, advice)
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._inputs = {value.name for value in self._session.get_inputs()}
+        if captures:
+            self._captured = CapturedRuns(self._session, self._device)
         self._bound = {name: self._on_device(value) for name, value in self._constants.items()}
 
     def _create(self, engine: str, captures: bool) -> onnxruntime.InferenceSession:
@@ -166,8 +179,8 @@ class OnnxRuntimeSession(Session):
         import onnxruntime
 
         assert self._session is not None, "the session is closed"
-        if self._captures and state is None:
-            return self._run_repeated(feeds)
+        if self._captured is not None and state is None:
+            return self._run_repeated(self._captured, feeds)
         values = dict(self._bound)
         if state is not None:
             values |= {name: value for name, value in state.items() if name in self._inputs}
@@ -188,32 +201,26 @@ class OnnxRuntimeSession(Session):
                     outputs[name] = value.numpy()
         return outputs
 
-    def _run_repeated(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    def _run_repeated(self, captured: CapturedRuns, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run, and as a CUDA graph where the shapes repeat."""
         arrays = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
-        shapes = tuple((name, array.shape, array.dtype.str) for name, array in arrays.items())
+        try:
+            outputs = captured.replay(arrays)
+        except Exception as error:  # too little memory, or a kernel that cannot be captured
+            _log.warning(
+                "no CUDA graph is made of %s (%s): every step launches its kernels",
+                self._component, " ".join(str(error).split())[:160],
+            )  # fmt: skip
+            self._close_session()
+            self._open(self._provider, captures=False)
+            return self._run(feeds, None)
+        if outputs is not None:
+            return outputs
         with self._explained():
-            if shapes in self._captured:
-                return self._captured[shapes].run(arrays)
-            self._repeats[shapes] += 1
             results = self._run_bound(self._bound, arrays, ())
             outputs = dict(zip(self._outputs, (value.numpy() for value in results), strict=True))
-            if self._repeats[shapes] >= RUNS_BEFORE_CAPTURE and self._can_capture:
-                assert self._session is not None, "the session is closed"
-                self._captured[shapes] = FixedBuffers(
-                    self._session, self._device, self._bound, arrays, outputs,
-                    next(self._capture_ids),
-                )  # fmt: skip
+            captured.note(arrays, outputs, self._bound)
         return outputs
-
-    @property
-    def _can_capture(self) -> bool:
-        return len(self._captured) < MAX_CACHED_SHAPES
-
-    def _forget_captured(self) -> None:
-        """Free the buffers of captured runs, whose constants lie elsewhere now."""
-        self._repeats.clear()
-        self._captured.clear()
 
     def _run_bound(
         self,
@@ -231,7 +238,8 @@ class OnnxRuntimeSession(Session):
             binding.bind_cpu_input(name, array)
         for name in self._outputs:
             binding.bind_output(name, self._device if name in kept else "cpu")
-        self._session.run_with_iobinding(binding, run_options(None) if self._captures else None)
+        options = None if self._captured is None else run_options(None)
+        self._session.run_with_iobinding(binding, options)
         results: list[onnxruntime.OrtValue] = binding.get_outputs()
         binding.clear_binding_inputs()  # outputs keep the binding, and it the state before
         return results
@@ -239,6 +247,8 @@ class OnnxRuntimeSession(Session):
     def _on_device(self, array: Array) -> onnxruntime.OrtValue:
         import onnxruntime
 
+        if self._captured is not None:
+            array = array.copy()  # it is overwritten by the next one, where no device copies it
         with self._explained():
             return onnxruntime.OrtValue.ortvalue_from_numpy(array, self._device, 0)
 
@@ -248,7 +258,7 @@ class OnnxRuntimeSession(Session):
             self._provider, self._component, error,
         )  # fmt: skip
         self._fallback = False
-        self._session = None
+        self._close_session()
         self._open(CPU)
 
     @contextmanager

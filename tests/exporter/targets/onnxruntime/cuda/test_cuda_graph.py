@@ -166,6 +166,7 @@ def test_the_target(bundles: Bundles, tmp_path: Path) -> None:
         for one in (built, forced)
     )
     assert not before & after
+    assert build(forced, "cuda").manifest.files == forced.manifest.files
     assert all(bundle.root.joinpath(path).is_file() for path in after)
 
 
@@ -193,7 +194,10 @@ def test_nodes_without_a_kernel_are_said(
     build(bundle, "cuda", force=True, options=BuilderOptions(graph_cache=False))
     said = [match for message in caplog.messages if (match := re.match(line, message))]
     assert sorted(match[1] for match in said) == sorted(set(COMPONENTS) - {"text_encoder"})
-    assert all(match.string.endswith(": they run on the processor") for match in said)
+    assert all(match.string.endswith("to the processor, if that has one") for match in said)
+    caplog.clear()
+    build(open_bundle(bundle.root), "cuda")  # which finds them there
+    assert len([message for message in caplog.messages if re.match(line, message)]) == len(said)
 
 
 @pytest.mark.gpu

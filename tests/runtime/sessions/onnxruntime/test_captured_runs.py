@@ -15,7 +15,11 @@ from wanx.bundle.reader import Bundle
 from wanx.errors import WanxError
 from wanx.runtime.sessions.engine_session import MAX_CACHED_SHAPES, RUNS_BEFORE_CAPTURE
 from wanx.runtime.sessions.onnxruntime import providers, session
-from wanx.runtime.sessions.onnxruntime.fixed_buffers import CAPTURE_ID, run_options
+from wanx.runtime.sessions.onnxruntime.captured_runs import (
+    CAPTURE_ID,
+    FixedBuffers,
+    run_options,
+)
 from wanx.runtime.sessions.onnxruntime.providers import PROVIDERS, ProviderOptions
 from wanx.runtime.sessions.onnxruntime.session import OnnxRuntimeSession
 
@@ -44,11 +48,19 @@ def draw(length: int, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
     return {name: feeds.pop(name) for name in CONSTANTS}, feeds
 
 
+def ids(session: OnnxRuntimeSession) -> list[int]:
+    assert session._captured is not None
+    for buffers in session._captured._buffers.values():
+        found = buffers._options.get_run_config_entry(CAPTURE_ID)
+        assert found == str(buffers.capture_id)
+    return session._captured.ids
+
+
 def test_repeated_runs_are_those_of_a_plain_session(
     tiny: Bundle, capturing: OnnxRuntimeSession
 ) -> None:
     with OnnxRuntimeSession(tiny, "dit", options=ONE) as plain:
-        plain._captures = False
+        plain._captured = None
         kept = []
         for seed in range(2 * RUNS_BEFORE_CAPTURE + 1):
             for length in (24, 7):
@@ -60,37 +72,63 @@ def test_repeated_runs_are_those_of_a_plain_session(
                 kept.append((result, expected))
         for result, expected in kept:  # no result lies in a buffer that a later run fills
             np.testing.assert_array_equal(result, expected)
-    assert len(capturing._captured) == 2
-    ids = [
-        buffers._options.get_run_config_entry(CAPTURE_ID)
-        for buffers in capturing._captured.values()
-    ]
-    assert ids == ["1", "2"]
+    assert ids(capturing) == [1, 2]
 
 
-def test_new_constants_are_read(tiny: Bundle, capturing: OnnxRuntimeSession) -> None:
+@pytest.mark.parametrize("moved", [False, True])
+def test_new_constants_are_read(
+    moved: bool, tiny: Bundle, capturing: OnnxRuntimeSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same size they are written to where the graphs read; else the graphs are made anew."""
     with OnnxRuntimeSession(tiny, "dit", options=ONE) as plain:
-        plain._captures = False
-        for seed in range(2):
-            constants, _ = draw(24, seed)
+        plain._captured = None
+        given = []
+        for seed, length in enumerate((24, 7 if moved else 24)):
+            constants, _ = draw(length, seed)
+            given.append((constants["rope_cos"], constants["rope_cos"].copy()))
             plain.bind(constants)
             capturing.bind(constants)
             for number in range(RUNS_BEFORE_CAPTURE + 2):
-                _, feeds = draw(24, 10 + number)
+                _, feeds = draw(length, 10 + number)
                 np.testing.assert_array_equal(
                     capturing.run(feeds)["velocity"], plain.run(feeds)["velocity"]
                 )
-            assert len(capturing._captured) == 1
-    (buffers,) = capturing._captured.values()
-    assert buffers._options.get_run_config_entry(CAPTURE_ID) == "2"  # no graph is taken for another
+            assert ids(capturing) == [1 + seed if moved else 1]
+        for array, before in given:
+            np.testing.assert_array_equal(array, before)
 
 
 def test_few_shapes_are_kept(capturing: OnnxRuntimeSession) -> None:
+    released = []
+    assert capturing._session is not None
+    capturing._session.release_captured_graph = released.append  # type: ignore[method-assign]
     for length in range(4, 4 + MAX_CACHED_SHAPES + 2):
         constants, feeds = draw(length, 0)
         for _ in range(RUNS_BEFORE_CAPTURE + 1):
             assert capturing.run(constants | feeds)["velocity"].shape[1] == length
-    assert len(capturing._captured) == MAX_CACHED_SHAPES
+    assert ids(capturing) == [3, 4, 5, 6]
+    assert released == [1, 2]
+
+
+def test_a_capture_that_fails_is_gone_on_without(
+    tiny: Bundle, capturing: OnnxRuntimeSession, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    def fail(self: FixedBuffers, feeds: Any) -> None:
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(FixedBuffers, "run", fail)
+    constants, feeds = draw(24, 0)
+    capturing.bind(constants)
+    results = [capturing.run(feeds)["velocity"] for _ in range(RUNS_BEFORE_CAPTURE + 3)]
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+    (line,) = caplog.messages
+    assert line == (
+        "no CUDA graph is made of dit (operation not permitted when stream is capturing): every "
+        "step launches its kernels"
+    )
+    assert capturing._captured is None
 
 
 def test_other_runs_are_not_captured() -> None:
@@ -136,7 +174,7 @@ def test_a_graph_that_cannot_be_captured_runs_without(
         constants, feeds = draw(24, 0)
         for _ in range(RUNS_BEFORE_CAPTURE + 1):
             opened.run(constants | feeds)
-        assert opened._captured == {}
+        assert opened._captured is None
     assert asked == [True, False]
 
 
@@ -146,4 +184,4 @@ def test_components_that_run_once_are_not_captured(
     table = dict(PROVIDERS) | {"cpu": replace(PROVIDERS["cpu"], captures=True)}
     monkeypatch.setattr(session, "PROVIDERS", table)
     with OnnxRuntimeSession(tiny, "vae_decoder_rest", options=ONE) as opened:
-        assert not opened._captures
+        assert opened._captured is None
