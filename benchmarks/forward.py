@@ -22,7 +22,7 @@ from diffusers import WanTransformer3DModel
 
 from wanx.accuracy.metrics import cosine, sqnr_db
 from wanx.checkpoints import key_maps
-from wanx.checkpoints.tensor_source import SafetensorsTensor
+from wanx.checkpoints.tensors.source import SafetensorsTensor
 from wanx.checkpoints.weights import ComponentWeights
 from wanx.config.models import DiTConfig
 from wanx.config.number_formats import BY_SAFETENSORS

@@ -112,7 +112,6 @@ def test_a_command_writes_to_its_own_cache_and_calls_nobody(name: str, home: Hom
 
 def test_a_converted_tokenizer_asks_no_hub(home: Home) -> None:
     sentencepiece = pytest.importorskip("sentencepiece")
-    pytest.importorskip("transformers")
     corpus = home.out / "corpus.txt"
     corpus.write_text("a red circle moving right on a blue background\n" * 20)
     sentencepiece.SentencePieceTrainer.train(
@@ -121,8 +120,8 @@ def test_a_converted_tokenizer_asks_no_hub(home: Home) -> None:
     )  # fmt: skip
     home.python(
         "-c",
-        "from pathlib import Path; from wanx.checkpoints.tokenizer_file import write_tokenizer;"
-        "write_tokenizer(Path('spiece.model'), Path('tokenizer.json'))",
+        "from pathlib import Path; from wanx.checkpoints.tokenizer_source import *;"
+        "write_tokenizer(TokenizerFile(path=Path('spiece.model')), Path('tokenizer.json'))",
     )
     assert "model" in json.loads((home.out / "tokenizer.json").read_text())
     assert home.written == set()

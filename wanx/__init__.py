@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from wanx.benchmarks.speed.results import Results
     from wanx.benchmarks.speed.suite import BenchOptions
     from wanx.bundle.reader import Bundle
+    from wanx.checkpoints.checkpoint import PartPaths
+    from wanx.checkpoints.lora.fuse import Lora
     from wanx.config.models import Task
     from wanx.exporter.calibration.options import CalibrationOptions
     from wanx.exporter.export import ExportPlan
@@ -97,9 +100,11 @@ def load(
 
 
 def export(
-    source: str | Path = "tiny",
+    source: str | Path | None = None,
     output: str | Path | None = None,
     *,
+    parts: PartPaths | None = None,
+    loras: Sequence[Lora | str] = (),
     precision: str = "auto",
     target: str = "cpu",
     task: Task | None = None,
@@ -119,6 +124,7 @@ def export(
     from wanx.exporter.packages import GRAPHS, require_packages
 
     require_packages("export", GRAPHS)
+    from wanx.checkpoints.checkpoint import NO_PARTS
     from wanx.exporter.calibration.options import CalibrationOptions
     from wanx.exporter.export import export as run_export
     from wanx.exporter.options import ExportOptions
@@ -126,6 +132,8 @@ def export(
 
     options = ExportOptions(
         source=source,
+        parts=parts or NO_PARTS,
+        loras=tuple(loras),
         output=None if output is None else Path(output),
         precision=precision,
         target=target,
@@ -140,7 +148,7 @@ def export(
 
 
 def plan_export(
-    source: str | Path = "tiny", output: str | Path | None = None, **options: Any
+    source: str | Path | None = None, output: str | Path | None = None, **options: Any
 ) -> ExportPlan:
     """Check a checkpoint and estimate its export, without writing anything.
 

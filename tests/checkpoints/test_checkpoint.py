@@ -93,8 +93,8 @@ def test_both_layouts_are_the_same_model(pair: tuple[str, Path, Path]) -> None:
     bytes_of = tensor_bytes(first)
     assert bytes_of == tensor_bytes(second)
     assert first.nbytes == second.nbytes == sum(map(len, bytes_of.values()))
-    assert first.tokenizer == folders[0] / "tokenizer" / "tokenizer.json"
-    assert second.tokenizer == folders[1] / "google" / "umt5-xxl" / "tokenizer.json"
+    assert first.tokenizer.path == folders[0] / "tokenizer" / "tokenizer.json"
+    assert second.tokenizer.path == folders[1] / "google" / "umt5-xxl" / "tokenizer.json"
 
 
 def test_the_tensors_are_those_of_our_networks(pair: tuple[str, Path, Path]) -> None:
@@ -289,7 +289,7 @@ def test_a_tokenizer_that_git_lfs_left_behind(copied: Path) -> None:
     assert_refused(CorruptInputError, copied, "tokenizer.json", "git lfs pull")
     path.rename(path.with_name("spiece.model"))
     path.with_name("spiece.model").write_bytes(b"model")
-    assert open_checkpoint(copied).tokenizer.name == "spiece.model"
+    assert open_checkpoint(copied).tokenizer.path.name == "spiece.model"
     path.with_name("spiece.model").unlink()
     assert_refused(CorruptInputError, copied, "tokenizer.json or")
 

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from wanx.checkpoints import pickle_scan
-from wanx.checkpoints.pickle_file import read_pickle
-from wanx.checkpoints.pickle_scan import PickleError, scan_pickle
+from wanx.checkpoints.tensors import pickle_scan
+from wanx.checkpoints.tensors.pickle_file import read_pickle
+from wanx.checkpoints.tensors.pickle_scan import PickleError, scan_pickle
 from wanx.errors import CorruptInputError
 
 START, END = b"\x80\x02", b"."

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from wanx.checkpoints.pickle_file import read_pickle
-from wanx.checkpoints.tensor_source import JoinedTensor, TensorSource
+from wanx.checkpoints.tensors.pickle_file import read_pickle
+from wanx.checkpoints.tensors.source import JoinedTensor, TensorSource
 from wanx.checkpoints.weights import check_tensors, open_weights
 from wanx.errors import CorruptInputError, UsageError
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from wanx.bundle.reader import Bundle
 from wanx.checkpoints.checkpoint import Checkpoint
-from wanx.checkpoints.tensor_source import SafetensorsTensor
+from wanx.checkpoints.tensors.source import SafetensorsTensor
 from wanx.checkpoints.weights import ComponentWeights
 from wanx.config.models import PRESETS
 from wanx.exporter.calibration.options import CalibrationOptions

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.support.peers import randomise
-from wanx.checkpoints.tensor_source import SafetensorsTensor, TensorSource
+from wanx.checkpoints.tensors.source import SafetensorsTensor, TensorSource
 from wanx.checkpoints.weights import ComponentWeights
 from wanx.config.models import DiTConfig
 from wanx.config.number_formats import BY_SAFETENSORS

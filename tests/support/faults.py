@@ -16,7 +16,7 @@ import wanx.exporter.export as exporter
 from tests.support.eightbit import trace_once
 from wanx.bundle.golden_steps import Golden
 from wanx.bundle.reader import Bundle
-from wanx.checkpoints.tensor_source import TensorSource
+from wanx.checkpoints.tensors.source import TensorSource
 from wanx.checkpoints.weights import ComponentWeights
 from wanx.errors import WanxError
 from wanx.exporter import quantized_weights, trace_component

@@ -113,6 +113,20 @@ class Component(Record):
     quantization: Quantization | None = None
 
 
+class LoraRecord(Record):
+    """A LoRA in the weights of the DiT.
+
+    ``matched`` counts the tensors of the file that are in, ``unmatched`` names those that fit none
+    of the model's.
+    """
+
+    file: Text
+    sha256: Sha256
+    strength: Annotated[float, Field(ge=-1e6, le=1e6)]
+    matched: Count
+    unmatched: tuple[Text, ...] = ()
+
+
 class Provenance(Record):
     """Origin of the weights, and the tools that wrote the bundle (name to version)."""
 
@@ -121,6 +135,7 @@ class Provenance(Record):
     source_sha256: Sha256
     tools: dict[Text, Text]
     created: AwareDatetime
+    loras: tuple[LoraRecord, ...] = ()
 
 
 class Manifest(Record):

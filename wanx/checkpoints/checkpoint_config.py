@@ -96,24 +96,8 @@ def dit_config(fields: dict[str, Any], weights: ComponentWeights, config_path: P
         UsageError: the network is not one of Wan2.1.
     """
     task = infer_task(weights.tensors)
-    dim, in_dim, *patch = shape_of(weights, "patch_embedding.weight", 5)
-    if patch != [1, 2, 2]:
-        raise UsageError(f"{config_path}: the patch size {patch} is not supported, only [1, 2, 2]")
-    inferred = {
-        "dim": dim,
-        "in_dim": in_dim,
-        "out_dim": shape_of(weights, "head.head.weight", 2)[0] // math.prod(patch),
-        "ffn_dim": shape_of(weights, "blocks.0.ffn.0.weight", 2)[0],
-        "freq_dim": shape_of(weights, "time_embedding.0.weight", 2)[1],
-        "text_dim": shape_of(weights, "text_embedding.0.weight", 2)[1],
-        "num_layers": count_blocks(weights, "blocks"),
-    }
-    if task in ("i2v", "flf2v"):
-        inferred["image_dim"] = shape_of(weights, "img_emb.proj.1.weight", 2)[1]
-    if task == "flf2v":
-        inferred["image_positions"] = shape_of(weights, "img_emb.emb_pos", 3)[1]
+    inferred = sizes_told_by_tensors(weights)
     if task == "vace":
-        inferred["vace_in_dim"] = shape_of(weights, "vace_patch_embedding.weight", 5)[1]
         hints = count_blocks(weights, "vace_blocks")
         # the reference's default: every second block
         layers = fields.setdefault("vace_layers", tuple(range(0, inferred["num_layers"], 2)))
@@ -131,6 +115,37 @@ def dit_config(fields: dict[str, Any], weights: ComponentWeights, config_path: P
         fields = {k: v for k, v in fields.items() if k not in ("vace_layers", "vace_in_dim")}
     require_agreement(fields, inferred, config_path)
     return _checked_dit(task, {**fields, **inferred}, config_path)
+
+
+def sizes_told_by_tensors(weights: ComponentWeights) -> dict[str, int]:
+    """Sizes of a DiT that its tensors tell.
+
+    Raises:
+        CorruptInputError: tensors that tell sizes are missing.
+        UsageError: the patches are not those of Wan2.1.
+    """
+    task = infer_task(weights.tensors)
+    dim, in_dim, *patch = shape_of(weights, "patch_embedding.weight", 5)
+    if patch != [1, 2, 2]:
+        raise UsageError(
+            f"{weights.files[0]}: the patch size {patch} is not supported, only [1, 2, 2]"
+        )
+    told = {
+        "dim": dim,
+        "in_dim": in_dim,
+        "out_dim": shape_of(weights, "head.head.weight", 2)[0] // math.prod(patch),
+        "ffn_dim": shape_of(weights, "blocks.0.ffn.0.weight", 2)[0],
+        "freq_dim": shape_of(weights, "time_embedding.0.weight", 2)[1],
+        "text_dim": shape_of(weights, "text_embedding.0.weight", 2)[1],
+        "num_layers": count_blocks(weights, "blocks"),
+    }
+    if task in ("i2v", "flf2v"):
+        told["image_dim"] = shape_of(weights, "img_emb.proj.1.weight", 2)[1]
+    if task == "flf2v":
+        told["image_positions"] = shape_of(weights, "img_emb.emb_pos", 3)[1]
+    if task == "vace":
+        told["vace_in_dim"] = shape_of(weights, "vace_patch_embedding.weight", 5)[1]
+    return told
 
 
 def _checked_dit(task: Task, fields: dict[str, Any], config_path: Path) -> DiTConfig:

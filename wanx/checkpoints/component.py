@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from wanx.checkpoints import key_maps
-from wanx.checkpoints.tensor_source import JoinedTensor, TensorSource
+from wanx.checkpoints.tensors.source import JoinedTensor, TensorSource
 from wanx.checkpoints.weights import ComponentWeights, abbreviate, open_weights
 from wanx.errors import CorruptInputError
 
@@ -17,19 +18,40 @@ Tensors = dict[str, TensorSource]
 def open_component(
     component: str, folder: Path, stem: str, key_map: key_maps.KeyMap | None = None
 ) -> ComponentWeights:
-    """Open the weights ``stem`` in ``folder``; see :mod:`wanx.checkpoints.key_maps`.
+    """Open the weights ``stem`` in ``folder``; see :func:`component_weights`.
 
     Args:
         component: such as ``dit``.
         folder: where the files are.
         stem: their names without shard numbers and suffixes.
-        key_map: for the Diffusers layout.
+        key_map: from the original names to those of the files.
 
     Raises:
         CorruptInputError: files or parts of a tensor are missing, damaged, unsafe, or hold one
             tensor under two names.
     """
     stored, files = open_weights(folder, stem)
+    return component_weights(component, stored, files, key_map)
+
+
+def component_weights(
+    component: str,
+    stored: Mapping[str, TensorSource],
+    files: tuple[Path, ...],
+    key_map: key_maps.KeyMap | None = None,
+) -> ComponentWeights:
+    """Give tensors their original names and shapes; see :mod:`wanx.checkpoints.key_maps`.
+
+    Args:
+        component: such as ``dit``.
+        stored: tensors by stored name.
+        files: that they are in.
+        key_map: from the original names to those of the files.
+
+    Raises:
+        CorruptInputError: parts of a tensor are missing, or one tensor has two names.
+    """
+    stored = dict(stored)
     for duplicate, primary in key_maps.TIED.get(component, {}).items():
         if duplicate in stored and (
             primary not in stored or stored[duplicate].shape == stored[primary].shape

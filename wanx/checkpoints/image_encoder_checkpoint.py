@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from wanx.checkpoints import key_maps
-from wanx.checkpoints.component import open_component
 from wanx.checkpoints.config_file import ConfigFile
 from wanx.checkpoints.inferred_sizes import count_blocks, require_agreement, shape_of
 from wanx.checkpoints.weights import ComponentWeights
@@ -17,35 +15,18 @@ from wanx.errors import CorruptInputError
 
 STEM = "models_clip_open-clip-xlm-roberta-large-vit-huge-14"
 
-ImageEncoderParts = tuple[ComponentWeights, ImageEncoderConfig]
 
-
-def open_original_image_encoder(source: Path) -> ImageEncoderParts:
-    """Open the original layout's file, which holds the whole of CLIP and no config.
+def published_sizes(weights: ComponentWeights) -> dict[str, Any]:
+    """Sizes that no tensor tells, where there is no config file.
 
     Raises:
-        CorruptInputError: the file is damaged, or lacks tensors that tell sizes.
+        CorruptInputError: the file lacks tensors that tell sizes.
     """
-    weights = open_component("image_encoder", source, STEM)
     published = ImageEncoderConfig()
-    fields: dict[str, Any] = {}
     if shape_of(weights, "patch_embedding.weight", 4)[0] == published.dim:
         # A file without the last layer, which nobody reads, would pass for a shallower tower.
-        fields["num_layers"] = published.num_layers
-    return _drop_last_layer(weights, fields, weights.files[0])
-
-
-def open_diffusers_image_encoder(folder: Path) -> ImageEncoderParts:
-    """Open the Diffusers layout's folder, a CLIPVisionModel of transformers.
-
-    Raises:
-        UsageError: it is another network.
-        CorruptInputError: files or tensors are missing, damaged, or contradict each other.
-    """
-    config = ConfigFile(folder / "config.json")
-    fields = diffusers_image_encoder_fields(config)
-    weights = open_component("image_encoder", folder, "model", key_maps.IMAGE_ENCODER)
-    return _drop_last_layer(weights, fields, config.path)
+        return {"num_layers": published.num_layers}
+    return {}
 
 
 def diffusers_image_encoder_fields(config: ConfigFile) -> dict[str, Any]:
@@ -65,9 +46,19 @@ def diffusers_image_encoder_fields(config: ConfigFile) -> dict[str, Any]:
     }
 
 
-def _drop_last_layer(
+def drop_last_layer(
     weights: ComponentWeights, fields: dict[str, Any], source: Path
-) -> ImageEncoderParts:
+) -> tuple[ComponentWeights, ImageEncoderConfig]:
+    """Leave out the last layer, which no network reads, and tell the sizes.
+
+    Args:
+        weights: with the last layer.
+        fields: what a config file says.
+        source: the file that says it, for messages.
+
+    Raises:
+        CorruptInputError: as :func:`image_encoder_config`.
+    """
     config = image_encoder_config(fields, weights, source)
     last = f"transformer.{config.used_layers}."
     tensors = {name: t for name, t in weights.tensors.items() if not name.startswith(last)}

@@ -111,6 +111,21 @@ TEXT_ENCODER = KeyMap(
     )
 )
 
+# As GGUF files call them, after llama.cpp.
+TEXT_ENCODER_GGUF = KeyMap(
+    (
+        ("token_embedding", "token_embd"),
+        ("blocks.{n}.norm1", "enc.blk.{n}.attn_norm"),
+        *((f"blocks.{{n}}.attn.{leaf}", f"enc.blk.{{n}}.attn_{leaf}") for leaf in "qkvo"),
+        ("blocks.{n}.pos_embedding.embedding", "enc.blk.{n}.attn_rel_b"),
+        ("blocks.{n}.norm2", "enc.blk.{n}.ffn_norm"),
+        ("blocks.{n}.ffn.gate.0", "enc.blk.{n}.ffn_gate"),
+        ("blocks.{n}.ffn.fc1", "enc.blk.{n}.ffn_up"),
+        ("blocks.{n}.ffn.fc2", "enc.blk.{n}.ffn_down"),
+        ("norm", "enc.output_norm"),
+    )
+)
+
 _CLIP_LAYER = "encoder.layers.{n}"
 IMAGE_ENCODER = KeyMap(
     (
@@ -196,6 +211,7 @@ TIED = {"text_encoder": {"encoder.embed_tokens.weight": "shared.weight"}}
 # Tensors that no network reads, by component: a pattern of the stored name, and why it is there.
 IGNORED = {
     "dit": ((r"(vace_)?blocks\.\d+\.attn2\.norm_added_q\.weight", "an unused norm of diffusers"),),
+    "text_encoder": ((r"spiece_model", "the tokenizer, in the bytes of a tensor"),),
     "image_encoder": (
         (r"textual\..+|log_scale", "CLIP's other half and its temperature"),
         (r"visual\.(post_norm\.(weight|bias)|head)", "what follows the last layer"),

@@ -9,14 +9,17 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from wanx.checkpoints.pickle_file import read_pickle
 from wanx.checkpoints.renamings import file_renaming, tensor_renaming
-from wanx.checkpoints.tensor_source import SafetensorsTensor, TensorSource
+from wanx.checkpoints.tensors.float8 import decoded, formats_in
+from wanx.checkpoints.tensors.gguf_file import is_gguf, read_gguf
+from wanx.checkpoints.tensors.pickle_file import read_pickle
+from wanx.checkpoints.tensors.source import SafetensorsTensor, TensorSource
 from wanx.errors import CorruptInputError, UsageError
 from wanx.files.floats import FLOATS
 from wanx.files.input_file import read_json_object
 from wanx.files.safetensors import read_header
 
+PICKLES = (".pth", ".pt", ".bin", ".ckpt")  # files of PyTorch
 _MAX_LISTED = 10  # problems spelled out in one message
 _SHARD = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
 # The patch embedding is a Linear over the bytes of a Conv3d: [D, C, 1, 2, 2] is read as [D, 4C].
@@ -42,7 +45,7 @@ class ComponentWeights:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors as stored."""
-        return sum(source.nbytes for source in self.tensors.values())
+        return sum(source.stored_bytes for source in self.tensors.values())
 
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Compare with what the network needs; see :func:`check_tensors`."""
@@ -124,12 +127,12 @@ def open_weights(folder: Path, stem: str) -> tuple[dict[str, TensorSource], tupl
             f"{folder} holds both {single.name} and {index.name}; remove the one that is not meant"
         )
     if index.exists():
-        return _open_index(index)
+        return open_index(index)
     if single.exists():
-        return _open_shards([single])
+        return open_files([single])
     if pickle.exists():
-        return read_pickle(pickle), (pickle,)
-    return _open_shards(_shards_without_index(folder, stem))
+        return open_files([pickle])
+    return open_files(_shards_without_index(folder, stem))
 
 
 def _shards_without_index(folder: Path, stem: str) -> list[Path]:
@@ -158,7 +161,8 @@ def _shards_without_index(folder: Path, stem: str) -> list[Path]:
     return shards
 
 
-def _open_index(index: Path) -> tuple[dict[str, TensorSource], tuple[Path, ...]]:
+def open_index(index: Path) -> tuple[dict[str, TensorSource], tuple[Path, ...]]:
+    """Open the shards that an index names; see :func:`open_weights`."""
     weight_map = read_json_object(index).get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map) or not all(
         isinstance(shard, str) for shard in weight_map.values()
@@ -170,7 +174,8 @@ def _open_index(index: Path) -> tuple[dict[str, TensorSource], tuple[Path, ...]]
             f"{index.parent} lacks {len(missing)} of {len(shards)} shards: {abbreviate(missing)}; "
             "download them"
         )
-    tensors, files = _open_shards(shards.values())
+    files = tuple(shards.values())
+    tensors, formats = _stored_in(files)
     misplaced = [
         f"{name} in {shard}"
         for name, shard in weight_map.items()
@@ -181,7 +186,7 @@ def _open_index(index: Path) -> tuple[dict[str, TensorSource], tuple[Path, ...]]
             f"{index}: {len(misplaced)} of {len(weight_map)} tensors are not where it says: "
             f"{abbreviate(misplaced)}; download the index and its shards again"
         )
-    return tensors, files
+    return decoded(tensors, formats), files
 
 
 def _shard_path(index: Path, name: str) -> Path:
@@ -202,18 +207,43 @@ def _shard_path(index: Path, name: str) -> Path:
     )
 
 
-def _open_shards(paths: Iterable[Path]) -> tuple[dict[str, TensorSource], tuple[Path, ...]]:
-    tensors: dict[str, TensorSource] = {}
+def open_files(paths: Iterable[Path]) -> tuple[dict[str, TensorSource], tuple[Path, ...]]:
+    """Open files that belong together: safetensors, GGUF, or PyTorch's, whatever they are called.
+
+    Tensors of 8 bits are joined with their scales; see :func:`decoded`.
+
+    Raises:
+        CorruptInputError: a file is damaged or unsafe, or two hold the same tensor.
+        EnvironmentMismatchError: a package that reads one is missing.
+        UsageError: numbers are in a format that is not read.
+    """
     files = tuple(paths)
+    tensors, formats = _stored_in(files)
+    return decoded(tensors, formats), files
+
+
+def _stored_in(files: Iterable[Path]) -> tuple[dict[str, TensorSource], dict[str, str]]:
+    """Tensors as files hold them, and the formats of layers that headers name."""
+    tensors: dict[str, TensorSource] = {}
+    formats: dict[str, str] = {}
     for path in files:
-        for name, ref in read_header(path).entries.items():
+        found: Mapping[str, TensorSource]
+        if path.suffix in PICKLES:
+            found = read_pickle(path)
+        elif is_gguf(path):
+            found = read_gguf(path).tensors
+        else:
+            header = read_header(path)
+            formats |= formats_in(path, header.metadata)
+            found = {name: SafetensorsTensor.from_ref(ref) for name, ref in header.entries.items()}
+        for name, source in found.items():
             if name in tensors:
                 raise CorruptInputError(
                     f"{path} holds {name[:80]!r}, as {tensors[name].file.name} already does; "
                     "download the shards again"
                 )
-            tensors[name] = SafetensorsTensor.from_ref(ref)
-    return tensors, files
+            tensors[name] = source
+    return tensors, formats
 
 
 def abbreviate(names: list[str]) -> str:

@@ -13,12 +13,25 @@ from wanx.interruption import exit_on_sigint
 def build(
     bundle: BundlePath,
     target: Annotated[
-        str,
+        str | None,
         option(
             help="As for export: aoti, rtx:sm89, tensorrt, cuda, openvino, cpu.",
             autocompletion=complete_target,
+            show_default="aoti; with --lora the bundle's own",
         ),
-    ] = "aoti",
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        option(
+            metavar="FILE[:STRENGTH]",
+            help="LoRA to put into the transformer of a new bundle, which -o names; may be "
+            "repeated. The bundle's weights must not be quantised.",
+            show_default="none",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, option("--output", "-o", help="Folder of the new bundle, with --lora.")
+    ] = None,
     plugins: Annotated[
         str,
         option(
@@ -59,14 +72,29 @@ def build(
     import wanx
     from wanx.commands.display.generation import log_lines, print_bundle, progress_bars
     from wanx.commands.leftovers import find_leftovers
+    from wanx.errors import UsageError
     from wanx.exporter.targets.options import parse_workspace
     from wanx.runtime.sizes import parse_size
 
+    if bool(lora) != (output is not None):
+        raise UsageError("--lora makes a new bundle, which --output names: give both, or neither")
+    if lora:
+        find_leftovers((output or Path()).parent, remove=True)
+        with exit_on_sigint(), progress_bars(quiet) as progress, log_lines(quiet, "wanx.exporter"):
+            made = wanx.export(
+                bundle, output, loras=lora, force=force, progress=progress,
+                target=target or wanx.inspect(bundle).manifest.target,
+            )  # fmt: skip
+        if as_json:
+            print_json(bundle_facts(made))
+        else:
+            print_bundle(made)
+        return
     find_leftovers(Path(bundle).parent, remove=True)
     with exit_on_sigint(), progress_bars(quiet) as progress, log_lines(quiet, "wanx.exporter"):
         built = wanx.build(
             bundle,
-            target=target,
+            target=target or "aoti",
             force=force,
             progress=progress,
             plugins=plugins,

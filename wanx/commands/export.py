@@ -20,12 +20,13 @@ from wanx.interruption import exit_on_sigint
 
 def export(
     source: Annotated[
-        str,
+        str | None,
         typer.Argument(
-            help="Folder of a checkpoint or bundle, or tiny, the built-in model.",
+            help="Folder of a checkpoint or bundle, file of weights, or tiny, the built-in model.",
             autocompletion=complete_bundle,
+            show_default="tiny, unless parts are given",
         ),
-    ] = "tiny",
+    ] = None,
     output: Annotated[
         Path | None, option("--output", "-o", help="Folder of the bundle to write.")
     ] = None,
@@ -37,6 +38,36 @@ def export(
             autocompletion=complete_precision,
         ),
     ] = "auto",
+    dit: Annotated[
+        Path | None,
+        option(
+            help="Transformer in the place of the source's: a file, or a folder of shards. Names "
+            "of tensors tell what a file is, and what it is stored in: also 8-bit floats, GGUF."
+        ),
+    ] = None,
+    text_encoder: Annotated[Path | None, option(help="The same for umT5.")] = None,
+    vae: Annotated[Path | None, option(help="The same for the VAE.")] = None,
+    image_encoder: Annotated[Path | None, option(help="The same for CLIP's vision tower.")] = None,
+    tokenizer: Annotated[
+        Path | None,
+        option(
+            help="File or folder with tokenizer.json or spiece.model.",
+            show_default="the text encoder's",
+        ),
+    ] = None,
+    comfyui: Annotated[
+        Path | None,
+        option(help="ComfyUI's folder of models; with --dit NAME it finds the other parts."),
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        option(
+            metavar="FILE[:STRENGTH]",
+            help="LoRA to put into the transformer before anything else, in any of the usual "
+            "formats; may be repeated.",
+            show_default="none",
+        ),
+    ] = None,
     target: Annotated[
         str,
         option(
@@ -126,6 +157,8 @@ def export(
 
     require_packages("export", GRAPHS)
     import wanx
+    from wanx.checkpoints.checkpoint import PartPaths
+    from wanx.checkpoints.lora.fuse import Lora
     from wanx.commands.display.accuracy import print_quantization
     from wanx.commands.display.generation import (
         log_lines,
@@ -140,7 +173,13 @@ def export(
 
     width, height = (None, None) if calibration_size is None else parse_size(calibration_size)
     options: dict[str, Any] = {
-        "source": source, "output": output, "precision": precision, "target": target,
+        "source": source,
+        "parts": PartPaths(
+            dit=dit, text_encoder=text_encoder, vae=vae, image_encoder=image_encoder,
+            tokenizer=tokenizer, comfyui=comfyui,
+        ),
+        "loras": tuple(Lora.parse(text) for text in lora or ()),
+        "output": output, "precision": precision, "target": target,
         "task": task, "force": force, "gate": gate, "graph_cache": not no_graph_cache,
         "quantize": QuantizeOptions(
             components=tuple(quantize or QUANTIZED),

@@ -119,7 +119,7 @@ def _computes(resolved: ResolvedExport, group: str) -> str:
         return BF16.name
     sizes: Counter[str] = Counter()
     for tensor in resolved.checkpoint.components[group].tensors.values():
-        sizes[resolved.stored_type(group, tensor.dtype)] += tensor.nbytes
+        sizes[resolved.stored_type(group, tensor)] += tensor.nbytes
     return BY_SAFETENSORS[max(sizes, key=lambda dtype: sizes[dtype])].name
 
 

@@ -21,11 +21,12 @@ from wanx.accuracy.gates import Gates
 from wanx.accuracy.golden_check import check_golden, require_golden
 from wanx.accuracy.golden_tokens import write_golden_tokens
 from wanx.bundle.golden_steps import GOLDEN, write_golden
-from wanx.bundle.manifest import TOKENIZER, Component, Manifest, Provenance
+from wanx.bundle.manifest import TOKENIZER, Component, LoraRecord, Manifest, Provenance
 from wanx.bundle.publish import publish_bundle, record_files, write_manifest
 from wanx.bundle.reader import Bundle, open_bundle
 from wanx.checkpoints.checkpoint import Checkpoint
-from wanx.checkpoints.tokenizer_file import write_tokenizer
+from wanx.checkpoints.lora.fuse import parse_loras
+from wanx.checkpoints.tokenizer_source import write_tokenizer
 from wanx.config.models import ModelConfig
 from wanx.errors import CancelledError
 from wanx.exporter.build import with_engines
@@ -77,7 +78,9 @@ def plan(options: ExportOptions, checkpoint: Checkpoint | None = None) -> Export
     Raises:
         WanxError: the checkpoint cannot be exported as asked.
     """
-    checkpoint = checkpoint or open_source(options.source, options.task)
+    checkpoint = checkpoint or open_source(
+        options.source, options.task, options.parts, parse_loras(options.loras)
+    )
     cache = GraphCache(use=options.graph_cache)
     # First, because "auto" follows the types that the tensors are stored in.
     check(checkpoint, cache)
@@ -206,7 +209,9 @@ class _Build:
             (folder / name).mkdir()
         write_tokenizer(resolved.checkpoint.tokenizer, folder / TOKENIZER)
         checkpoint = resolved.checkpoint
-        write_golden_tokens(folder, checkpoint.config.text_encoder.vocab_size, checkpoint.tokenizer)
+        write_golden_tokens(
+            folder, checkpoint.config.text_encoder.vocab_size, checkpoint.tokenizer.path
+        )
 
     def add(self, names: Sequence[str], recipes: Mapping[str, Recipe]) -> None:
         """Write the weights and the graphs of some components."""
@@ -239,6 +244,16 @@ class _Build:
                 source_sha256=combined_sha256(self._sources),
                 tools={"python": platform.python_version()} | _versions(),
                 created=datetime.now(UTC),
+                loras=tuple(
+                    LoraRecord(
+                        file=fused.lora.path.name,
+                        sha256=fused.sha256,
+                        strength=fused.lora.strength,
+                        matched=fused.matched,
+                        unmatched=fused.unmatched,
+                    )
+                    for fused in resolved.checkpoint.loras
+                ),
             ),
             files=record_files(self._folder, known=self._sha256),
         )

@@ -52,7 +52,8 @@ def known_golden(resolved: ResolvedExport) -> Golden | None:
         CorruptInputError: the bundle's golden steps cannot be read.
     """
     path = resolved.checkpoint.source / GOLDEN
-    if resolved.checkpoint.layout != "bundle" or not path.is_file():
+    changed = bool(resolved.checkpoint.loras)
+    if changed or resolved.checkpoint.layout != "bundle" or not path.is_file():
         return None
     golden = read_golden(path)
     (run, _), *others = resolved.runs

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from wanx.checkpoints.checkpoint import Checkpoint
+from wanx.checkpoints.checkpoint import NO_PARTS, Checkpoint, PartPaths
+from wanx.checkpoints.lora.fuse import Lora
+from wanx.checkpoints.tensors.source import TensorSource
 from wanx.config import number_formats
 from wanx.config.models import ModelConfig, Task
 from wanx.config.number_formats import BY_SAFETENSORS, FLOATS
@@ -29,7 +31,10 @@ class ExportOptions:
     """Options of an export as the user gave them.
 
     Attributes:
-        source: folder of a checkpoint or a bundle, or ``tiny`` for the built-in model.
+        source: folder of a checkpoint or a bundle, a file of weights, or ``tiny`` for the built-in
+            model, which None stands for unless parts are given.
+        parts: in the place of the source's.
+        loras: put into the weights of the DiT before anything else; texts are those of ``--lora``.
         output: folder of the bundle; None names it after the model and the precision.
         precision: type that the DiT and the text encoder are stored in; ``auto`` keeps each as it
             is. The VAE and the image encoder always keep their types: next to the others they are
@@ -45,7 +50,9 @@ class ExportOptions:
         gate: run the golden steps before the bundle is published, and fail below the gate.
     """
 
-    source: str | Path = "tiny"
+    source: str | Path | None = None
+    parts: PartPaths = NO_PARTS
+    loras: tuple[Lora | str, ...] = ()
     output: Path | None = None
     precision: str = "auto"
     target: str = "cpu"
@@ -103,9 +110,9 @@ class ResolvedExport:
     eight_bit: dict[str, frozenset[str]]
     runs: PlannedRuns
 
-    def stored_type(self, group: str, dtype: str) -> str:
-        """Type in which a tensor of type ``dtype`` of a group of weights is written."""
-        return self.storage[group] or dtype
+    def stored_type(self, group: str, tensor: TensorSource) -> str:
+        """Type in which a tensor of a group of weights is written."""
+        return self.storage[group] or tensor.storage
 
     def weight_bytes(self, group: str) -> int:
         """Size of a group of weights in the bundle."""
@@ -120,7 +127,7 @@ class ResolvedExport:
                 total += scheme.format.nbytes(count)
                 total += 4 * (1 if per_tensor else tensor.shape[0])  # and scales
             else:
-                total += BY_SAFETENSORS[self.stored_type(group, tensor.dtype)].nbytes(count)
+                total += BY_SAFETENSORS[self.stored_type(group, tensor)].nbytes(count)
         return total
 
 
@@ -142,7 +149,7 @@ def resolve(options: ExportOptions, checkpoint: Checkpoint) -> ResolvedExport:
         stored = None
         sizes: dict[str, int] = {}
         for tensor in checkpoint.components["dit"].tensors.values():
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+            sizes[tensor.storage] = sizes.get(tensor.storage, 0) + tensor.nbytes
         most = max(sizes, key=lambda dtype: sizes[dtype])
         precision = next(name for name, dtype in STORED_TYPES.items() if dtype == most)
     eight_bit = {} if scheme is None else _eight_bit(checkpoint, options.quantize)

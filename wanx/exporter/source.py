@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from wanx.builtin import find_bundle, open_named
 from wanx.bundle.manifest import MANIFEST
-from wanx.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from wanx.checkpoints.tensor_source import SafetensorsTensor
+from wanx.checkpoints.checkpoint import (
+    NO_PARTS,
+    Checkpoint,
+    PartPaths,
+    open_checkpoint,
+    with_loras,
+)
+from wanx.checkpoints.lora.fuse import Lora
+from wanx.checkpoints.tensors.source import SafetensorsTensor
+from wanx.checkpoints.tokenizer_source import TokenizerFile
 from wanx.checkpoints.weights import ComponentWeights
 from wanx.config.models import Task
 from wanx.errors import CorruptInputError, UsageError
@@ -15,17 +24,36 @@ from wanx.exporter.component_groups import weight_groups
 from wanx.files.safetensors import read_header
 
 
-def open_source(source: str | Path, task: Task | None = None) -> Checkpoint:
-    """Open a checkpoint folder, a bundle folder, or a built-in bundle by its name.
+def open_source(
+    source: str | Path | None,
+    task: Task | None = None,
+    parts: PartPaths = NO_PARTS,
+    loras: Sequence[Lora] = (),
+) -> Checkpoint:
+    """Open a checkpoint, a bundle folder, or a built-in bundle by its name.
+
+    Args:
+        source: what to open; None is ``tiny``, or where parts are given nothing.
+        task: what it has to be for; None takes what it is.
+        parts: in the place of the source's.
+        loras: put into the weights of the DiT.
 
     Raises:
         WanxError: as :func:`wanx.checkpoints.checkpoint.open_checkpoint` and
             :func:`wanx.bundle.reader.open_bundle`.
     """
-    path = find_bundle(source)
-    if (path / MANIFEST).exists():
-        return _open_bundle(path, task)
-    return open_checkpoint(path, task=task)
+    if source is None and parts:
+        return open_checkpoint(None, task=task, parts=parts, loras=loras)
+    path = find_bundle(source or "tiny")
+    if not (path / MANIFEST).exists():
+        return open_checkpoint(path, task=task, parts=parts, loras=loras)
+    if parts:
+        raise UsageError(
+            f"{path} is a bundle, whose parts stay; replace those of the checkpoint that it was "
+            "exported from"
+        )
+    checkpoint = _open_bundle(path, task)
+    return with_loras(checkpoint, loras) if loras else checkpoint
 
 
 def _open_bundle(path: Path, task: Task | None) -> Checkpoint:
@@ -35,7 +63,8 @@ def _open_bundle(path: Path, task: Task | None) -> Checkpoint:
         raise UsageError(f"{path} is a bundle for {manifest.task}, not {task}; leave the task out")
     if manifest.precision not in ("fp32", "bf16", "fp16"):
         raise UsageError(
-            f"{path} is quantised to {manifest.precision}; export from the original checkpoint"
+            f"{path} is quantised to {manifest.precision}; export from the checkpoint that it came "
+            f"from: wanx export {manifest.provenance.source} --precision {manifest.precision} …"
         )
     components = {}
     for group, component in weight_groups(manifest.config).items():
@@ -53,5 +82,5 @@ def _open_bundle(path: Path, task: Task | None) -> Checkpoint:
         layout="bundle",
         config=manifest.config,
         components=components,
-        tokenizer=bundle.tokenizer_path,
+        tokenizer=TokenizerFile(path=bundle.tokenizer_path),
     )

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from wanx.checkpoints.tensor_source import SafetensorsTensor, TensorSource
+from wanx.checkpoints.tensors.source import SafetensorsTensor, TensorSource
 from wanx.config.number_formats import BY_SAFETENSORS
 from wanx.exporter.options import ResolvedExport
 from wanx.files.checksum import sha256_file
@@ -74,7 +74,7 @@ def write_tensors(
     """
     by_file: dict[Path, list[TensorRow]] = {}
     for name, source in sources.items():
-        row = (name, resolved.stored_type(group, source.dtype), source)
+        row = (name, resolved.stored_type(group, source), source)
         by_file.setdefault(source.file, []).append(row)
     unchanged = [file for file, rows in by_file.items() if _is_unchanged(file, rows)]
     rewritten = [row for file, rows in by_file.items() if file not in unchanged for row in rows]
@@ -157,7 +157,7 @@ def _pieces(header: SafetensorsHeader) -> Iterator[_Piece]:
 
 def _rewrite(rows: list[TensorRow], path: Path, written: WrittenWeights, on_bytes: OnBytes) -> None:
     # A tensor must start at a multiple of its width, so wider types go first; then disk order.
-    rows.sort(key=lambda row: (-_bits(row[1]), str(row[2].file), getattr(row[2], "offset", 0)))
+    rows.sort(key=lambda row: (-_bits(row[1]), str(row[2].file), row[2].position))
     narrowest = {file: _bits(stored) for _, stored, source in rows for file in source.files}
     hashes: dict[Path, Future[str]] = {}
     with ThreadPoolExecutor(max_workers=1) as hasher:

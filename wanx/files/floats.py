@@ -70,6 +70,45 @@ def convert_chunk(chunk: Chunk, from_dtype: str, to_dtype: str) -> Chunk:
     return converted
 
 
+def from_float64(values: NDArray[Any], dtype: str) -> Chunk:
+    """Round float64 once to ``F32``, ``F16`` or ``BF16``, to nearest even.
+
+    Args:
+        values: finite numbers, or float32 ones.
+        dtype: type of the result.
+
+    Raises:
+        OverflowError: a number is too large for ``dtype``.
+    """
+    with np.errstate(over="ignore"):
+        if dtype == "BF16":
+            target = np.empty(values.shape, NUMPY[dtype])
+            _narrow(_off_ties(values), target)
+        else:
+            target = np.ascontiguousarray(values, NUMPY[dtype])
+    converted = target.reshape(-1).view(np.uint8).data
+    if has_nonfinite(converted, dtype):
+        largest = float(np.abs(values).max())
+        raise OverflowError(f"{largest:.4g} is above the largest number of {dtype}")
+    return converted
+
+
+def _off_ties(values: NDArray[Any]) -> NDArray[Any]:
+    """Float64 as float32, so that rounding that to bfloat16 is rounding once.
+
+    The middle of two numbers of bfloat16 is one of float32, so both roundings agree but where the
+    first one ends there: then the value itself says on which side it lies.
+    """
+    narrow = values.astype(np.float32)
+    if values.dtype != np.float32:
+        bits = narrow.view(np.int32)
+        ties = np.flatnonzero((bits & 0xFFFF) == 0x8000)
+        if len(ties):
+            exact, rounded = np.abs(values.flat[ties]), np.abs(narrow.flat[ties].astype(np.float64))
+            bits.flat[ties] += np.sign(exact - rounded).astype(np.int32)
+    return narrow
+
+
 def convert(values: NDArray[Any], from_dtype: str, to_dtype: str) -> NDArray[Any]:
     """Convert between ``F32``, ``F16`` and ``BF16``, rounding to nearest even, or ``U8`` to ``I8``.
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from wanx.errors import CorruptInputError
+from wanx.files.protobuf import BYTES, VARINT, Field, fields
 
 _CHILDREN: dict[str, dict[int, str]] = {
     "Model": {7: "Graph", 20: "Training", 25: "Function"},
@@ -25,8 +26,6 @@ _CHILDREN: dict[str, dict[int, str]] = {
 }  # fmt: skip
 _EXTERNAL_DATA, _DATA_LOCATION = 13, 14  # fields of TensorProto
 _MAX_DEPTH = 100  # protobuf's own limit
-
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types; 3 and 4 (groups) ONNX never uses
 
 
 class ExternalData(NamedTuple):
@@ -53,9 +52,9 @@ def _walk(message: memoryview, kind: str, depth: int) -> Iterator[ExternalData]:
         yield from _tensor(message)
         return
     children = _CHILDREN[kind]
-    for number, wire, value in _fields(message):
+    for number, wire, value in _graph_fields(message):
         child = children.get(number)
-        if child and wire == _BYTES:
+        if child and wire == BYTES:
             assert isinstance(value, memoryview)
             yield from _walk(value, child, depth + 1)
 
@@ -63,8 +62,8 @@ def _walk(message: memoryview, kind: str, depth: int) -> Iterator[ExternalData]:
 def _tensor(message: memoryview) -> Iterator[ExternalData]:
     entries: dict[str, str] = {}
     external = False
-    for number, wire, value in _fields(message):
-        if number == _DATA_LOCATION and wire == _VARINT:
+    for number, wire, value in _graph_fields(message):
+        if number == _DATA_LOCATION and wire == VARINT:
             external = external or value != 0
         elif number == _EXTERNAL_DATA and isinstance(value, memoryview):
             key, text = _key_and_value(value)
@@ -86,7 +85,7 @@ def _tensor(message: memoryview) -> Iterator[ExternalData]:
 def _key_and_value(message: memoryview) -> tuple[str, str]:
     """The key and value of a StringStringEntryProto; for a repeated field the last one counts."""
     pair = {1: "", 2: ""}
-    for number, _, value in _fields(message):
+    for number, _, value in _graph_fields(message):
         if number in pair and isinstance(value, memoryview):
             try:
                 pair[number] = str(value, "utf-8")
@@ -101,39 +100,5 @@ def _parse_natural(text: str) -> int:
     return int(text)
 
 
-def _fields(message: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
-    """The fields of one message: number, wire type, value (bytes as a view, numbers as int)."""
-    position, end = 0, len(message)
-    while position < end:
-        tag, position = _read_varint(message, position)
-        number, wire = tag >> 3, tag & 7
-        if not 0 < number < 1 << 29:
-            raise CorruptInputError(f"graph damaged: field number {number}")
-        if wire == _VARINT:
-            value, position = _read_varint(message, position)
-            yield number, wire, value
-            continue
-        if wire == _BYTES:
-            size, position = _read_varint(message, position)
-        elif wire in (_FIXED64, _FIXED32):
-            size = 8 if wire == _FIXED64 else 4
-        else:
-            raise CorruptInputError(f"graph damaged: wire type {wire}")
-        if size > end - position:
-            raise CorruptInputError("graph damaged: it ends in the middle of a field")
-        yield number, wire, message[position : position + size]
-        position += size
-
-
-def _read_varint(message: memoryview, position: int) -> tuple[int, int]:
-    """Decode a variable-length integer; returns it with the position that follows it."""
-    result = 0
-    for shift in range(0, 70, 7):
-        if position >= len(message):
-            raise CorruptInputError("graph damaged: it ends in the middle of a number")
-        byte = message[position]
-        position += 1
-        result |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return result, position
-    raise CorruptInputError("graph damaged: a number is longer than 64 bits")
+def _graph_fields(message: memoryview) -> Iterator[Field]:
+    return fields(message, "graph damaged")

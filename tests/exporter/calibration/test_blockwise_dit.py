@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tests.support.checkpoints import TASKS
 from tests.support.peers import randomise, relative_error
-from wanx.checkpoints.tensor_source import TensorSource
+from wanx.checkpoints.tensors.source import TensorSource
 from wanx.checkpoints.weights import open_weights
 from wanx.config.models import DiTConfig
 from wanx.errors import CorruptInputError, UsageError, WanxError

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tests.support.checkpoints import OUR_DIT, OUR_T5, write_diffusers
 from tests.support.eightbit import make_recipe, random_feeds, random_weights
 from wanx.checkpoints.checkpoint import open_checkpoint
-from wanx.checkpoints.tensor_source import JoinedTensor, TensorSource
+from wanx.checkpoints.tensors.source import JoinedTensor, TensorSource
 from wanx.checkpoints.weights import ComponentWeights, open_weights
 from wanx.errors import CorruptInputError
 from wanx.exporter.options import ExportOptions, resolve

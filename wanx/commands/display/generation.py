@@ -144,6 +144,12 @@ def print_bundle(bundle: Bundle) -> None:
         f"made by wanx {manifest.wanx_version} from {source.source} ({source.source_layout} "
         f"layout, {source.source_sha256[:12]}) on {source.created:%Y-%m-%d %H:%M} UTC"
     )
+    for lora in source.loras:
+        left = f", {len(lora.unmatched)} fit nothing" if lora.unmatched else ""
+        STDOUT.print(
+            f"with {lora.file} ({lora.sha256[:12]}) at {lora.strength:g}: {lora.matched} tensors"
+            f"{left}"
+        )
 
 
 def print_generation(result: Generation, bundle: Bundle) -> None:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from wanx.checkpoints.tensor_source import TensorSource
+from wanx.checkpoints.tensors.source import TensorSource
 from wanx.checkpoints.weights import check_tensors
 from wanx.config.models import DiTConfig
 from wanx.config.number_formats import FLOATS

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wanx.checkpoints.tensor_source import TensorSource
+from wanx.checkpoints.tensors.source import TensorSource
 from wanx.checkpoints.weights import ComponentWeights
 from wanx.config import number_formats
 from wanx.config.number_formats import BY_SAFETENSORS

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from wanx.checkpoints.tensor_source import SafetensorsTensor, TensorSource
+from wanx.checkpoints.tensors.source import SafetensorsTensor, TensorSource
 from wanx.checkpoints.weights import abbreviate
 from wanx.errors import WanxError
 from wanx.exporter.quantization.quantize import FLOATS, TINY

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanx.checkpoints.pickle_scan import MAX_PICKLE_BYTES, PickleError, scan_pickle
-from wanx.checkpoints.tensor_source import CHUNK_BYTES, TensorSource
+from wanx.checkpoints.tensors.pickle_scan import MAX_PICKLE_BYTES, PickleError, scan_pickle
+from wanx.checkpoints.tensors.source import CHUNK_BYTES, TensorSource
 from wanx.config.number_formats import FLOATS
 from wanx.errors import CorruptInputError
 from wanx.files.input_file import open_input

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,21 @@ class TensorSource(ABC):
         """Every file that the tensor's bytes come from."""
         return (self.file,)
 
+    @property
+    def storage(self) -> str:
+        """Type that it is stored in where an export keeps each tensor's own."""
+        return self.dtype
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of what files hold for it."""
+        return self.nbytes
+
+    @property
+    def position(self) -> int:
+        """Place in its file, to read tensors in the order in which they lie there."""
+        return 0
+
     @abstractmethod
     def iter_bytes(self, chunk: int = CHUNK_BYTES) -> Iterator[memoryview]:
         """Yield the raw bytes in order; each piece is valid until the next is drawn.
@@ -56,10 +72,14 @@ class TensorSource(ABC):
             CorruptInputError: it does.
         """
         if has_nonfinite(piece, self.dtype):
-            raise CorruptInputError(
-                f"{self.file}: tensor {self.name!r} holds NaN or infinity; download the file "
-                "again or use another checkpoint"
-            )
+            raise self.not_finite()
+
+    def not_finite(self) -> CorruptInputError:
+        """Error for a number that is NaN or infinity."""
+        return CorruptInputError(
+            f"{self.file}: tensor {self.name!r} holds NaN or infinity; download the file "
+            "again or use another checkpoint"
+        )
 
     def iter_converted(self, dtype: str, chunk: int = CHUNK_BYTES) -> Iterator[Chunk]:
         """Yield the bytes converted to ``dtype``, refusing NaN and infinity.
@@ -74,33 +94,36 @@ class TensorSource(ABC):
         """
         for piece in self.iter_bytes(chunk):
             self.require_finite(piece)
-            try:
+            with self._fitting(dtype):
                 converted = convert_chunk(piece, self.dtype, dtype)
-            except OverflowError as error:
-                raise UsageError(
-                    f"{self.file}: tensor {self.name!r} does not fit {dtype}: {error}; export at "
-                    "another precision, such as bf16"
-                ) from None
             yield converted
+
+    @contextmanager
+    def _fitting(self, dtype: str) -> Iterator[None]:
+        """Refuse what is too large for a type."""
+        try:
+            yield
+        except OverflowError as error:
+            raise UsageError(
+                f"{self.file}: tensor {self.name!r} does not fit {dtype}: {error}; export at "
+                "another precision, such as bf16"
+            ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
-class SafetensorsTensor(TensorSource):
-    """A byte range of a safetensors file."""
+class FileTensor(TensorSource):
+    """A byte range of a file.
+
+    Attributes:
+        offset: of the first byte.
+    """
 
     offset: int
 
-    @classmethod
-    def from_ref(cls, ref: TensorRef) -> SafetensorsTensor:
-        """Make the source that a header's entry describes."""
-        return cls(
-            name=ref.name,
-            dtype=ref.dtype,
-            shape=ref.shape,
-            nbytes=ref.nbytes,
-            file=ref.file,
-            offset=ref.offset,
-        )
+    @property
+    def position(self) -> int:
+        """The offset."""
+        return self.offset
 
     def iter_bytes(self, chunk: int = CHUNK_BYTES) -> Iterator[memoryview]:
         """Yield the bytes from one buffer that is filled again for each piece."""
@@ -117,6 +140,23 @@ class SafetensorsTensor(TensorSource):
                     )
                 left -= len(piece)
                 yield piece
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafetensorsTensor(FileTensor):
+    """A byte range of a safetensors file."""
+
+    @classmethod
+    def from_ref(cls, ref: TensorRef) -> SafetensorsTensor:
+        """Make the source that a header's entry describes."""
+        return cls(
+            name=ref.name,
+            dtype=ref.dtype,
+            shape=ref.shape,
+            nbytes=ref.nbytes,
+            file=ref.file,
+            offset=ref.offset,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +189,21 @@ class JoinedTensor(TensorSource):
             file=first.file,
             parts=parts,
         )
+
+    @property
+    def position(self) -> int:
+        """Place of the first part."""
+        return self.parts[0].position
+
+    @property
+    def storage(self) -> str:
+        """Type that the first part is stored in."""
+        return self.parts[0].storage
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of what files hold for all parts."""
+        return sum(part.stored_bytes for part in self.parts)
 
     @property
     def files(self) -> tuple[Path, ...]:

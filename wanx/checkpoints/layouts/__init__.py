@@ -1,0 +1,1 @@
+"""Layouts: where a checkpoint keeps its parts. Start with ``base.py``."""
