@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 from tests.support.paths import ROOT
+from tools.repackage import save, tensors_of, write_dit, write_others
+from wanx.exporter.source import open_source
 
 README = (ROOT / "README.md").read_text()
 
@@ -19,6 +21,7 @@ STAND_INS = {
     "--size 832x480 --frames 81 --steps 50": "--size 64x64 --frames 17 --steps 4",
     "--steps 10 -o speed/": "--steps 3 --repeat 1 -o speed/",
     "width=832, height=480, frames=81": "width=64, height=64, frames=17, steps=4",
+    "--dit wan2.1_t2v_14B_fp8_scaled": "--dit tiny --tokenizer tokenizer.json",
     "a cat surfing at sunset": "a red circle moving right on a blue background",
 }
 
@@ -41,6 +44,18 @@ def run(command: list[str], folder: Path) -> None:
     assert result.returncode == 0, f"{shlex.join(command)}\n{result.stderr}"
 
 
+def comfyui(folder: Path) -> None:
+    """The built-in model as ComfyUI's folder of models, and a LoRA."""
+    checkpoint, models = open_source("tiny"), folder / "ComfyUI" / "models"
+    tensors = tensors_of(checkpoint.components["dit"])
+    write_dit(tensors, models / "diffusion_models", "tiny", "fp8_scaled")
+    list(write_others(checkpoint, models))
+    (folder / "tokenizer.json").write_bytes(checkpoint.tokenizer.to_json())
+    bias = "blocks.0.self_attn.q.bias"
+    change = {f"diffusion_model.{bias.removesuffix('.bias')}.diff_b": tensors[bias]}
+    save(change, folder / "style.safetensors")
+
+
 def test_commands_and_code_run_in_order(tmp_path: Path) -> None:
     lines = [line for block in blocks("sh") for line in block.splitlines()]
     commands = [shlex.split(stand_in(line), comments=True) for line in lines]
@@ -50,6 +65,7 @@ def test_commands_and_code_run_in_order(tmp_path: Path) -> None:
     line = '{"prompt": "a cat", "seed": 7, "output": "cat.mp4"}'
     assert line in README
     (tmp_path / "prompts.jsonl").write_text(line)
+    comfyui(tmp_path)
     for words in wanx:
         run([sys.executable, "-m", *words], tmp_path)
     assert (tmp_path / "out.mp4").stat().st_size > 0

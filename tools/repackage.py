@@ -100,6 +100,7 @@ SAFETENSORS: Mapping[str, Callable[[Tensors], Tensors]] = {
     "diffusers": in_diffusers_names,
     "fp8": fp8,
     "fp8_scaled": fp8_scaled,
+    "fp8_scaled_prefix": lambda tensors: with_prefix(fp8_scaled(tensors)),
     "fp8_scaled_new": lambda tensors: with_prefix(fp8_scaled_new(tensors)),
 }
 GGUF = {"Q8_0": Kind.Q8_0, "Q4_K": Kind.Q4_K}

@@ -131,7 +131,7 @@ def test_an_export_refuses_it_before_anything_else(
     kind: str, checkpoint_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = Path(shutil.copytree(checkpoint_of("t2v"), tmp_path / "source"))
-    path = open_checkpoint(source).tokenizer
+    path = open_checkpoint(source).tokenizer.path
     if kind == "no model":
         path.write_text('{"model": {}}')
     else:

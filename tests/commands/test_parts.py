@@ -22,7 +22,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     checkpoint = open_source("tiny")
     tensors = tensors_of(checkpoint.components["dit"])
-    write_dit(tensors, folder / "diffusion_models", "tiny", "fp8_scaled")
+    write_dit(tensors, folder / "diffusion_models", "tiny", "fp8_scaled_prefix")
     list(write_others(checkpoint, folder))
     rows, columns = tensors["blocks.0.ffn.0.weight"].shape
     layer = "diffusion_model.blocks.0.ffn.0"
@@ -74,6 +74,11 @@ def test_a_bundle_with_another_lora(wanx: Wanx, models: Path, tmp_path: Path) ->
         (["export", "--vae", "lora.safetensors"], 5, "what was given has no transformer"),
         (["build", "tiny", "--lora", "x"], 2, "--lora makes a new bundle"),
         (["build", "tiny", "-o", "x"], 2, "--lora makes a new bundle"),
+        (
+            ["build", "tiny", "--lora", "x", "-o", "y", "--opt-level", "3", "--sizes", "32x32"],
+            2,
+            "--sizes, --opt-level does not go with --lora",
+        ),
     ],
 )
 def test_what_is_refused(

@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError, deserialize
 from safetensors.torch import load_file, save_file
 
-from wanx.errors import CorruptInputError
+from wanx.checkpoints.tensors.float8 import FLOAT8, Float8Tensor
+from wanx.errors import CorruptInputError, UsageError
 from wanx.exporter.export import plan
 from wanx.exporter.options import PRECISIONS, ExportOptions
 from wanx.files.floats import FLOATS
@@ -74,6 +75,13 @@ def test_a_type_is_read_or_refused_by_name(part: str, dtype: str, copied: Path) 
             group = "dit" if part == "transformer" else part
             assert dtype in {tensor.dtype for tensor in types[group].tensors.values()}
             continue
+        if dtype in FLOAT8:
+            resolved = plan(options).resolved
+            group = "dit" if part == "transformer" else part
+            tensors = resolved.checkpoint.components[group].tensors.values()
+            assert any(isinstance(tensor, Float8Tensor) for tensor in tensors)
+            assert dtype not in {resolved.stored_type(group, tensor) for tensor in tensors}
+            continue
         with pytest.raises(CorruptInputError) as caught:
             plan(options)
         message = str(caught.value)
@@ -83,17 +91,14 @@ def test_a_type_is_read_or_refused_by_name(part: str, dtype: str, copied: Path) 
 
 
 def test_scales_do_not_hide_the_type(copied: Path) -> None:
-    """Other tools store FP8 with a scale beside each matrix."""
+    """Other tools store integers with a scale beside each matrix."""
     (path,) = (copied / "transformer").glob("*.safetensors")
     scaled = {}
     for name, tensor in load_file(path).items():
         matrix = tensor.ndim == 2
-        scaled[name] = tensor.to(torch.float8_e4m3fn) if matrix else tensor
+        scaled[name] = tensor.to(torch.int8) if matrix else tensor
         if matrix:
             scaled[name.removesuffix("weight") + "scale_weight"] = torch.ones(())
     save_file(scaled, path)
-    with pytest.raises(CorruptInputError) as caught:
+    with pytest.raises(UsageError, match=r"weight' is I8 with a scale, which wanx does not read"):
         plan(ExportOptions(source=copied))
-    message = str(caught.value)
-    assert "weight is F8_E4M3 instead of F32" in message
-    assert "wanx reads no weights in F8_E4M3" in message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from safetensors.torch import save_file
 import wanx
 from tools.repackage import GGUF, SAFETENSORS, tensors_of, write_dit, write_others
 from wanx.accuracy.golden_check import check_golden
+from wanx.builtin import builtin_bundle
+from wanx.bundle.golden_steps import GOLDEN
 from wanx.bundle.reader import Bundle
 from wanx.checkpoints.checkpoint import PartPaths
 from wanx.checkpoints.layouts.files import open_parts
@@ -129,16 +132,26 @@ def test_a_bundle_takes_further_loras(tmp_path: Path) -> None:
     (height, width) = open_source("tiny").components["dit"].tensors["blocks.0.ffn.0.weight"].shape
     layer = "lora_unet_blocks_0_ffn_0"
     save_file(
-        {f"{layer}.lora_up.weight": torch.ones(height, 1) * 0.02,
-         f"{layer}.lora_down.weight": torch.ones(1, width) * 0.02},
+        {f"{layer}.lora_up.weight": torch.ones(height, 1),
+         f"{layer}.lora_down.weight": torch.ones(1, width)},
         tmp_path / "lora.safetensors",
     )  # fmt: skip
     made = wanx.export("tiny", tmp_path / "new", loras=[str(tmp_path / "lora.safetensors")])
     assert made.manifest.provenance.loras[0].matched == 2
     for agreement in check_golden(made, threads=1):
         assert agreement.cosine >= 0.9999
+    shutil.copy(builtin_bundle() / GOLDEN, made.root / GOLDEN)  # of the model without it
+    assert min(one.cosine for one in check_golden(made, threads=1)) < 0.999
+    shutil.rmtree(made.root)
+    made = wanx.export("tiny", tmp_path / "new", loras=[str(tmp_path / "lora.safetensors")])
+    again = wanx.export(
+        made.root, tmp_path / "again", loras=[f"{tmp_path / 'lora.safetensors'}:-1"]
+    )
+    assert [record.strength for record in again.manifest.provenance.loras] == [1, -1]
+    for agreement in check_golden(again, threads=1):
+        assert agreement.cosine >= 0.9999
     with pytest.raises(UsageError, match=r"is a bundle, whose parts stay"):
         wanx.export("tiny", tmp_path / "x", parts=PartPaths(vae=tmp_path / "vae.safetensors"))
     int8 = wanx.export("tiny", tmp_path / "int8", precision="int8", calibration=QUICK)
-    with pytest.raises(UsageError, match=r"quantised to int8; .*wanx export tiny --preci"):
+    with pytest.raises(UsageError, match=r"quantised to int8; export from .* --precision int8"):
         wanx.export(int8.root, tmp_path / "x", loras=[str(tmp_path / "lora.safetensors")])

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from wanx.bundle.manifest import LoraRecord
 from wanx.checkpoints import checkpoint_config as sizes
 from wanx.checkpoints.layouts.base import Layout
 from wanx.checkpoints.layouts.comfyui import ComfyUILayout, require_comfyui
 from wanx.checkpoints.layouts.diffusers import DiffusersLayout
 from wanx.checkpoints.layouts.files import WEIGHT_FILES, FilesLayout, NoLayout, open_part
 from wanx.checkpoints.layouts.original import DIT_STEM, OriginalLayout
-from wanx.checkpoints.lora.fuse import FusedLora, Lora, fuse
+from wanx.checkpoints.lora.fuse import Lora, fuse
 from wanx.checkpoints.part import Part
 from wanx.checkpoints.tokenizer_source import TokenizerSource, find_tokenizer
 from wanx.checkpoints.weights import ComponentWeights
@@ -41,7 +42,8 @@ class Checkpoint:
             images of ``image_encoder``.
         tokenizer: of the text encoder; write it with
             :func:`wanx.checkpoints.tokenizer_source.write_tokenizer`.
-        loras: that are in the weights of ``dit``.
+        loras: that are put into the weights of ``dit``.
+        earlier_loras: that were in them before, of a bundle.
     """
 
     source: Path
@@ -49,7 +51,8 @@ class Checkpoint:
     config: ModelConfig
     components: dict[str, ComponentWeights]
     tokenizer: TokenizerSource
-    loras: tuple[FusedLora, ...] = ()
+    loras: tuple[LoraRecord, ...] = ()
+    earlier_loras: tuple[LoraRecord, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -76,6 +79,12 @@ class PartPaths:
     image_encoder: Path | None = None
     tokenizer: Path | None = None
     comfyui: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Take texts for paths."""
+        for field in dataclasses.fields(self):
+            if isinstance(value := getattr(self, field.name), str):
+                object.__setattr__(self, field.name, Path(value))
 
     def __bool__(self) -> bool:
         """True if there is any."""
@@ -172,7 +181,7 @@ def _assemble(layout: Layout, parts: PartPaths) -> Checkpoint:
     if isinstance(layout, ComfyUILayout):
         if "dit" not in given:
             raise UsageError("--comfyui takes the name of a diffusion model with --dit")
-        if not given["dit"].exists():
+        if not given["dit"].is_file():
             given["dit"] = layout.dit(str(given["dit"]))
     needed = tuple(name for name in ("dit", "text_encoder", "vae") if name not in given)
     layout.require(needed, tokenizer=parts.tokenizer is None and "text_encoder" in needed)

@@ -83,24 +83,26 @@ class GGUFTokenizer(TokenizerSource):
         def value(key: str) -> Any:
             return self.file.value(f"tokenizer.ggml.{key}")
 
-        tokens, scores = value("tokens"), value("scores")
-        if not tokens or not scores or len(tokens) != len(scores):
-            raise CorruptInputError(
-                f"the tokenizer in {self.path} lacks tokens or scores; give tokenizer.json of "
-                "google/umt5-xxl with --tokenizer"
-            )
-        spaces, trims = value("add_space_prefix"), value("remove_extra_whitespaces")
-        return self._converted(
-            SentencePieceModel(
-                pieces=list(zip(tokens, map(float, scores), strict=True)),
+        try:
+            tokens, scores = list(value("tokens") or ()), list(value("scores") or ())
+            spaces, trims = value("add_space_prefix"), value("remove_extra_whitespaces")
+            model = SentencePieceModel(
+                pieces=list(zip(map(str, tokens), map(float, scores), strict=True)),
                 unk_id=int(value("unknown_token_id") or 0),
                 eos_id=int(value("eos_token_id") or 1),
-                charsmap=bytes(value("precompiled_charsmap") or b""),
+                charsmap=bytes(list(value("precompiled_charsmap") or ())),
                 dummy_prefix=spaces is None or bool(spaces),
                 trims_spaces=trims is None or bool(trims),
                 control=[i for i, kind in enumerate(value("token_type") or ()) if kind == 3],
             )
-        )
+        except (TypeError, ValueError):
+            model = SentencePieceModel(pieces=())
+        if not model.pieces:
+            raise CorruptInputError(
+                f"the tokenizer in {self.path} lacks tokens or scores, or they are damaged; give "
+                "tokenizer.json of google/umt5-xxl with --tokenizer"
+            )
+        return self._converted(model)
 
 
 def find_tokenizer(path: Path) -> TokenizerFile:

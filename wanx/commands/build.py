@@ -79,10 +79,20 @@ def build(
     if bool(lora) != (output is not None):
         raise UsageError("--lora makes a new bundle, which --output names: give both, or neither")
     if lora:
+        others = {
+            "--plugins": plugins != "auto", "--sizes": sizes, "--frames": frames,
+            "--workspace": workspace, "--opt-level": opt_level,
+        }  # fmt: skip
+        if refused := [name for name, given in others.items() if given]:
+            raise UsageError(
+                f"{', '.join(refused)} does not go with --lora; build the new bundle's engines "
+                "afterwards"
+            )
         find_leftovers((output or Path()).parent, remove=True)
         with exit_on_sigint(), progress_bars(quiet) as progress, log_lines(quiet, "wanx.exporter"):
             made = wanx.export(
                 bundle, output, loras=lora, force=force, progress=progress,
+                graph_cache=not no_graph_cache,
                 target=target or wanx.inspect(bundle).manifest.target,
             )  # fmt: skip
         if as_json:

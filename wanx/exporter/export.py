@@ -21,7 +21,7 @@ from wanx.accuracy.gates import Gates
 from wanx.accuracy.golden_check import check_golden, require_golden
 from wanx.accuracy.golden_tokens import write_golden_tokens
 from wanx.bundle.golden_steps import GOLDEN, write_golden
-from wanx.bundle.manifest import TOKENIZER, Component, LoraRecord, Manifest, Provenance
+from wanx.bundle.manifest import TOKENIZER, Component, Manifest, Provenance
 from wanx.bundle.publish import publish_bundle, record_files, write_manifest
 from wanx.bundle.reader import Bundle, open_bundle
 from wanx.checkpoints.checkpoint import Checkpoint
@@ -244,16 +244,7 @@ class _Build:
                 source_sha256=combined_sha256(self._sources),
                 tools={"python": platform.python_version()} | _versions(),
                 created=datetime.now(UTC),
-                loras=tuple(
-                    LoraRecord(
-                        file=fused.lora.path.name,
-                        sha256=fused.sha256,
-                        strength=fused.lora.strength,
-                        matched=fused.matched,
-                        unmatched=fused.unmatched,
-                    )
-                    for fused in resolved.checkpoint.loras
-                ),
+                loras=(*resolved.checkpoint.earlier_loras, *resolved.checkpoint.loras),
             ),
             files=record_files(self._folder, known=self._sha256),
         )

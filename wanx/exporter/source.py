@@ -64,7 +64,8 @@ def _open_bundle(path: Path, task: Task | None) -> Checkpoint:
     if manifest.precision not in ("fp32", "bf16", "fp16"):
         raise UsageError(
             f"{path} is quantised to {manifest.precision}; export from the checkpoint that it came "
-            f"from: wanx export {manifest.provenance.source} --precision {manifest.precision} …"
+            f"from, {manifest.provenance.source}: wanx export CHECKPOINT --precision "
+            f"{manifest.precision} --lora …"
         )
     components = {}
     for group, component in weight_groups(manifest.config).items():
@@ -83,4 +84,5 @@ def _open_bundle(path: Path, task: Task | None) -> Checkpoint:
         config=manifest.config,
         components=components,
         tokenizer=TokenizerFile(path=bundle.tokenizer_path),
+        earlier_loras=manifest.provenance.loras,
     )

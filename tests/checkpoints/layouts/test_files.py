@@ -75,18 +75,13 @@ def t2v(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def from_comfyui(model: Model, form: str, **parts: Any) -> Checkpoint:
-    path = model.dit(form)
-    try:
-        return open_checkpoint(
-            None,
-            parts=PartPaths(
-                comfyui=model.comfyui, dit=Path(path.stem), tokenizer=model.tokenizer, **parts
-            ),
-        )
-    finally:
-        shutil.copy(path, path.with_suffix(".kept"))
-        path.unlink()
-        path.with_suffix(".kept").rename(path)
+    return open_checkpoint(
+        None,
+        parts=PartPaths(
+            comfyui=model.comfyui, dit=Path(model.dit(form).stem), tokenizer=model.tokenizer,
+            **parts,
+        ),
+    )  # fmt: skip
 
 
 def values(checkpoint: Checkpoint, component: str = "dit") -> dict[str, torch.Tensor]:
@@ -229,6 +224,9 @@ def test_what_comfyui_keeps_beside_it_is_no_candidate(t2v: Model, tmp_path: Path
     }
     save(one_table, models / "text_encoders" / "t5xxl.safetensors")
     save({"decoder.conv_in.weight": torch.zeros(2)}, models / "vae" / "sdxl.safetensors")
+    wan22 = load_file(models / "vae" / "wan_2.1_vae.safetensors")
+    wan22["decoder.upsamples.0.upsamples.0.residual.2.weight"] = torch.zeros(2)
+    save(wan22, models / "vae" / "wan2.2_vae.safetensors")
     t2v.dit("plain")
     shutil.copytree(
         t2v.comfyui / "diffusion_models", models / "diffusion_models", dirs_exist_ok=True
@@ -326,3 +324,32 @@ def test_sizes_of_published_models_need_no_config(preset: str, tmp_path: Path) -
     assert isinstance(found, DiTConfig)
     # Of an image the tokens are told by its encoder.
     assert replace(found, image_tokens=config.dit.image_tokens) == config.dit
+
+
+@pytest.mark.parametrize(
+    "name", ["sub/dit", "sub/dit.safetensors", "dit", "dit.safetensors", "{path}"]
+)
+def test_names_that_comfyui_shows(
+    name: str, t2v: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With and without folder and suffix; a folder of that name elsewhere is another thing."""
+    models = Path(shutil.copytree(t2v.comfyui, tmp_path / "models"))
+    folder = models / "diffusion_models" / "sub"
+    path = write_dit(t2v.tensors, folder, "dit", "plain")
+    shutil.copy(t2v.folder / "config.json", folder)
+    (tmp_path / "dit").mkdir()
+    monkeypatch.chdir(tmp_path)
+    parts = PartPaths(comfyui=models, dit=Path(name.format(path=path)), tokenizer=t2v.tokenizer)
+    assert open_checkpoint(None, parts=parts).components["dit"].files == (path,)
+
+
+def test_a_damaged_part_is_named_where_nothing_else_fits(t2v: Model, tmp_path: Path) -> None:
+    models = Path(shutil.copytree(t2v.comfyui, tmp_path / "models"))
+    (models / "text_encoders" / "umt5.safetensors").write_bytes(b"cut")
+    t2v.dit("plain")
+    shutil.copy(
+        t2v.comfyui / "diffusion_models" / "wan-plain.safetensors", models / "diffusion_models"
+    )
+    parts = PartPaths(comfyui=models, dit=Path("wan-plain"), tokenizer=t2v.tokenizer)
+    with pytest.raises(CorruptInputError, match=r"umt5.safetensors: 3 bytes are too few"):
+        open_checkpoint(None, parts=parts)

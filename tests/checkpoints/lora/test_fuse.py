@@ -14,7 +14,7 @@ from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_wan_l
 from safetensors.torch import save_file
 
 from wanx.checkpoints import key_maps
-from wanx.checkpoints.lora.fuse import Lora, fuse
+from wanx.checkpoints.lora.fuse import Lora, fuse, parse_loras
 from wanx.checkpoints.lora.names import PREFIXES, SUFFIXES, layer_names, parse_name
 from wanx.checkpoints.tensors.source import SafetensorsTensor
 from wanx.checkpoints.weights import ComponentWeights
@@ -326,6 +326,18 @@ REFUSED: list[tuple[str, Tensors, type[Exception], str]] = [
     ("middle", {f"{Q}.lora_mid.weight": UP}, UsageError, "LoCon with a middle"),
     ("twice", {f"{Q}.lora_up.weight": UP, f"diffusion_model.{Q}.lora_B.weight": UP},
      CorruptInputError, "holds the up tensor of 'blocks.0.self_attn.q' twice"),
+    ("two names", {f"{Q}.lora_up.weight": UP, f"{Q}.lora_down.weight": DOWN,
+                   "transformer.blocks.0.attn1.to_q.lora_A.weight": DOWN,
+                   "transformer.blocks.0.attn1.to_q.lora_B.weight": UP},
+     CorruptInputError, "holds the .* tensor of 'blocks.0.self_attn.q' twice, as "),
+    ("transposed", {"blocks.0.ffn.0.diff": torch.zeros(CONFIG.dim, CONFIG.ffn_dim)}, UsageError,
+     "is of a model of other sizes"),
+    ("integers", {f"{Q}.lora_up.weight": UP.int(), f"{Q}.lora_down.weight": DOWN}, UsageError,
+     "is I32, and wanx reads LoRAs in F32, F16, BF16 and 8-bit floats"),
+    ("no rank", {f"{Q}.lora_up.weight": UP[:, :0], f"{Q}.lora_down.weight": DOWN[:0],
+                 f"{Q}.alpha": torch.tensor(1.0)}, CorruptInputError, "which has no rank"),
+    ("scalars", {f"{Q}.lora_up.weight": UP, f"{Q}.lora_down.weight": torch.tensor(1.0),
+                 f"{Q}.alpha": torch.tensor(1.0)}, CorruptInputError, "which has no rank"),
     ("alphas", {f"{Q}.lora_up.weight": UP, f"{Q}.lora_down.weight": DOWN, f"{Q}.alpha": UP},
      CorruptInputError, "numbers instead of one"),
 ]  # fmt: skip
@@ -383,3 +395,81 @@ def test_strengths(text: str, path: str, strength: float) -> None:
 def test_what_is_no_strength(text: str) -> None:
     with pytest.raises(UsageError, match="strength"):
         Lora.parse(text)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float64, torch.bfloat16])
+def test_alpha_is_of_any_type(dtype: torch.dtype, tmp_path: Path) -> None:
+    weights = weights_of(tmp_path / "dit.safetensors")
+    ((layer, (up, down)),) = low_rank(4, [Q]).items()
+    tensors = {f"{layer}.lora_up.weight": up, f"{layer}.lora_down.weight": down}
+    tensors[f"{layer}.alpha"] = torch.tensor(2, dtype=dtype)
+    fused, _ = fuse(weights, [saved(tmp_path / "lora.safetensors", tensors)])
+    before, after = (numbers(w.tensors[f"{layer}.weight"]) for w in (weights, fused))
+    expected = formula(before, up, down, 0.5)
+    torch.testing.assert_close(after.double(), expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_alpha_beside_the_file_of_peft(folder: bool, tmp_path: Path) -> None:
+    weights = weights_of(tmp_path / "dit.safetensors")
+    ((layer, (up, down)),) = low_rank(2, ["blocks.0.ffn.2"]).items()
+    name = f"base_model.model.{key_maps.DIT.to_diffusers(layer)}"
+    tensors = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    lora = saved(tmp_path / "adapter_model.safetensors", tensors)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 32, "r": 2}))
+    fused, _ = fuse(weights, [Lora(path=tmp_path) if folder else lora])
+    before, after = (numbers(w.tensors[f"{layer}.weight"]) for w in (weights, fused))
+    expected = formula(before, up, down, 16)
+    torch.testing.assert_close(after.double(), expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("[" * 200_000, CorruptInputError), ("[]", CorruptInputError),
+        ('{"transformer.lora_alpha": 1' + "0" * 400 + "}", CorruptInputError),
+        ('{"transformer.lora_alpha": NaN}', CorruptInputError),
+        ('{"transformer.lora_alpha": "8"}', CorruptInputError),
+        ('{"transformer.lora_alpha": true}', CorruptInputError),
+        ('{"transformer.alpha_pattern": 3}', UsageError),
+        ('{"transformer.use_dora": true}', UsageError),
+    ],
+)  # fmt: skip
+def test_headers_that_say_nothing(text: str, kind: type[Exception], tmp_path: Path) -> None:
+    weights = weights_of(tmp_path / "dit.safetensors")
+    path = tmp_path / "lora.safetensors"
+    tensors = {f"{Q}.lora_up.weight": UP, f"{Q}.lora_down.weight": DOWN}
+    save_file(tensors, path, {"lora_adapter_metadata": text})
+    with pytest.raises(kind, match=r"lora\.safetensors") as caught:
+        fuse(weights, [Lora(path=path)])
+    assert "\n" not in str(caught.value)
+
+
+def test_the_patches_of_another_task_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An I2V file on T2V: what is about its channels is said, the rest is applied."""
+    weights = weights_of(tmp_path / "dit.safetensors")
+    tensors = {f"{Q}.lora_up.weight": UP, f"{Q}.lora_down.weight": DOWN}
+    tensors["patch_embedding.diff"] = torch.zeros(CONFIG.dim, 36, 1, 2, 2)
+    _, (record,) = fuse(weights, [saved(tmp_path / "lora.safetensors", tensors)])
+    assert (record.matched, record.unmatched) == (2, ("patch_embedding.diff",))
+    assert "1 of 3 tensors fit nothing" in caplog.messages[0]
+
+
+def test_a_record_is_bounded(tmp_path: Path) -> None:
+    weights = weights_of(tmp_path / "dit.safetensors")
+    tensors = {f"{Q}.lora_up.weight": UP, f"{Q}.lora_down.weight": DOWN}
+    tensors |= {f"{'x' * 5000}{number}.diff": torch.zeros(1) for number in range(300)}
+    _, (record,) = fuse(weights, [saved(tmp_path / "lora.safetensors", tensors)])
+    assert len(record.unmatched) == 100
+    assert max(map(len, record.unmatched)) <= 256
+
+
+def test_lists_of_loras() -> None:
+    assert parse_loras(["a:0.5", Path("b:c"), Lora(path=Path("d"))]) == (
+        Lora(path=Path("a"), strength=0.5), Lora(path=Path("b:c")), Lora(path=Path("d")),
+    )  # fmt: skip
+    for one in ("a.safetensors", Path("a.safetensors")):
+        with pytest.raises(UsageError, match="give a list"):
+            parse_loras(one)  # type: ignore[arg-type]

@@ -99,9 +99,6 @@ def test_rounding_twice_would_show(stored: str, tmp_path: Path) -> None:
     assert torch.equal(numbers(source, stored), nearest(exact, STORED[stored]))
 
 
-NEW = {"a.weight": "weight_scale", "b.weight": "weight_scale"}
-
-
 @pytest.mark.parametrize("spelling", ["old", "new", "header"])
 def test_both_spellings(spelling: str, tmp_path: Path) -> None:
     """What is about activations, and what marks the format, is no weight; norms stay."""
@@ -155,6 +152,46 @@ BAD: list[tuple[str, dict[str, torch.Tensor], type[WanxError], str]] = [
         r"'a.scale_weight' is F32 \[3\], and 'a.weight' with \[4, 4\] takes one scale or one",
     ),
     (
+        "columns",
+        {"a.weight": E4M3, "a.scale_weight": torch.ones(1, 4)},
+        CorruptInputError,
+        r"'a.scale_weight' is F32 \[1, 4\], and 'a.weight'",
+    ),
+    (
+        "blocks",
+        {"a.weight": E4M3, "a.scale_weight": torch.ones(2, 2)},
+        CorruptInputError,
+        r"'a.scale_weight' is F32 \[2, 2\]",
+    ),
+    (
+        "two scales",
+        {"a.weight": E4M3, "a.scale_weight": torch.ones(()), "a.weight_scale": torch.ones(1)},
+        CorruptInputError,
+        "has two scales for one weight, 'a.scale_weight' and 'a.weight_scale'",
+    ),
+    (
+        "a mark with a prefix",
+        {"m.a.weight": E4M3, "m.scaled_fp8": torch.zeros(2)},
+        CorruptInputError,
+        "'m.a.weight' is in 8 bits of a scaled file and has no scale",
+    ),
+    (
+        "no mark",
+        {"a.weight": E4M3, "a.scale_weight": torch.ones(()), "b.weight": E4M3},
+        CorruptInputError,
+        "'b.weight' is in 8 bits of a scaled file and has no scale",
+    ),
+    (
+        "another format",
+        {
+            "a.weight": E4M3,
+            "a.weight_scale": torch.ones(()),
+            "a.comfy_quant": marked("a", "float8_e5m2"),
+        },
+        CorruptInputError,
+        "'a.weight' is F8_E4M3, and the file says float8_e5m2",
+    ),
+    (
         "integers",
         {"a.weight": torch.zeros(4, 4, dtype=torch.int8), "a.weight_scale": torch.ones(())},
         UsageError,
@@ -192,11 +229,14 @@ def test_what_is_refused(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"layers": 3}', '{"layers": {"a": 1}}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"layers": 3}', '{"layers": {"a": 1}}', "[" * 200_000]
+)
 def test_a_header_that_says_nothing(text: str, tmp_path: Path) -> None:
     path = write(tmp_path / "w.safetensors", {"a.weight": E4M3}, _quantization_metadata=text)
-    with pytest.raises(CorruptInputError, match="does not say how"):
+    with pytest.raises(CorruptInputError, match=r"w\.safetensors") as caught:
         open_files([path])
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("what", ["code", "scale", "product"])

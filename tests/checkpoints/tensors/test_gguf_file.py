@@ -135,3 +135,20 @@ def test_a_file_that_is_cut_while_it_is_read(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CorruptInputError, match="ended inside tensor 'a'"):
         numbers(source, "F32", 1 << 10)
+
+
+def test_sides_of_one_are_not_stored(tmp_path: Path) -> None:
+    """Modulations have three sides in the network, and two in files of some quantisers."""
+    flat = np.ones((6, 256), "f4")
+    quantised = (blocks(Kind.Q8_0, 6, 256), Kind.Q8_0)
+    path = write(
+        tmp_path / "w.gguf",
+        {"blocks.0.modulation": (flat, None), "head.modulation": quantised, "a": (flat, None)},
+    )
+    shapes = {name: source.shape for name, source in open_files([path])[0].items()}
+    assert shapes == {
+        "blocks.0.modulation": (1, 6, 256), "head.modulation": (1, 6, 256), "a": (6, 256),
+    }  # fmt: skip
+    found = open_files([path])[0]["head.modulation"]
+    expected = gguf.quants.dequantize(*quantised)
+    np.testing.assert_array_equal(numbers(found, "F32", 1 << 10)[0], expected)

@@ -185,7 +185,8 @@ def write(weight: torch.Tensor, scheme: str, per_tensor: bool, folder: Path) -> 
     tensors, files = open_weights(folder, "dit")
     component = ComponentWeights(component="dit", tensors=tensors, files=files)
     resolved: Any = SimpleNamespace(
-        checkpoint=SimpleNamespace(components={"dit": component}), stored_type=lambda _, kind: kind
+        checkpoint=SimpleNamespace(components={"dit": component}),
+        stored_type=lambda _, source: source.dtype,
     )
     options = QuantizeOptions(weight_scale="tensor" if per_tensor else "channel")
     recipe = Recipe(scheme=SCHEMES[scheme], options=options, layers={LAYER: 1.0})

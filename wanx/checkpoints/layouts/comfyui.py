@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 
 from wanx.checkpoints.layouts.base import Layout
@@ -20,6 +21,7 @@ _FOLDERS = {
     "image_encoder": ("clip_vision",),
 }
 # Of several encoders only umT5 has a table of positions in every block.
+_WAN22_VAE = "decoder.upsamples.0.upsamples.0.residual.2.weight"  # which Wan2.1's has not
 _UMT5 = ("relative_attention_bias", "attn_rel_b", "pos_embedding")
 
 
@@ -40,7 +42,7 @@ class ComfyUILayout(Layout):
             UsageError: there is none of that name, or there are several; names the nearest.
         """
         files = self._files("dit")
-        found = [path for path in files if name in _names_of(path)]
+        found = [path for path in files if name in self._names_of(path)]
         if len(found) == 1:
             return found[0]
         if found:
@@ -52,7 +54,15 @@ class ComfyUILayout(Layout):
 
     def part(self, component: str) -> Part:
         """Open the one file that fits; see :meth:`Layout.part`."""
-        fitting = [path for path in self._files(component) if self._fits(component, path)]
+        fitting, errors = [], []
+        for path in self._files(component):
+            try:
+                if _fits(component, path):
+                    fitting.append(path)
+            except WanxError as error:  # of a file that may be the one
+                errors.append(error)
+        if not fitting and errors:
+            raise errors[0]
         if not fitting:
             folder = " or ".join(_FOLDERS[component])
             raise missing_part(str(self.source / folder), component)
@@ -79,21 +89,28 @@ class ComfyUILayout(Layout):
             if path.suffix in WEIGHT_FILES and path.is_file()
         )
 
-    @staticmethod
-    def _fits(component: str, path: Path) -> bool:
-        """True if a file has this part of a model like Wan2.1; others lie beside it."""
-        try:
-            names, _ = open_files([path])
-        except WanxError:
-            return False
-        if component not in recognise(names):
-            return False
-        tables = sum(any(word in name for word in _UMT5) for name in names)
-        return component != "text_encoder" or tables > 1
+    def _names_of(self, path: Path) -> Iterator[str]:
+        """What a file may be called: by its path, below ComfyUI's folder or not, and its name."""
+        inside = next(
+            path.relative_to(self.source / name)
+            for name in _FOLDERS["dit"]
+            if path.is_relative_to(self.source / name)
+        )
+        for name in (path, inside, Path(path.name)):
+            yield from (str(name), str(name.with_suffix("")))
 
 
-def _names_of(path: Path) -> tuple[str, ...]:
-    return (str(path), path.name, path.stem)
+def _fits(component: str, path: Path) -> bool:
+    """True if a file has this part of Wan2.1; those of other models lie beside it.
+
+    Raises:
+        WanxError: the file cannot be read.
+    """
+    names, _ = open_files([path])
+    if component not in recognise(names) or any(name.endswith(_WAN22_VAE) for name in names):
+        return False
+    tables = sum(any(word in name for word in _UMT5) for name in names)
+    return component != "text_encoder" or tables > 1
 
 
 def require_comfyui(folder: Path) -> ComfyUILayout:

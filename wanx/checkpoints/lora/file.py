@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from wanx.checkpoints.lora.names import DOWN, UNSUPPORTED, parse_name
+from wanx.checkpoints.lora.alpha import Alpha, alpha_of
+from wanx.checkpoints.lora.names import ALPHA, DOWN, UNSUPPORTED, parse_name
 from wanx.checkpoints.tensors.source import TensorSource
 from wanx.checkpoints.weights import PICKLES, abbreviate, open_files
 from wanx.errors import CorruptInputError, UsageError
+from wanx.files.floats import FLOATS, NUMPY
 from wanx.files.safetensors import read_header
-
-_METADATA = "lora_adapter_metadata"  # of Diffusers, in the header
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,40 +26,49 @@ class LoraFile:
         path: of the file.
         layers: by what the trainer calls a layer, its tensors by role.
         unknown: names that say nothing.
-        alpha: that the header gives for layers without one of their own, by their rank; None means
-            a factor of 1.
-        rank_stabilised: alpha is divided by the square root of the rank.
+        alpha: of layers without one of their own.
     """
 
     path: Path
     layers: Mapping[str, Mapping[str, TensorSource]]
     unknown: tuple[str, ...]
-    alpha: float | None = None
-    rank_stabilised: bool = False
+    alpha: Alpha
 
     def factor(self, tensors: Mapping[str, TensorSource]) -> float:
         """Factor of a layer's product: alpha over the rank.
 
         Raises:
-            CorruptInputError: alpha is not one finite number.
+            CorruptInputError: alpha is not one finite number, or the rank is none.
         """
-        alpha = self.alpha
-        if "alpha" in tensors:
-            numbers = [
-                number
-                for piece in tensors["alpha"].iter_converted("F32")
-                for number in np.frombuffer(piece, "<f4")
-            ]
-            if len(numbers) != 1:
-                raise CorruptInputError(
-                    f"{self.path}: {tensors['alpha'].name!r} has {len(numbers)} numbers instead of "
-                    "one; download the file again"
-                )
-            alpha = float(numbers[0])
-        if alpha is None:
-            return 1.0
-        rank = tensors[DOWN].shape[0]
-        return alpha / (rank**0.5 if self.rank_stabilised else rank)
+        own, down = tensors.get(ALPHA), tensors[DOWN]
+        if not down.shape or not down.shape[0]:
+            raise CorruptInputError(
+                f"{self.path}: {down.name!r} is {list(down.shape)}, which has no rank; download "
+                "the file again"
+            )
+        return self.alpha.factor(None if own is None else _scalar(own), down.shape[0])
+
+
+def _scalar(source: TensorSource) -> float:
+    """Read a tensor of one number, of any type that trainers store alpha in."""
+    if math.prod(source.shape) != 1:
+        raise CorruptInputError(
+            f"{source.file}: {source.name!r} has {math.prod(source.shape)} numbers instead of one; "
+            "download the file again"
+        )
+    if source.dtype in FLOATS:
+        (piece,) = source.iter_converted("F32")
+        return float(np.frombuffer(piece, "<f4")[0])
+    if source.dtype not in ("I64", "I32", "F64"):
+        raise CorruptInputError(
+            f"{source.file}: {source.name!r} is {source.dtype}, which is no number for alpha; "
+            "download the file again"
+        )
+    (piece,) = source.iter_bytes()
+    value = float(np.frombuffer(piece, NUMPY[source.dtype])[0])
+    if not math.isfinite(value):
+        raise source.not_finite()
+    return value
 
 
 def read_lora(path: Path) -> LoraFile:
@@ -70,6 +78,8 @@ def read_lora(path: Path) -> LoraFile:
         CorruptInputError: the file is missing, damaged or unsafe, or holds a layer twice.
         UsageError: it holds adapters of a kind that is not fused.
     """
+    if path.is_dir():
+        path = path / "adapter_model.safetensors"  # as PEFT saves it
     metadata: Mapping[str, str] = {}
     if path.suffix not in PICKLES:
         metadata = read_header(path).metadata
@@ -86,6 +96,11 @@ def read_lora(path: Path) -> LoraFile:
                 f"{path} is an adapter of the kind {parsed.role} ({name[:120]!r}), which wanx does "
                 "not fuse; use a LoRA, or fuse it with the tool that trained it"
             )
+        if parsed.role != ALPHA and source.dtype not in FLOATS:
+            raise UsageError(
+                f"{path}: {name[:120]!r} is {source.dtype}, and wanx reads LoRAs in F32, F16, BF16 "
+                "and 8-bit floats; save it in one of these"
+            )
         roles = layers.setdefault(parsed.layer, {})
         if parsed.role in roles:
             raise CorruptInputError(
@@ -98,32 +113,6 @@ def read_lora(path: Path) -> LoraFile:
             f"{path} is no LoRA: it holds {abbreviate(unknown) or 'nothing'}; give the weights of "
             "a model with --dit"
         )
-    alpha, rank_stabilised = _alpha_of(path, metadata)
     return LoraFile(
-        path=path, layers=layers, unknown=tuple(unknown), alpha=alpha,
-        rank_stabilised=rank_stabilised,
+        path=path, layers=layers, unknown=tuple(unknown), alpha=alpha_of(path, metadata)
     )  # fmt: skip
-
-
-def _alpha_of(path: Path, metadata: Mapping[str, str]) -> tuple[float | None, bool]:
-    """Alpha that Diffusers writes into the header, and whether it is rank-stabilised."""
-    text = metadata.get(_METADATA)
-    if text is None:
-        return None, False
-    try:
-        facts: dict[str, Any] = json.loads(text)
-        settings = {key.removeprefix("transformer."): value for key, value in facts.items()}
-        alpha = settings.get("lora_alpha")
-        alpha = None if alpha is None else float(alpha)
-        stabilised, patterns = bool(settings.get("use_rslora")), settings.get("alpha_pattern")
-    except (ValueError, TypeError, AttributeError):
-        raise CorruptInputError(
-            f"{path}: {_METADATA} in its header is not what Diffusers writes; download the file "
-            "again"
-        ) from None
-    if patterns:
-        raise UsageError(
-            f"{path} has an alpha of its own for {len(patterns)} layers (alpha_pattern), which "
-            "wanx does not fuse; save it with one alpha"
-        )
-    return alpha, stabilised

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from wanx.bundle.manifest import LoraRecord
 from wanx.checkpoints.lora.file import LoraFile, read_lora
 from wanx.checkpoints.lora.names import (
     ALPHA,
@@ -30,8 +31,11 @@ from wanx.checkpoints.weights import ComponentWeights, abbreviate
 from wanx.errors import CorruptInputError, UsageError
 from wanx.files.checksum import sha256_file
 
-_log = logging.getLogger("wanx.exporter")
+_log = logging.getLogger("wanx.exporter")  # whose lines `wanx export` shows
 _MAX_STRENGTH = 100.0
+_MAX_NAMES, _MAX_NAME = 100, 256  # of what fits nothing, in a manifest
+# Layers whose number of input channels differs from task to task.
+_BY_TASK = ("patch_embedding", "vace_patch_embedding")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,31 +72,26 @@ class Lora:
         return cls(path=Path(path), strength=strength)
 
 
-def parse_loras(loras: Iterable[Lora | str]) -> list[Lora]:
-    """Parse those that are texts; see :meth:`Lora.parse`."""
-    return [Lora.parse(lora) if isinstance(lora, str) else lora for lora in loras]
+def parse_loras(loras: Iterable[Lora | str | Path]) -> tuple[Lora, ...]:
+    """Parse those that are texts; see :meth:`Lora.parse`.
 
-
-@dataclass(frozen=True, kw_only=True)
-class FusedLora:
-    """A LoRA that is in the weights.
-
-    Attributes:
-        lora: what was asked for.
-        sha256: of the file.
-        matched: number of its tensors that are in.
-        unmatched: names of those that fit no tensor of the model.
+    Raises:
+        UsageError: a strength is no number, or there is one text in the place of several.
     """
-
-    lora: Lora
-    sha256: str
-    matched: int
-    unmatched: tuple[str, ...]
+    if isinstance(loras, str | Path):
+        raise UsageError(f"loras is {str(loras)!r}; give a list of them")
+    found = []
+    for lora in loras:
+        if isinstance(lora, Path):
+            found.append(Lora(path=lora))
+        else:
+            found.append(Lora.parse(lora) if isinstance(lora, str) else lora)
+    return tuple(found)
 
 
 def fuse(
     weights: ComponentWeights, loras: Sequence[Lora]
-) -> tuple[ComponentWeights, list[FusedLora]]:
+) -> tuple[ComponentWeights, list[LoraRecord]]:
     """Put LoRAs into the weights of a transformer; nothing is computed before they are read.
 
     Args:
@@ -106,12 +105,13 @@ def fuse(
     names = layer_names(weights.tensors)
     patches: dict[str, list[Patch]] = {}
     bases = dict(weights.tensors)
-    fused = []
+    fused, paths = [], []
     for lora in loras:
         file = read_lora(lora.path)
+        paths.append(file.path)
         one = _Matching(file, lora.strength, bases)
         for layer, tensors in file.layers.items():
-            one.match(names.get(layer), layer, tensors)
+            one.match(names.get(layer), tensors)
         one.require_fit()
         for name, found in one.patches.items():
             patches.setdefault(name, []).extend(found)
@@ -126,14 +126,18 @@ def fuse(
                 lora.path, len(unmatched), matched + len(unmatched), abbreviate(list(unmatched)),
             )  # fmt: skip
         fused.append(
-            FusedLora(
-                lora=lora, sha256=sha256_file(lora.path), matched=matched, unmatched=unmatched
+            LoraRecord(
+                file=lora.path.name[:_MAX_NAME],
+                sha256=sha256_file(file.path),
+                strength=lora.strength,
+                matched=matched,
+                unmatched=tuple(name[:_MAX_NAME] for name in unmatched[:_MAX_NAMES]),
             )
         )
     tensors = bases | {
         name: FusedTensor.of(bases[name], tuple(found)) for name, found in patches.items()
     }
-    files = (*weights.files, *(lora.path for lora in loras))
+    files = (*weights.files, *paths)
     return replace(weights, tensors=tensors, files=files), fused
 
 
@@ -153,13 +157,25 @@ class _Matching:
         self.set: dict[str, TensorSource] = {}
         self.unmatched: list[str] = []
         self._misfits: list[str] = []
+        self._seen: dict[tuple[str, str], str] = {}
 
-    def match(self, target: str | None, layer: str, tensors: Mapping[str, TensorSource]) -> None:
-        """Find what a layer's tensors change."""
+    def match(self, target: str | None, tensors: Mapping[str, TensorSource]) -> None:
+        """Find what a layer's tensors change.
+
+        Raises:
+            CorruptInputError: half of a pair is missing, or another layer is the same one.
+        """
         names = [source.name for source in tensors.values()]
         if target is None:
             self.unmatched += names
             return
+        for role, source in tensors.items():
+            if other := self._seen.get((target, role)):
+                raise CorruptInputError(
+                    f"{self._file.path} holds the {role} tensor of {target!r} twice, as "
+                    f"{abbreviate([other, source.name])}; use a file of one layout"
+                )
+            self._seen[target, role] = source.name
         weight = f"{target}.weight" if f"{target}.weight" in self._tensors else target
         bias = f"{target}.bias"
         if (UP in tensors) != (DOWN in tensors):
@@ -182,10 +198,11 @@ class _Matching:
             source = tensors[role]
             if name not in self._tensors:
                 self.unmatched.append(source.name)
-            elif not _same_count(source, self._tensors[name]):
-                self._misfit(source, self._tensors[name])
+            elif not _same_shape(source, self._tensors[name]):
+                self._misfit(name, source)
             elif size is None:
-                self.set[name] = source
+                if self._strength:
+                    self.set[name] = source
             else:
                 self.patches.setdefault(name, []).append(Difference(factor=size, source=source))
         if ALPHA in tensors and UP not in tensors:
@@ -204,13 +221,16 @@ class _Matching:
             or up.shape[:1] != (rows,)
             or math.prod(up.shape) != rows * rank
         ):
-            self._misfit(down, target, up)
+            self._misfit(name, up, down)
             return
         self.patches.setdefault(name, []).append(LowRank(factor=factor, up=up, down=down))
 
-    def _misfit(self, source: TensorSource, target: TensorSource, *others: TensorSource) -> None:
-        shapes = " and ".join(f"{s.name} {list(s.shape)}" for s in (*others, source))
-        self._misfits.append(f"{shapes} for {list(target.shape)}")
+    def _misfit(self, name: str, *sources: TensorSource) -> None:
+        if name.partition(".")[0] in _BY_TASK:  # of another task, and the rest may fit all the same
+            self.unmatched += [source.name for source in sources]
+            return
+        shapes = " and ".join(f"{source.name} {list(source.shape)}" for source in sources)
+        self._misfits.append(f"{shapes} for {list(self._tensors[name].shape)}")
 
     def require_fit(self) -> None:
         """Refuse a file that is of another model.
@@ -226,12 +246,15 @@ class _Matching:
                 f"{path} is of a model of other sizes ({len(self._misfits)} in all): "
                 f"{first}{more}; use the LoRA of this model"
             )
-        if not self.patches and not self.set:
+        if not self.patches and not self.set and self._strength:
             raise UsageError(
                 f"nothing in {path} fits this model: it holds {abbreviate(self.unmatched)}; use a "
                 "LoRA of Wan2.1's transformer"
             )
 
 
-def _same_count(source: TensorSource, target: TensorSource) -> bool:
-    return math.prod(source.shape) == math.prod(target.shape)
+def _same_shape(source: TensorSource, target: TensorSource) -> bool:
+    """True for the same sides but for those of 1, and for a convolution's in one."""
+    ours, theirs = ([side for side in tensor.shape if side != 1] for tensor in (source, target))
+    flat = [ours[0], math.prod(ours[1:])] if len(ours) > 1 else ours
+    return ours == theirs or flat == [theirs[0], math.prod(theirs[1:])] if theirs else not ours

@@ -9,9 +9,8 @@ sometimes ``X.scale_input`` (later ``X.input_scale``), which is about activation
 from __future__ import annotations
 
 import functools
-import json
-import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +24,7 @@ from wanx.checkpoints.tensors.source import TensorSource
 from wanx.config.number_formats import FP8
 from wanx.errors import CorruptInputError, UsageError
 from wanx.files.floats import FLOATS
+from wanx.files.input_file import parse_json_object
 
 E4M3, E5M2 = FP8.safetensors, "F8_E5M2"
 FLOAT8 = (E4M3, E5M2)
@@ -32,6 +32,7 @@ SCALES = ("scale_weight", "weight_scale")
 # About activations, or marks; no network reads them.
 _INPUT_SCALES = ("scale_input", "input_scale")
 _MARK, _FORMAT = "scaled_fp8", "comfy_quant"
+_MAX_FORMAT_BYTES = 4096
 _FORMATS = {"float8_e4m3fn": E4M3, "float8_e5m2": E5M2}
 
 
@@ -55,8 +56,9 @@ class Float8Tensor(ComputedTensor):
             CorruptInputError: there are neither one scale nor one for each row.
         """
         if scale is not None:
-            sides = math.prod(scale.shape)
-            if sides not in (1, codes.shape[0] if codes.shape else 1) or scale.dtype not in FLOATS:
+            rows = codes.shape[0] if codes.shape else 1
+            known = scale.shape in ((), (1,), (1, 1), (rows,), (rows, 1))
+            if not known or scale.dtype not in FLOATS:
                 raise CorruptInputError(
                     f"{scale.file}: {scale.name!r} is {scale.dtype} {list(scale.shape)}, and "
                     f"{codes.name!r} with {list(codes.shape)} takes one scale or one for each row; "
@@ -146,15 +148,21 @@ def decoded(
         for name, source in tensors.items()
         if name.endswith(f".{_FORMAT}")
     }
-    scaled = _MARK in tensors or bool(formats)
+    marks = [name for name in tensors if name.rpartition(".")[2] == _MARK]
     scales: dict[str, TensorSource] = {}
     others: dict[str, TensorSource] = {}
     for name, source in tensors.items():
         stem, _, last = name.rpartition(".")
         if last in SCALES:
+            if other := scales.get(f"{stem}.weight"):
+                raise CorruptInputError(
+                    f"{source.file} has two scales for one weight, {other.name!r} and {name!r}; "
+                    "download the file again"
+                )
             scales[f"{stem}.weight"] = source
-        elif last not in (*_INPUT_SCALES, _FORMAT) and name != _MARK:
+        elif last not in (*_INPUT_SCALES, _FORMAT, _MARK):
             others[name] = source
+    scaled = bool(marks or formats or scales)
     if stray := [scale.name for name, scale in scales.items() if name not in others]:
         raise CorruptInputError(
             f"{scales[_weight(stray[0])].file} has scales without weights, {stray[0]!r} first; "
@@ -172,6 +180,12 @@ def decoded(
             found[name] = source
             continue
         stem = name.removesuffix(".weight")
+        said = formats.get(stem)
+        if said is not None and _FORMATS[said] != source.dtype:
+            raise CorruptInputError(
+                f"{source.file}: {name!r} is {source.dtype}, and the file says {said}; download it "
+                "again"
+            )
         if (
             scale is None
             and scaled
@@ -205,21 +219,21 @@ def formats_in(file: Path, metadata: Mapping[str, str]) -> dict[str, str]:
     text = metadata.get("_quantization_metadata")
     if text is None:
         return {}
-    try:
-        layers = json.loads(text)["layers"].items()
-    except (ValueError, TypeError, KeyError, AttributeError):
+    layers = parse_json_object(text.encode(), file).get("layers")
+    if not isinstance(layers, dict):
         raise CorruptInputError(
             f"{file}: its header does not say how layers are stored; download the file again"
-        ) from None
-    return {str(name): _known_format(file, str(name), facts) for name, facts in layers}
+        )
+    return {str(name): _known_format(file, str(name), facts) for name, facts in layers.items()}
 
 
 def _format_of(source: TensorSource) -> str:
     """Format that a ``comfy_quant`` tensor names."""
-    try:
-        facts: Any = json.loads(b"".join(bytes(piece) for piece in source.iter_bytes()))
-    except ValueError:
-        facts = None
+    facts: Any = None
+    if source.nbytes <= _MAX_FORMAT_BYTES:
+        text = b"".join(bytes(piece) for piece in source.iter_bytes())
+        with suppress(CorruptInputError):
+            facts = parse_json_object(text, source.file)
     return _known_format(source.file, source.name, facts)
 
 

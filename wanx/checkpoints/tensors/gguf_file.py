@@ -21,6 +21,7 @@ from wanx.errors import CorruptInputError, EnvironmentMismatchError, UsageError
 from wanx.files.input_file import open_input
 
 MAGIC = b"GGUF"
+_LED_BY_ONE = ("modulation", "img_emb.emb_pos")  # tensors of three sides
 _PLAIN = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 
 
@@ -31,7 +32,7 @@ class GGUFFile:
     Attributes:
         tensors: by name, as they are called there.
         architecture: such as ``wan`` or ``t5encoder``; empty where the file says nothing.
-        fields: the other metadata, by key; read with :meth:`strings` and :meth:`value`.
+        fields: the other metadata, by key; read with :meth:`value`.
     """
 
     tensors: dict[str, TensorSource]
@@ -39,9 +40,18 @@ class GGUFFile:
     fields: dict[str, Any]
 
     def value(self, key: str) -> Any:
-        """A number, a text, or a list of them; None where there is none."""
+        """A number, a text, or a list of them; None where there is none.
+
+        Raises:
+            CorruptInputError: its bytes are no such thing.
+        """
         field = self.fields.get(key)
-        return None if field is None else field.contents()
+        try:
+            return None if field is None else field.contents()
+        except ValueError:  # what is no UTF-8, for one
+            raise CorruptInputError(
+                f"{key!r} of a GGUF file is damaged; download it again"
+            ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +142,8 @@ def read_gguf(path: Path) -> GGUFFile:
 
 def _source(path: Path, tensor: Any) -> TensorSource:
     shape = tuple(int(side) for side in reversed(tensor.shape.tolist()))
+    if tensor.name.endswith(_LED_BY_ONE) and len(shape) == 2:
+        shape = (1, *shape)  # as sides of 1 are not stored
     kind, count = tensor.tensor_type, math.prod(shape)
     place: dict[str, Any] = {"name": tensor.name, "shape": shape, "file": path}
     place["offset"] = int(tensor.data_offset)
@@ -139,7 +151,7 @@ def _source(path: Path, tensor: Any) -> TensorSource:
         dtype = _PLAIN[kind.name]
         return FileTensor(dtype=dtype, nbytes=int(tensor.n_bytes), **place)
     numbers, size = _package("gguf").GGML_QUANT_SIZES[kind]
-    if not _widens(kind, size) or not shape or shape[-1] % numbers:
+    if not _widens(kind, size) or len(shape) < 2 or shape[-1] % numbers:
         raise UsageError(
             f"{path}: {tensor.name!r} is in {kind.name}, which the package gguf does not widen; "
             "use a file in another type"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from wanx.builtin.prompts import prompt_hint
+from wanx.bundle.manifest import LoraRecord
 from wanx.bundle.reader import Bundle, FileCheck
 from wanx.commands.display.lines import format_bytes, format_seconds, progress_lines
 from wanx.interruption import cleanup_on_sigint
@@ -107,10 +108,14 @@ def print_estimate(resolved: ResolvedExport, estimate: Estimate) -> None:
         f"{checkpoint.config.name} ({checkpoint.config.task}, {checkpoint.layout} layout) "
         f"at {resolved.precision} to {resolved.output}"
     )
-    table = Table("weights", "in the source", "in the bundle", box=None, pad_edge=False)
+    table = Table("weights", "in the source", "in the bundle", "from", box=None, pad_edge=False)
     for group, count in estimate.weight_bytes.items():
-        table.add_row(group, format_bytes(checkpoint.components[group].nbytes), format_bytes(count))
+        weights = checkpoint.components[group]
+        first, *more = weights.files
+        files = first.name + (f" and {len(more)} more" if more else "")
+        table.add_row(group, format_bytes(weights.nbytes), format_bytes(count), files)
     STDOUT.print(table)
+    _print_loras((*checkpoint.earlier_loras, *checkpoint.loras))
     STDOUT.print(
         f"bundle {format_bytes(estimate.bundle_bytes)}, "
         f"peak memory about {format_bytes(estimate.peak_memory_bytes)}, "
@@ -144,7 +149,11 @@ def print_bundle(bundle: Bundle) -> None:
         f"made by wanx {manifest.wanx_version} from {source.source} ({source.source_layout} "
         f"layout, {source.source_sha256[:12]}) on {source.created:%Y-%m-%d %H:%M} UTC"
     )
-    for lora in source.loras:
+    _print_loras(source.loras)
+
+
+def _print_loras(loras: Iterable[LoraRecord]) -> None:
+    for lora in loras:
         left = f", {len(lora.unmatched)} fit nothing" if lora.unmatched else ""
         STDOUT.print(
             f"with {lora.file} ({lora.sha256[:12]}) at {lora.strength:g}: {lora.matched} tensors"

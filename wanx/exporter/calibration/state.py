@@ -121,7 +121,7 @@ def state_path(
         "weights": [_identity(file) for file in checkpoint.components["dit"].files],
         "others": {n: [manifest.files[w].sha256 for w in files] for n, files in others.items()},
         "runs": [[asdict(run), *_input_identities(inputs)] for run, inputs in runs],
-        "loras": [[fused.sha256, fused.lora.strength] for fused in checkpoint.loras],
+        "loras": [[lora.sha256, lora.strength] for lora in checkpoint.loras],
         "asked": [str(item) for item in cache_key_parts],
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -69,9 +69,9 @@ class QuantizedTensor(TensorSource):
         )  # fmt: skip
 
     @property
-    def offset(self) -> int:
-        """Offset of the source in its file, for reading in the order of the disk."""
-        return getattr(self.source, "offset", 0)
+    def position(self) -> int:
+        """Place of the source."""
+        return self.source.position
 
     def iter_bytes(self, chunk: int = _PIECE) -> Iterator[memoryview]:
         """Yield the 8-bit numbers, in row order; each piece is overwritten by the next."""
