@@ -90,7 +90,7 @@ class ComfyUILayout(Layout):
         )
 
     def _names_of(self, path: Path) -> Iterator[str]:
-        """What a file may be called: by its path, below ComfyUI's folder or not, and its name."""
+        """Names of a file: its path, whole and below ComfyUI's folder, and the last part of it."""
         inside = next(
             path.relative_to(self.source / name)
             for name in _FOLDERS["dit"]

@@ -25,7 +25,7 @@ from wanx.checkpoints.tokenizer_source import (
 from wanx.checkpoints.weights import PICKLES, abbreviate, open_files, open_index
 from wanx.errors import CorruptInputError, UsageError
 
-# Tensors that tell a network, in each way that it is named, and the map of those names.
+# Makes the map from original names, of all names of a network without their prefix.
 Names = Callable[[Iterable[str]], key_maps.KeyMap | None]
 
 
@@ -45,7 +45,7 @@ class Naming:
 
 
 def _vae_map(names: Iterable[str]) -> key_maps.KeyMap:
-    """The map of a VAE with Diffusers' names, which tell its sizes."""
+    """Map of a VAE with Diffusers' names, which tell its sizes."""
     blocks = [
         m for n in names if (m := re.match(r"decoder\.up_blocks\.(\d+)\.resnets\.(\d+)\.", n))
     ]
@@ -251,7 +251,7 @@ class NoLayout(Layout):
         return None
 
 
-# Where people get a part; sources.md of ComfyUI's documentation.
+# Where people get a part.
 _FOUND_AT = {
     "dit": "diffusion_models/wan2.1_*.safetensors of Comfy-Org/Wan_2.1_ComfyUI_repackaged",
     "text_encoder": "text_encoders/umt5_xxl_*.safetensors of Comfy-Org/Wan_2.1_ComfyUI_repackaged",

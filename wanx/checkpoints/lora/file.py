@@ -20,7 +20,7 @@ from wanx.files.safetensors import read_header
 
 @dataclass(frozen=True, kw_only=True)
 class LoraFile:
-    """What a LoRA file holds.
+    """Content of a LoRA file, of which no number is read yet.
 
     Attributes:
         path: of the file.

@@ -27,7 +27,7 @@ _PLAIN = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 
 @dataclass(frozen=True, kw_only=True)
 class GGUFFile:
-    """What a GGUF file holds.
+    """Content of a GGUF file, of which no block is read yet.
 
     Attributes:
         tensors: by name, as they are called there.
