@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile # a file's tests share what takes long to make
+# A file's tests share what takes long to make; a test that hangs ends its worker (pyproject.toml), twice at most.
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 1
 
 # Of every part of the code, what is quickest to run.
 QUICK := tests/bundle tests/files tests/checkpoints \
