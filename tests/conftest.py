@@ -20,6 +20,7 @@ if find_spec("torch"):
 if TYPE_CHECKING:
     from diffusers import WanPipeline
 
+    from tests.support.hub_server import Hub
     from wanx.bundle.reader import Bundle
     from wanx.progress import Progress
 
@@ -134,3 +135,22 @@ def bundles(bundle_of: Callable[[str, str], Bundle]) -> Callable[[str], Bundle]:
 @pytest.fixture(scope="session")
 def bundle_fp32(bundles: Callable[[str], Bundle]) -> Bundle:
     return bundles("fp32")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """An empty hub on loopback, an empty cache in ``tmp_path / "hub"``, and no token."""
+    from huggingface_hub import constants
+
+    from tests.support.hub_server import serve
+
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    with serve() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield server

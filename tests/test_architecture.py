@@ -30,7 +30,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # itself, the API.
 LAYERS = (
     *("__main__", "cli", "commands", "", "benchmarks", "exporter", "models", "kernels"),
-    *("checkpoints", "accuracy", "runtime", "builtin", "bundle", "files", "config"),
+    *("checkpoints", "accuracy", "runtime", "builtin", "bundle", "hub", "files", "config"),
     *("interruption", "memory_size", "privacy", "progress", "version", "errors"),
 )
 # Parts that PyTorch belongs to; the installation without extras cannot import them.

@@ -9,7 +9,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +47,8 @@ __all__ = [
     "CorruptInputError",
     "EnvironmentMismatchError",
     "GateError",
+    "Lora",
+    "PartPaths",
     "UsageError",
     "WanxError",
     "__version__",
@@ -58,8 +62,17 @@ __all__ = [
     "verify",
 ]
 
+# Imported when they are asked for, since what they come from takes a while.
+_LATER = {"Lora": "wanx.checkpoints.lora.fuse", "PartPaths": "wanx.checkpoints.checkpoint"}
+
 # Here, since every module of wanx is imported after this one, in worker processes too.
 disable_telemetry()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def load(
@@ -69,17 +82,20 @@ def load(
     vram_budget: int | None = None,
     provider: str = "auto",
     fallback: bool = False,
+    progress: Progress = no_progress,
 ) -> Pipeline:
     """Open a bundle to generate videos from.
 
     Args:
-        bundle: folder made by :func:`export`, or the name of a built-in bundle; None is ``tiny``.
+        bundle: folder made by :func:`export`, ``owner/name`` of one on the hub, or the name of a
+            built-in one; None is ``tiny``.
         threads: threads of the processor; None takes all cores.
         vram_budget: most bytes of the GPU's memory to take, for engines of TensorRT; weights that
             do not fit are streamed. None takes what is free.
         provider: of ONNX Runtime, such as ``openvino``; ``auto`` is the target's own, and of a
             bundle for the processor what was measured to be faster and is installed.
         fallback: go on on the processor where the provider fails.
+        progress: told how much of a bundle on the hub has arrived.
 
     Raises:
         UsageError: a budget was given for a bundle that cannot keep to one, or there is no such
@@ -91,7 +107,7 @@ def load(
     from wanx.runtime.pipeline import Pipeline
 
     return Pipeline(
-        open_named(bundle or "tiny"),
+        open_named(bundle or "tiny", progress),
         threads=threads,
         vram_budget=vram_budget,
         provider=provider,
@@ -103,6 +119,7 @@ def export(
     source: str | Path | None = None,
     output: str | Path | None = None,
     *,
+    revision: str | None = None,
     parts: PartPaths | None = None,
     loras: Sequence[Lora | str] = (),
     precision: str = "auto",
@@ -132,6 +149,7 @@ def export(
 
     options = ExportOptions(
         source=source,
+        revision=revision,
         parts=parts or NO_PARTS,
         loras=tuple(loras),
         output=None if output is None else Path(output),
@@ -148,13 +166,20 @@ def export(
 
 
 def plan_export(
-    source: str | Path | None = None, output: str | Path | None = None, **options: Any
+    source: str | Path | None = None,
+    output: str | Path | None = None,
+    *,
+    progress: Progress = no_progress,
+    **options: Any,
 ) -> ExportPlan:
     """Check a checkpoint and estimate its export, without writing anything.
+
+    Of a checkpoint on the hub only configs and headers of weights are fetched.
 
     Args:
         source: as for :func:`export`.
         output: likewise.
+        progress: told how much is fetched.
         options: likewise.
 
     Raises:
@@ -167,7 +192,7 @@ def plan_export(
     from wanx.exporter.options import ExportOptions
 
     output = None if output is None else Path(output)
-    return plan(ExportOptions(source=source, output=output, **options))
+    return plan(ExportOptions(source=source, output=output, **options), progress=progress)
 
 
 def inspect(bundle: str | Path) -> Bundle:
@@ -182,7 +207,7 @@ def inspect(bundle: str | Path) -> Bundle:
     from wanx.builtin import find_bundle
     from wanx.bundle.reader import read_bundle
 
-    return read_bundle(find_bundle(bundle))
+    return read_bundle(find_bundle(bundle, manifest_only=True))
 
 
 def verify(
@@ -235,13 +260,25 @@ def build(
     from wanx.bundle.reader import open_bundle
     from wanx.exporter.build import build as run_build
     from wanx.exporter.targets.options import BuilderOptions
+    from wanx.files.hub_cache import is_snapshot
+    from wanx.hub.reference import hub_reference
 
     settings = BuilderOptions(**options)
+    if reference := hub_reference(bundle):
+        raise UsageError(
+            f"{bundle} is on the hub, and engines are built into a copy of one's own: "
+            f"hf download {reference.repository} --local-dir NEW"
+        )
     folder = find_bundle(bundle)
     if is_builtin(folder):
         raise UsageError(
             f"{bundle} is built in and stays as it is; `wanx export {bundle} --target {target}` "
             "makes a bundle of it"
+        )
+    if is_snapshot(folder):
+        raise UsageError(
+            f"{bundle} is in the hub's cache and stays as it is; make a copy and build that: "
+            f"cp -RL {shlex.quote(str(folder))} NEW"
         )
     return run_build(open_bundle(folder), target, progress, settings, force=force)
 
@@ -282,7 +319,9 @@ def compare(
         clips=clips,
         threads=threads,
     )
-    return run_compare(open_named(candidate), open_named(reference), settings, progress)
+    return run_compare(
+        open_named(candidate, progress), open_named(reference, progress), settings, progress
+    )
 
 
 def bench(
@@ -312,6 +351,6 @@ def bench(
     from wanx.benchmarks.speed.suite import BenchOptions, prepare
     from wanx.builtin import open_named
 
-    opened = [open_named(bundle) for bundle in bundles or ("tiny",)]
+    opened = [open_named(bundle, progress) for bundle in bundles or ("tiny",)]
     suite = prepare(opened, options or BenchOptions(), command)
     return run_bench(suite, Path(output), extras or Extras(), progress=progress)

@@ -112,7 +112,7 @@ def as_pickle(source: Path, target: Path) -> None:
         ("diffusers", "vae", DIT),
     ],
 )
-@pytest.mark.parametrize("name", ["{}.fp16.safetensors", "{}.bf16.safetensors", "{}.bin"])
+@pytest.mark.parametrize("name", ["{}.non_ema.safetensors", "{}.fp32.safetensors", "{}.bin"])
 def test_the_name_that_the_message_gives_works(
     layout: str, folder: str, stem: str, name: str, copied: Callable[[str], Path]
 ) -> None:
@@ -135,12 +135,12 @@ def test_the_name_that_the_message_gives_works(
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (["model.fp16-00001-of-00002.safetensors"], "without '.fp16'"),
-        (["model.safetensors.index.fp16.json"], "to model.safetensors.index.json"),
-        (["model.fp16.safetensors.index.json"], "to model.safetensors.index.json"),
+        (["model.int8-00001-of-00002.safetensors"], "without '.int8'"),
+        (["model.safetensors.index.int8.json"], "to model.safetensors.index.json"),
+        (["model.int8.safetensors.index.json"], "to model.safetensors.index.json"),
         (["pytorch_model.bin"], "rename pytorch_model.bin to model.pth"),
         (["pytorch_model-00001-of-00002.bin"], "as model.safetensors"),
-        (["model.fp16.bin"], "to model.pth"),
+        (["model.int8.bin"], "to model.pth"),
     ],
 )
 def test_other_variants(names: list[str], words: str, copied: Callable[[str], Path]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import suppress
 
 import onnx
 import pytest
@@ -11,7 +12,7 @@ from google.protobuf.message import DecodeError, Message
 from onnx import TensorProto, helper
 
 from wanx.errors import CorruptInputError
-from wanx.files.onnx_wire import _CHILDREN, ExternalData, external_data
+from wanx.files.onnx_wire import _CHILDREN, ExternalData, external_data, renamed_locations
 
 
 def external(name: str, location: str, **entries: int | str) -> TensorProto:
@@ -273,3 +274,26 @@ def tensors(message: Message) -> Iterator[TensorProto]:
         if descriptor.message_type:
             for child in [value] if isinstance(value, Message) else value:
                 yield from tensors(child)
+
+
+def test_locations_are_renamed_everywhere() -> None:
+    model = every_place()
+    renamed = renamed_locations(model.SerializeToString(), lambda old: f"blobs/{old}é" * 20)
+    expected = [
+        ExternalData(f"blobs/{entry.location}é" * 20, entry.offset, entry.length)
+        for entry in external_data(model.SerializeToString())
+    ]
+    assert list(external_data(renamed)) == expected
+    parsed = onnx.ModelProto.FromString(renamed)
+    back = renamed_locations(
+        renamed, lambda new: new[: len(new) // 20].removeprefix("blobs/").removesuffix("é")
+    )
+    assert onnx.ModelProto.FromString(back) == model
+    assert parsed != model
+
+
+def test_what_is_not_a_model_is_not_renamed() -> None:
+    data = every_place().SerializeToString()
+    for cut in range(1, len(data), 7):
+        with suppress(CorruptInputError):
+            renamed_locations(data[:cut], str.upper)

@@ -66,7 +66,7 @@ def verify(
     Raises:
         WanxError: the manifest cannot be used.
     """
-    folder = find_bundle(bundle)
+    folder = find_bundle(bundle, progress)
     opened = read_bundle(folder)
     files = tuple(
         verify_bundle(

@@ -16,6 +16,7 @@ from typing import Literal
 from wanx.bundle.manifest import Component, FileRecord, Manifest
 from wanx.errors import CorruptInputError
 from wanx.files.checksum import DigestCache, sha256_file
+from wanx.files.hub_cache import cached_blob
 from wanx.files.onnx_wire import external_data
 
 Verify = Literal["auto", "full", "size"]
@@ -77,7 +78,10 @@ def find_problems(
 
 
 def regular_file_problem(root: Path, name: str, allow_hard_links: bool) -> str | None:
-    """Check that ``name`` is a regular file that nothing outside the bundle can change."""
+    """Check that ``name`` is a regular file that nothing outside the bundle can change.
+
+    In the hub's cache it may be a link to its blob there.
+    """
     path = root
     for part in PurePosixPath(name).parts:
         path /= part
@@ -88,8 +92,13 @@ def regular_file_problem(root: Path, name: str, allow_hard_links: bool) -> str |
         except OSError as error:
             return _unreadable(name, error)
         if stat.S_ISLNK(status.st_mode):
-            link = path.relative_to(root).as_posix()
-            return f"{link} is a symbolic link: make a copy with real files (cp -RL) and use that"
+            blob = cached_blob(path)
+            if blob is None:
+                link = path.relative_to(root).as_posix()
+                return (
+                    f"{link} is a symbolic link: make a copy with real files (cp -RL) and use that"
+                )
+            status = blob.lstat()
     if not stat.S_ISREG(status.st_mode):
         return f"{name} is not a file: {RECOPY_HINT}"
     if status.st_nlink > 1 and not allow_hard_links:

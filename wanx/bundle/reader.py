@@ -35,6 +35,7 @@ from wanx.bundle.recovery import recover, remove_unlisted
 from wanx.errors import CorruptInputError, UsageError, WanxError
 from wanx.files.checksum import DigestCache
 from wanx.files.held_directory import HeldDirectory
+from wanx.files.hub_cache import is_snapshot
 
 __all__ = [
     "Bundle",
@@ -79,8 +80,14 @@ class Bundle:
         return root / (file if isinstance(file, str) else file.relative_to(self.root))
 
     def build_command(self, target: str, *, force: bool = False) -> str:
-        """Command that builds this bundle's engines for a target, for a shell."""
-        command = f"wanx build {shlex.quote(str(self.root))} --target {target}"
+        """Command that builds this bundle's engines for a target, for a shell.
+
+        In the hub's cache nothing is built, so that a copy is made first.
+        """
+        folder, copy = shlex.quote(str(self.root)), ""
+        if is_snapshot(self.root):
+            copy, folder = f"cp -RL {folder} NEW && ", "NEW"
+        command = f"{copy}wanx build {folder} --target {target}"
         return f"{command} --force" if force else command
 
     @contextmanager
@@ -208,7 +215,8 @@ def read_bundle(path: str | Path) -> Bundle:
             f"{manifest}: larger than {_MAX_MANIFEST_BYTES} bytes: {RECOPY_HINT}"
         )
     parsed = parse_manifest(data, manifest)
-    remove_unlisted(root, parsed, directory)
+    if not is_snapshot(root):
+        remove_unlisted(root, parsed, directory)
     return Bundle(root, parsed, hashlib.sha256(data).hexdigest(), directory)
 
 

@@ -28,6 +28,7 @@ from wanx.config.models import (
     VAEConfig,
 )
 from wanx.errors import CorruptInputError, UsageError, WanxError
+from wanx.hub.reference import SCHEME, HubReference, hub_reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,8 @@ class Checkpoint:
 class PartPaths:
     """Parts that are given by themselves, each by a file or a folder; None takes the source's.
 
+    A text that begins with ``hf://`` is a file on the hub.
+
     Attributes:
         dit: of the transformer; with ``comfyui`` the name of a file there is enough.
         text_encoder: of umT5.
@@ -73,18 +76,25 @@ class PartPaths:
         comfyui: ComfyUI's folder of models, in which the others are found.
     """
 
-    dit: Path | None = None
-    text_encoder: Path | None = None
-    vae: Path | None = None
-    image_encoder: Path | None = None
-    tokenizer: Path | None = None
+    dit: Path | HubReference | None = None
+    text_encoder: Path | HubReference | None = None
+    vae: Path | HubReference | None = None
+    image_encoder: Path | HubReference | None = None
+    tokenizer: Path | HubReference | None = None
     comfyui: Path | None = None
 
     def __post_init__(self) -> None:
         """Take texts for paths."""
         for field in dataclasses.fields(self):
             if isinstance(value := getattr(self, field.name), str):
-                object.__setattr__(self, field.name, Path(value))
+                on_hub = hub_reference(value) if value.startswith(SCHEME) else None
+                object.__setattr__(self, field.name, on_hub or Path(value))
+
+    def path(self, part: str) -> Path | None:
+        """Path of a part, which is fetched before where it is on the hub."""
+        value = getattr(self, part)
+        assert value is None or isinstance(value, Path)
+        return value
 
     def __bool__(self) -> bool:
         """True if there is any."""
@@ -100,6 +110,7 @@ def open_checkpoint(
     task: Task | None = None,
     parts: PartPaths = NO_PARTS,
     loras: Sequence[Lora] = (),
+    full_precision: bool = False,
 ) -> Checkpoint:
     """Recognise the layout of a checkpoint and read what its files say about themselves.
 
@@ -108,6 +119,7 @@ def open_checkpoint(
         task: what it has to be for; None takes what it is.
         parts: in the place of the source's.
         loras: put into the weights of the transformer.
+        full_precision: take weights in fp32 where a copy in fewer bits lies beside them.
 
     Raises:
         UsageError: the source is missing, not a checkpoint, or of an unsupported model or task.
@@ -116,7 +128,7 @@ def open_checkpoint(
         WanxError: the operating system refuses to read them.
     """
     try:
-        checkpoint = _assemble(_layout(source, parts), parts)
+        checkpoint = _assemble(_layout(source, parts, full_precision), parts)
         if loras:
             checkpoint = with_loras(checkpoint, loras)
     except OSError as error:
@@ -141,15 +153,14 @@ def with_loras(checkpoint: Checkpoint, loras: Sequence[Lora]) -> Checkpoint:
     )
 
 
-def _layout(source: Path | None, parts: PartPaths) -> Layout:
+def _layout(source: Path | None, parts: PartPaths, full_precision: bool) -> Layout:
     if parts.comfyui is not None:
         if source is not None:
             raise UsageError(f"--comfyui takes no source beside it; leave {source} out")
         return require_comfyui(parts.comfyui)
     if source is None:
-        given = next(p for p in (parts.dit, parts.text_encoder, parts.vae, parts.image_encoder,
-                                 parts.tokenizer) if p is not None)  # fmt: skip
-        return NoLayout(given)
+        named = ("dit", "text_encoder", "vae", "image_encoder", "tokenizer")
+        return NoLayout(next(path for name in named if (path := parts.path(name))))
     if not source.exists():
         raise UsageError(f"{source} does not exist; give the folder of a Wan2.1 checkpoint")
     if not source.is_dir():
@@ -158,7 +169,7 @@ def _layout(source: Path | None, parts: PartPaths) -> Layout:
         return FilesLayout(source)
     for layout in (DiffusersLayout, OriginalLayout):
         if layout.matches(source):
-            return layout(source)
+            return layout(source, full_precision=full_precision)
     if ComfyUILayout.matches(source):
         raise UsageError(
             f"{source} is ComfyUI's folder of models; choose one with --comfyui {source} --dit NAME"
@@ -176,7 +187,7 @@ def _assemble(layout: Layout, parts: PartPaths) -> Checkpoint:
     given = {
         component: path
         for component in ("dit", "text_encoder", "vae", "image_encoder")
-        if (path := getattr(parts, component)) is not None
+        if (path := parts.path(component)) is not None
     }
     if isinstance(layout, ComfyUILayout):
         if "dit" not in given:
@@ -198,8 +209,8 @@ def _assemble(layout: Layout, parts: PartPaths) -> Checkpoint:
         if "image_encoder" not in given:
             layout.require(("image_encoder",), tokenizer=False)
         images = part("image_encoder")
-    if parts.tokenizer is not None:
-        tokenizer: TokenizerSource | None = find_tokenizer(parts.tokenizer)
+    if (own_tokenizer := parts.path("tokenizer")) is not None:
+        tokenizer: TokenizerSource | None = find_tokenizer(own_tokenizer)
     else:
         own = text_encoder.tokenizer
         tokenizer = own if "text_encoder" in given and own else layout.tokenizer() or own

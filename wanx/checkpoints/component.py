@@ -16,7 +16,12 @@ Tensors = dict[str, TensorSource]
 
 
 def open_component(
-    component: str, folder: Path, stem: str, key_map: key_maps.KeyMap | None = None
+    component: str,
+    folder: Path,
+    stem: str,
+    key_map: key_maps.KeyMap | None = None,
+    *,
+    full_precision: bool = False,
 ) -> ComponentWeights:
     """Open the weights ``stem`` in ``folder``; see :func:`component_weights`.
 
@@ -25,12 +30,13 @@ def open_component(
         folder: where the files are.
         stem: their names without shard numbers and suffixes.
         key_map: from the original names to those of the files.
+        full_precision: as for :func:`wanx.checkpoints.weights.open_weights`.
 
     Raises:
         CorruptInputError: files or parts of a tensor are missing, damaged, unsafe, or hold one
             tensor under two names.
     """
-    stored, files = open_weights(folder, stem)
+    stored, files = open_weights(folder, stem, full_precision=full_precision)
     return component_weights(component, stored, files, key_map)
 
 

@@ -14,6 +14,8 @@ from wanx.checkpoints.tensors.source import TensorSource
 from wanx.errors import CorruptInputError, WanxError
 from wanx.files.input_file import open_input, read_json_object
 
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model")  # in a folder, the better one first
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerSource(ABC):
@@ -81,19 +83,19 @@ class GGUFTokenizer(TokenizerSource):
         """Convert the model."""
 
         def value(key: str) -> Any:
-            return self.file.value(f"tokenizer.ggml.{key}")
+            return self.file.fields.get(f"tokenizer.ggml.{key}")
 
         try:
-            tokens, scores = list(value("tokens") or ()), list(value("scores") or ())
+            tokens, scores = _listed(value("tokens")), _listed(value("scores"))
             spaces, trims = value("add_space_prefix"), value("remove_extra_whitespaces")
             model = SentencePieceModel(
                 pieces=list(zip(map(str, tokens), map(float, scores), strict=True)),
                 unk_id=int(value("unknown_token_id") or 0),
                 eos_id=int(value("eos_token_id") or 1),
-                charsmap=bytes(list(value("precompiled_charsmap") or ())),
+                charsmap=bytes(_listed(value("precompiled_charsmap"))),
                 dummy_prefix=spaces is None or bool(spaces),
                 trims_spaces=trims is None or bool(trims),
-                control=[i for i, kind in enumerate(value("token_type") or ()) if kind == 3],
+                control=[i for i, kind in enumerate(_listed(value("token_type"))) if kind == 3],
             )
         except (TypeError, ValueError):
             model = SentencePieceModel(pieces=())
@@ -105,6 +107,10 @@ class GGUFTokenizer(TokenizerSource):
         return self._converted(model)
 
 
+def _listed(values: Any) -> list[Any]:
+    return [] if values is None else list(values)
+
+
 def find_tokenizer(path: Path) -> TokenizerFile:
     """A tokenizer by its file, or by the folder that it is in.
 
@@ -112,9 +118,8 @@ def find_tokenizer(path: Path) -> TokenizerFile:
         CorruptInputError: there is none.
     """
     if path.is_dir():
-        folder, path = path, path / "tokenizer.json"
-        if not path.exists():
-            path = folder / "spiece.model"
+        candidates = [path / name for name in TOKENIZER_FILES]
+        path = next((file for file in candidates if file.exists()), candidates[-1])
     open_input(path).close()
     return TokenizerFile(path=path)
 

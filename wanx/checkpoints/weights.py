@@ -16,12 +16,14 @@ from wanx.checkpoints.tensors.pickle_file import read_pickle
 from wanx.checkpoints.tensors.source import SafetensorsTensor, TensorSource
 from wanx.errors import CorruptInputError, UsageError
 from wanx.files.floats import FLOATS
+from wanx.files.hub_cache import cached_blob
 from wanx.files.input_file import read_json_object
 from wanx.files.safetensors import read_header
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")  # files of PyTorch
 _MAX_LISTED = 10  # problems spelled out in one message
-_SHARD = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})(?:\.\w+)?\.safetensors$")
+VARIANTS = ("bf16", "fp16")  # of Diffusers, the better one first
 # The patch embedding is a Linear over the bytes of a Conv3d: [D, C, 1, 2, 2] is read as [D, 4C].
 _FLATTENED = frozenset({"patch_embedding.weight", "vace_patch_embedding.weight"})
 
@@ -109,8 +111,15 @@ def check_tensors(
         )
 
 
-def open_weights(folder: Path, stem: str) -> tuple[dict[str, TensorSource], tuple[Path, ...]]:
+def open_weights(
+    folder: Path, stem: str, *, full_precision: bool = False
+) -> tuple[dict[str, TensorSource], tuple[Path, ...]]:
     """Open ``stem.safetensors``, its shards, or ``stem.pth`` in ``folder``.
+
+    Args:
+        folder: of the files.
+        stem: their names without variants, shard numbers and suffixes.
+        full_precision: take the copy without a variant where there are several.
 
     Returns:
         Sources by stored name, and the files they lie in.
@@ -119,36 +128,64 @@ def open_weights(folder: Path, stem: str) -> tuple[dict[str, TensorSource], tupl
         CorruptInputError: no such weights, shards missing, or a file is damaged or unsafe.
         UsageError: the folder holds them both in one file and as shards.
     """
-    single = folder / f"{stem}.safetensors"
-    index = folder / f"{stem}.safetensors.index.json"
-    pickle = folder / f"{stem}.pth"
-    if single.exists() and index.exists():
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    found = weight_files(names, stem, full_precision=full_precision)
+    indices = [name for name in found if name.endswith(".json")]
+    shards = [name for name in found if _SHARD.search(name)]
+    whole = [name for name in found if name not in indices and name not in shards]
+    if whole and indices:
         raise UsageError(
-            f"{folder} holds both {single.name} and {index.name}; remove the one that is not meant"
+            f"{folder} holds both {whole[0]} and {indices[0]}; remove the one that is not meant"
         )
-    if index.exists():
-        return open_index(index)
-    if single.exists():
-        return open_files([single])
-    if pickle.exists():
-        return open_files([pickle])
-    return open_files(_shards_without_index(folder, stem))
-
-
-def _shards_without_index(folder: Path, stem: str) -> list[Path]:
-    shards = sorted(p for p in folder.glob(f"{stem}-*.safetensors") if _SHARD.search(p.name))
+    if indices:
+        return open_index(folder / indices[0])
+    if whole:
+        return open_files([folder / whole[0]])
     if not shards:
         raise CorruptInputError(
             f"{folder} holds neither {stem}.safetensors, its shards, nor {stem}.pth; "
             f"{file_renaming(folder, stem) or 'download it completely'}"
         )
-    match = _SHARD.search(shards[0].name)
+    return open_files(_whole_set(folder, stem, shards))
+
+
+def weight_files(names: Iterable[str], stem: str, *, full_precision: bool = False) -> list[str]:
+    """Choose the files of one copy of weights among the names of a folder, sorted.
+
+    Diffusers calls copies in fewer bits variants, and writes theirs in front of the suffix or of
+    the shard's number (``diffusers/utils/hub_utils.py``).
+
+    Args:
+        names: of the files.
+        stem: as for :func:`open_weights`.
+        full_precision: likewise.
+
+    Returns:
+        Safetensors files with their index, or else a file of PyTorch; none where there are none.
+    """
+    variant = rf"(?:\.({'|'.join(VARIANTS)}))?"
+    pattern = re.compile(
+        rf"{re.escape(stem)}{variant}(?:(?:-\d{{5}}-of-\d{{5}})?{variant}\.safetensors|"
+        rf"\.safetensors{variant}\.index{variant}\.json)"
+    )
+    copies: dict[str, list[str]] = {}
+    for name in sorted(names):
+        if match := pattern.fullmatch(name):
+            copies.setdefault("".join(filter(None, match.groups())), []).append(name)
+        elif name == f"{stem}.pth":
+            copies["pickle"] = [name]
+    order = ("", *VARIANTS, "pickle") if full_precision else (*VARIANTS, "", "pickle")
+    return next((copies[copy] for copy in order if copy in copies), [])
+
+
+def _whole_set(folder: Path, stem: str, shards: list[str]) -> list[Path]:
+    """Check that shards are all there are, where no index says so."""
+    match = _SHARD.search(shards[0])
     assert match is not None
-    count = int(match[1])
-    names = {p.name for p in shards}
-    expected = (f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1))
-    missing = [name for name in expected if name not in names]
-    if missing:
+    count, start, end = int(match[2]), match.start(1), match.end(1)
+    first = shards[0]
+    expected = [f"{first[:start]}{i:05d}{first[end:]}" for i in range(1, count + 1)]
+    if missing := [name for name in expected if name not in shards]:
         raise CorruptInputError(
             f"{folder} holds {count - len(missing)} of {count} shards of {stem}, "
             f"missing {abbreviate(missing)}; download them"
@@ -158,7 +195,7 @@ def _shards_without_index(folder: Path, stem: str) -> list[Path]:
             f"{folder} holds {len(shards)} shards of {stem}, of which {count} belong together; "
             "remove the others"
         )
-    return shards
+    return [folder / shard for shard in shards]
 
 
 def open_index(index: Path) -> tuple[dict[str, TensorSource], tuple[Path, ...]]:
@@ -197,9 +234,7 @@ def _shard_path(index: Path, name: str) -> Path:
     folder = Path(os.path.realpath(index.parent))
     if re.fullmatch(r"[\w.+-]+(/[\w.+-]+)*\.safetensors", name) and ".." not in name.split("/"):
         target = Path(os.path.realpath(folder / name))
-        blobs = target.parent
-        cached = blobs.name == "blobs" and blobs.with_name("snapshots") in folder.parents
-        if cached or target.is_relative_to(folder):
+        if target.is_relative_to(folder) or cached_blob(folder / name):
             return index.parent / name
     raise CorruptInputError(
         f"{index} names the shard {name[:80]!r}, which is not a file of its folder; "

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from wanx.commands.completion import complete_bundle
-from wanx.commands.options import Json, Provider, Quiet, Threads, option, print_json
+from wanx.commands.options import Json, Provider, Quiet, Threads, local_bundle, option, print_json
 from wanx.errors import GateError, UsageError, WanxError
 
 
@@ -123,9 +123,10 @@ def bench(
     extras = Extras(roofline=roofline or profile, profile=profile, sweep=sweep is not None)
     command = printable(shlex.join(["wanx", *sys.argv[1:]]))
     find_leftovers(output.parent, remove=True)
+    local = [local_bundle(bundle, quiet) for bundle in bundles or ()]
     with progress_bars(quiet) as progress:
         results = wanx.bench(
-            *(bundles or []), output=output, options=options, extras=extras, command=command,
+            *local, output=output, options=options, extras=extras, command=command,
             progress=progress,
         )  # fmt: skip
     if as_json:

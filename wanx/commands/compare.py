@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from wanx.commands.completion import complete_bundle
-from wanx.commands.options import Json, Quiet, Threads, option, print_json
+from wanx.commands.options import Json, Quiet, Threads, local_bundle, option, print_json
 from wanx.errors import GateError, UsageError
 
 
@@ -68,9 +68,10 @@ def compare(
         prepare_folder(output)
     width, height = (None, None) if size is None else parse_size(size)
     find_leftovers((output or Path("report")).parent, remove=True)
+    local = [local_bundle(bundle, quiet) for bundle in (candidate, reference)]
     with progress_bars(quiet) as progress:
         comparison = wanx.compare(
-            candidate, reference, prompts=prompts, clips=clips, threads=threads, progress=progress,
+            *local, prompts=prompts, clips=clips, threads=threads, progress=progress,
             prompt=prompt, width=width, height=height, frames=frames, steps=steps, seed=seed,
         )  # fmt: skip
     files = () if output is None else write_accuracy(comparison, output)

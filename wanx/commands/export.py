@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,12 +17,16 @@ from wanx.commands.completion import (
 from wanx.commands.options import Json, Quiet, bundle_facts, option, print_json
 from wanx.interruption import exit_on_sigint
 
+if TYPE_CHECKING:
+    from wanx.exporter.export import ExportPlan
+
 
 def export(
     source: Annotated[
         str | None,
         typer.Argument(
-            help="Folder of a checkpoint or bundle, file of weights, or tiny, the built-in model.",
+            help="Folder of a checkpoint or bundle, file of weights, a repository of the Hugging "
+            "Face hub (owner/name), t2v-1.3B and the like (--list), or tiny, the built-in model.",
             autocompletion=complete_bundle,
             show_default="tiny, unless parts are given",
         ),
@@ -38,19 +42,32 @@ def export(
             autocompletion=complete_precision,
         ),
     ] = "auto",
+    revision: Annotated[
+        str | None,
+        option(help="Branch, tag or commit of a source on the hub.", show_default="main"),
+    ] = None,
+    list_sources: Annotated[
+        bool,
+        option("--list", help="List the official checkpoints on the hub, and export nothing."),
+    ] = False,
     dit: Annotated[
-        Path | None,
+        str | None,
         option(
-            help="Transformer in the place of the source's: a file, or a folder of shards. Names "
-            "of tensors tell what a file is, and what it is stored in: also 8-bit floats, GGUF."
+            metavar="PATH",
+            help="Transformer in the place of the source's: a file, a folder of shards, or "
+            "hf://owner/name/file. Names of tensors tell what a file is, and what it is stored in: "
+            "also 8-bit floats, GGUF.",
         ),
     ] = None,
-    text_encoder: Annotated[Path | None, option(help="The same for umT5.")] = None,
-    vae: Annotated[Path | None, option(help="The same for the VAE.")] = None,
-    image_encoder: Annotated[Path | None, option(help="The same for CLIP's vision tower.")] = None,
+    text_encoder: Annotated[str | None, option(metavar="PATH", help="The same for umT5.")] = None,
+    vae: Annotated[str | None, option(metavar="PATH", help="The same for the VAE.")] = None,
+    image_encoder: Annotated[
+        str | None, option(metavar="PATH", help="The same for CLIP's vision tower.")
+    ] = None,
     tokenizer: Annotated[
-        Path | None,
+        str | None,
         option(
+            metavar="PATH",
             help="File or folder with tokenizer.json or spiece.model.",
             show_default="the text encoder's",
         ),
@@ -153,6 +170,9 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Export a checkpoint to a bundle."""
+    if list_sources:
+        _list_sources(as_json)
+        return
     from wanx.exporter.packages import GRAPHS, require_packages
 
     require_packages("export", GRAPHS)
@@ -163,7 +183,7 @@ def export(
     from wanx.commands.display.generation import (
         log_lines,
         print_bundle,
-        print_estimate,
+        print_plan,
         progress_bars,
     )
     from wanx.commands.leftovers import find_leftovers
@@ -173,10 +193,11 @@ def export(
 
     width, height = (None, None) if calibration_size is None else parse_size(calibration_size)
     options: dict[str, Any] = {
-        "source": source,
+        "source": source, "revision": revision,
         "parts": PartPaths(
-            dit=dit, text_encoder=text_encoder, vae=vae, image_encoder=image_encoder,
-            tokenizer=tokenizer, comfyui=comfyui,
+            dit=dit, text_encoder=text_encoder, vae=vae,  # type: ignore[arg-type]
+            image_encoder=image_encoder, tokenizer=tokenizer,  # type: ignore[arg-type]
+            comfyui=comfyui,
         ),
         "loras": tuple(Lora.parse(text) for text in lora or ()),
         "output": output, "precision": precision, "target": target,
@@ -197,16 +218,12 @@ def export(
         ),
     }  # fmt: skip
     if dry_run:
-        planned = wanx.plan_export(**options)
-        resolved, needs = planned.resolved, planned.estimate
+        with progress_bars(quiet) as progress, log_lines(quiet, "wanx.exporter"):
+            planned = wanx.plan_export(**options, progress=progress)
         if as_json:
-            print_json(
-                {"name": resolved.checkpoint.config.name, "precision": resolved.precision}
-                | {"output": str(resolved.output)}
-                | asdict(needs)
-            )
+            print_json(_planned_facts(planned))
         else:
-            print_estimate(resolved, needs)
+            print_plan(planned)
         return
     find_leftovers((output or Path("bundle")).parent, remove=True)
     with exit_on_sigint(), progress_bars(quiet) as progress, log_lines(quiet, "wanx.exporter"):
@@ -216,3 +233,34 @@ def export(
     else:
         print_bundle(bundle)
         print_quantization(bundle)
+
+
+def _planned_facts(planned: ExportPlan) -> dict[str, Any]:
+    checkpoint = planned.resolved.checkpoint
+    return {
+        "name": checkpoint.config.name, "precision": planned.resolved.precision,
+        "output": str(planned.resolved.output), "layout": checkpoint.layout,
+        "files": {
+            part: [str(file) for file in weights.files]
+            for part, weights in checkpoint.components.items()
+        },
+        "loras": [asdict(lora) for lora in checkpoint.loras],
+        "download_bytes": planned.hub.missing_bytes if planned.hub else 0,
+    } | asdict(planned.estimate)  # fmt: skip
+
+
+def _list_sources(as_json: bool) -> None:
+    """Print the official checkpoints."""
+    from rich.table import Table
+
+    from wanx.commands.display.generation import STDOUT
+    from wanx.hub.official import OFFICIAL
+
+    if as_json:
+        print_json([asdict(one) for one in OFFICIAL])
+        return
+    table = Table("name", "on the hub", "task", "about", box=None, pad_edge=False)
+    for one in OFFICIAL:
+        table.add_row(one.name, one.repository, one.task, f"{one.gigabytes:.0f} GB")
+    STDOUT.print(table)
+    STDOUT.print("wanx export NAME downloads one; any other repository goes by owner/name")

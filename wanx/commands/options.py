@@ -6,12 +6,16 @@ import codecs
 import json
 import sys
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from wanx.builtin import BUILTIN, find_bundle
 from wanx.commands.completion import complete_bundle, complete_provider
 from wanx.config.bounds import MAX_THREADS
+from wanx.hub.reference import hub_reference
+from wanx.interruption import exit_on_sigint
 
 if TYPE_CHECKING:
     from wanx.bundle.reader import Bundle
@@ -40,10 +44,25 @@ BundlePath = Annotated[
     str,
     typer.Argument(
         metavar="BUNDLE",
-        help="Folder of the bundle, or the name of a built-in one.",
+        help="Folder of the bundle, owner/name of one on the Hugging Face hub, or the name of a "
+        "built-in one.",
         autocompletion=complete_bundle,
     ),
 ]
+
+
+def local_bundle(name: str, quiet: bool) -> str | Path:
+    """Name of a bundle as it is, or its folder in the hub's cache, downloaded with progress.
+
+    Raises:
+        WanxError: as :func:`wanx.builtin.find_bundle`.
+    """
+    if hub_reference(name) is None or name in BUILTIN:
+        return name
+    from wanx.commands.display.generation import log_lines, progress_bars
+
+    with exit_on_sigint(), progress_bars(quiet) as progress, log_lines(quiet, "wanx.hub"):
+        return find_bundle(name, progress)
 
 
 def print_json(value: Any) -> None:

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wanx.commands.completion import complete_bundle, complete_solver
-from wanx.commands.options import Fallback, Json, Provider, Quiet, Threads, option, print_json
+from wanx.commands.options import (
+    Fallback,
+    Json,
+    Provider,
+    Quiet,
+    Threads,
+    local_bundle,
+    option,
+    print_json,
+)
 from wanx.config.bounds import MAX_VIDEOS
 from wanx.errors import UsageError
 
@@ -115,7 +124,7 @@ def run(
     from wanx.runtime.sessions.device.vram_budget import parse_vram_budget
     from wanx.runtime.sizes import parse_size
 
-    folder, text = _bundle_and_prompt(bundle, prompt)
+    named, text = _bundle_and_prompt(bundle, prompt)
     width, height = (None, None) if size is None else parse_size(size)
     options = RunOptions(
         prompt=text, negative_prompt=negative_prompt, width=width, height=height, frames=frames,
@@ -129,7 +138,7 @@ def run(
     budget = None if vram_budget is None else parse_vram_budget(vram_budget)
     load = partial(
         wanx.load,
-        folder,
+        None if named is None else local_bundle(named, quiet),
         threads=threads,
         vram_budget=budget,
         provider=provider,
@@ -220,14 +229,15 @@ def _generation_facts(result: Generation, pipeline: Pipeline) -> dict[str, Any]:
     )
 
 
-def _bundle_and_prompt(first: str | None, second: str | None) -> tuple[Path | None, str | None]:
+def _bundle_and_prompt(first: str | None, second: str | None) -> tuple[str | None, str | None]:
     """Distinguish a bundle from a prompt where only one of the two is there."""
-    from wanx.builtin import BUILTIN, find_bundle
+    from wanx.builtin import BUILTIN
+    from wanx.hub.reference import hub_reference
 
     if first is None:
         return None, None
-    if second is not None or first in BUILTIN or Path(first).is_dir():
-        return find_bundle(first), second
+    if second is not None or first in BUILTIN or Path(first).is_dir() or hub_reference(first):
+        return first, second
     if " " not in first.strip() or first.startswith((".", "/", "~")):
         raise UsageError(
             f"{first!r} is neither a bundle nor a prompt of several words; "

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from wanx.commands.options import BundlePath, Json, Quiet, Threads, option, print_json
+from wanx.commands.options import BundlePath, Json, Quiet, Threads, local_bundle, option, print_json
 from wanx.errors import CorruptInputError
 
 
@@ -28,8 +28,9 @@ def verify(
     from wanx.commands.display.accuracy import print_golden
     from wanx.commands.display.generation import print_checks, progress_bars
 
+    local = local_bundle(bundle, quiet)
     with progress_bars(quiet) as progress:
-        verification = wanx.verify(bundle, golden=golden, threads=threads, progress=progress)
+        verification = wanx.verify(local, golden=golden, threads=threads, progress=progress)
     if as_json:
         print_json(
             {"files": [asdict(check) for check in verification.files]}

@@ -35,6 +35,7 @@ from wanx.exporter.component_writer import verified_component, write_graphs
 from wanx.exporter.estimate import Estimate, estimate
 from wanx.exporter.golden import source_golden
 from wanx.exporter.graph.cache import GraphCache, Tensors
+from wanx.exporter.hub_source import HubSource
 from wanx.exporter.options import ExportOptions, ResolvedExport, resolve
 from wanx.exporter.packages import require_packages
 from wanx.exporter.source import open_source
@@ -43,6 +44,7 @@ from wanx.exporter.targets.options import BuilderOptions
 from wanx.exporter.targets.registry import parse_target
 from wanx.exporter.thread_settings import one_thread, short_switch_interval
 from wanx.exporter.weights import WrittenWeights, combined_sha256, write_weights
+from wanx.files.hub_cache import hub_name
 from wanx.progress import Progress, byte_counter, no_progress
 from wanx.runtime.sessions.onnxruntime.providers import PROVIDERS
 from wanx.version import __version__
@@ -62,25 +64,45 @@ class ExportPlan:
     Attributes:
         resolved: the export with nothing left open.
         estimate: sizes, memory and time that it takes.
+        hub: files that are on the hub; those that are not in its cache have still to come.
     """
 
     resolved: ResolvedExport
     estimate: Estimate
+    hub: HubSource | None = None
 
 
-def plan(options: ExportOptions, checkpoint: Checkpoint | None = None) -> ExportPlan:
+def plan(
+    options: ExportOptions,
+    checkpoint: Checkpoint | None = None,
+    progress: Progress = no_progress,
+) -> ExportPlan:
     """Check a checkpoint against the network it claims to be, and estimate its export.
+
+    Of what is on the hub and not in its cache, configs and headers of weights are read there.
 
     Args:
         options: of the export.
         checkpoint: exported instead of the source that the options name.
+        progress: told how much is read.
 
     Raises:
         WanxError: the checkpoint cannot be exported as asked.
     """
+    hub = None
+    if checkpoint is None:
+        hub = HubSource(options)
+        options = hub.headers(progress)
+    planned = _plan(options, checkpoint)
+    return replace(planned, hub=hub if hub and hub.files else None)
+
+
+def _plan(options: ExportOptions, checkpoint: Checkpoint | None = None) -> ExportPlan:
+    """Plan an export of local files."""
     checkpoint = checkpoint or open_source(
-        options.source, options.task, options.parts, parse_loras(options.loras)
-    )
+        options.source, options.task, options.parts, parse_loras(options.loras),
+        full_precision=options.precision == "fp32",
+    )  # fmt: skip
     cache = GraphCache(use=options.graph_cache)
     # First, because "auto" follows the types that the tensors are stored in.
     check(checkpoint, cache)
@@ -94,7 +116,11 @@ def export(options: ExportOptions, progress: Progress = no_progress) -> Bundle:
     Raises:
         WanxError: the checkpoint, the options or the disk do not allow it.
     """
-    return write_bundle(plan(options), progress)
+    planned = plan(options, progress=progress)
+    if planned.hub is not None:
+        planned.hub.require_space(planned.resolved.output, planned.estimate.bundle_bytes)
+        planned = _plan(planned.hub.download(progress))
+    return write_bundle(planned, progress)
 
 
 def check(checkpoint: Checkpoint, cache: GraphCache | None = None) -> None:
@@ -231,7 +257,7 @@ class _Build:
 
     def bundle(self) -> Bundle:
         """Bundle of the components so far; it may lack some, and golden steps."""
-        resolved = self._resolved
+        resolved, source = self._resolved, self._resolved.checkpoint.source
         manifest = Manifest(
             wanx_version=__version__,
             config=resolved.checkpoint.config,
@@ -239,7 +265,7 @@ class _Build:
             target="cpu",
             components={n: self._components[n] for n in self._groups if n in self._components},
             provenance=Provenance(
-                source=resolved.checkpoint.source.name,
+                source=hub_name(source) or source.name,
                 source_layout=resolved.checkpoint.layout,
                 source_sha256=combined_sha256(self._sources),
                 tools={"python": platform.python_version()} | _versions(),

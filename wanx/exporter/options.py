@@ -31,8 +31,9 @@ class ExportOptions:
     """Options of an export as the user gave them.
 
     Attributes:
-        source: folder of a checkpoint or a bundle, a file of weights, or ``tiny`` for the built-in
-            model, which None stands for unless parts are given.
+        source: folder of a checkpoint or a bundle, a file of weights, ``owner/name`` on the hub, or
+            ``tiny`` for the built-in model, which None stands for unless parts are given.
+        revision: branch, tag or commit of a source on the hub; None is the main branch.
         parts: in the place of the source's.
         loras: put into the weights of the DiT before anything else; texts are those of ``--lora``.
         output: folder of the bundle; None names it after the model and the precision.
@@ -51,6 +52,7 @@ class ExportOptions:
     """
 
     source: str | Path | None = None
+    revision: str | None = None
     parts: PartPaths = NO_PARTS
     loras: tuple[Lora | str, ...] = ()
     output: Path | None = None

@@ -29,6 +29,8 @@ def open_source(
     task: Task | None = None,
     parts: PartPaths = NO_PARTS,
     loras: Sequence[Lora] = (),
+    *,
+    full_precision: bool = False,
 ) -> Checkpoint:
     """Open a checkpoint, a bundle folder, or a built-in bundle by its name.
 
@@ -37,16 +39,21 @@ def open_source(
         task: what it has to be for; None takes what it is.
         parts: in the place of the source's.
         loras: put into the weights of the DiT.
+        full_precision: take weights in fp32 where a copy in fewer bits lies beside them.
 
     Raises:
         WanxError: as :func:`wanx.checkpoints.checkpoint.open_checkpoint` and
             :func:`wanx.bundle.reader.open_bundle`.
     """
     if source is None and parts:
-        return open_checkpoint(None, task=task, parts=parts, loras=loras)
+        return open_checkpoint(
+            None, task=task, parts=parts, loras=loras, full_precision=full_precision
+        )
     path = find_bundle(source or "tiny")
     if not (path / MANIFEST).exists():
-        return open_checkpoint(path, task=task, parts=parts, loras=loras)
+        return open_checkpoint(
+            path, task=task, parts=parts, loras=loras, full_precision=full_precision
+        )
     if parts:
         raise UsageError(
             f"{path} is a bundle, whose parts stay; replace those of the checkpoint that it was "

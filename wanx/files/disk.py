@@ -65,8 +65,17 @@ def _is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
+def same_disk(first: Path, second: Path) -> bool:
+    """True if two absolute paths are on one disk, or would be."""
+    return os.stat(_existing(first)).st_dev == os.stat(_existing(second)).st_dev
+
+
 def _free_bytes(target: Path) -> int:
-    return shutil.disk_usage(next(p for p in target.parents if p.exists())).free
+    return shutil.disk_usage(_existing(target.parent)).free
+
+
+def _existing(path: Path) -> Path:
+    return next(p for p in (path, *path.parents) if p.exists())
 
 
 def _megabytes(size: int) -> str:

@@ -1,4 +1,4 @@
-"""External data of an ONNX graph, read from its bytes without the onnx package.
+"""External data of an ONNX graph, read and renamed in its bytes without the onnx package.
 
 The runtime has no onnx, yet must know which files a graph will make ONNX Runtime open before it
 does. The walker follows every path of the protobuf schema that reaches a TensorProto (field numbers
@@ -7,11 +7,11 @@ of onnx.proto3, IR version 13). Where readers could differ in what they see, it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from wanx.errors import CorruptInputError
-from wanx.files.protobuf import BYTES, VARINT, Field, fields
+from wanx.files.protobuf import BYTES, VARINT, Field, encode_field, fields
 
 _CHILDREN: dict[str, dict[int, str]] = {
     "Model": {7: "Graph", 20: "Training", 25: "Function"},
@@ -43,6 +43,37 @@ def external_data(model: bytes) -> Iterator[ExternalData]:
         CorruptInputError: the bytes are not a well-formed model.
     """
     return _walk(memoryview(model), "Model", 0)
+
+
+def renamed_locations(model: bytes, rename: Callable[[str], str]) -> bytes:
+    """Copy a serialised ModelProto with other locations of external data.
+
+    Args:
+        model: whose external data is well-formed.
+        rename: gives the new location for an old one.
+
+    Raises:
+        CorruptInputError: the bytes are not a well-formed model.
+    """
+    return _renamed(memoryview(model), "Model", rename)
+
+
+def _renamed(message: memoryview, kind: str, rename: Callable[[str], str]) -> bytes:
+    parts = []
+    children = _CHILDREN.get(kind, {})
+    for number, wire, value in _graph_fields(message):
+        if wire == BYTES and isinstance(value, memoryview):
+            if child := children.get(number):
+                value = memoryview(_renamed(value, child, rename))
+            elif kind == "Tensor" and number == _EXTERNAL_DATA:
+                key, text = _key_and_value(value)
+                if key == "location":
+                    pair = {1: key, 2: rename(text)}
+                    value = memoryview(
+                        b"".join(encode_field(n, BYTES, t.encode()) for n, t in pair.items())
+                    )
+        parts.append(encode_field(number, wire, value))
+    return b"".join(parts)
 
 
 def _walk(message: memoryview, kind: str, depth: int) -> Iterator[ExternalData]:

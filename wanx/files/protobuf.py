@@ -1,4 +1,4 @@
-"""Wire format of protocol buffers, read without their schemas.
+"""Wire format of protocol buffers, read and written without their schemas.
 
 See https://protobuf.dev/programming-guides/encoding/.
 """
@@ -43,6 +43,24 @@ def fields(message: memoryview, damaged: str) -> Iterator[Field]:
             raise CorruptInputError(f"{damaged}: it ends in the middle of a field")
         yield number, wire, message[position : position + size]
         position += size
+
+
+def encode_field(number: int, wire: int, value: int | bytes | memoryview) -> bytes:
+    """Encode one field; the inverse of what :func:`fields` yields."""
+    tag = _encode_varint(number << 3 | wire)
+    if wire == VARINT:
+        assert isinstance(value, int)
+        return tag + _encode_varint(value)
+    assert not isinstance(value, int)
+    return tag + (_encode_varint(len(value)) if wire == BYTES else b"") + bytes(value)
+
+
+def _encode_varint(value: int) -> bytes:
+    data = bytearray()
+    while value > 0x7F:
+        data.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes((*data, value))
 
 
 def _read_varint(message: memoryview, position: int, damaged: str) -> tuple[int, int]:

@@ -18,13 +18,14 @@ class Layout(ABC):
     Attributes:
         name: such as ``original``.
         source: its folder or file.
+        full_precision: whether copies of weights in fewer bits, beside others, are left alone.
     """
 
     name: str
 
-    def __init__(self, source: Path) -> None:
+    def __init__(self, source: Path, *, full_precision: bool = False) -> None:
         """Look at ``source``, which is there; no part is opened yet."""
-        self.source = source
+        self.source, self.full_precision = source, full_precision
 
     @abstractmethod
     def part(self, component: str) -> Part:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,15 @@ from wanx.checkpoints.component import open_component
 from wanx.checkpoints.config_file import ConfigFile
 from wanx.checkpoints.layouts.base import Layout, require_files
 from wanx.checkpoints.part import Part, make_part
-from wanx.checkpoints.tokenizer_source import TokenizerSource, find_tokenizer
+from wanx.checkpoints.tokenizer_source import (
+    TOKENIZER_FILES,
+    TokenizerSource,
+    find_tokenizer,
+)
+from wanx.checkpoints.weights import weight_files
 
 DIFFUSERS_PARTS = ("WanTransformer3DModel", "WanVACETransformer3DModel", "AutoencoderKLWan")
+_INDEX = "model_index.json"
 _STEM = "diffusion_pytorch_model"
 # Folder and stem of each part.
 _PLACES = {
@@ -31,32 +38,53 @@ class DiffusersLayout(Layout):
     name = "diffusers"
 
     @staticmethod
+    def files(names: Sequence[str], *, full_precision: bool) -> dict[str, list[str]]:
+        """Files of each part among the names of a folder; none where it is of another layout."""
+        if _INDEX not in names:
+            return {}
+        found = {}
+        for component, (folder, stem) in _PLACES.items():
+            inside = [n.removeprefix(f"{folder}/") for n in names if n.startswith(f"{folder}/")]
+            weights = weight_files(inside, stem, full_precision=full_precision)
+            if weights:
+                config = [name for name in inside if name == "config.json"]
+                found[component] = [f"{folder}/{name}" for name in (*config, *weights)]
+        tokenizers = (f"tokenizer/{name}" for name in TOKENIZER_FILES)
+        found["tokenizer"] = [name for name in tokenizers if name in names][:1]
+        found["index"] = [_INDEX]
+        return found
+
+    @staticmethod
     def matches(source: Path) -> bool:
         """True if the folder is of this layout, or was."""
-        return (source / "model_index.json").exists() or (source / "transformer").is_dir()
+        return (source / _INDEX).exists() or (source / "transformer").is_dir()
 
     def require(self, components: tuple[str, ...], *, tokenizer: bool) -> None:
         """Look for the files of parts; see :meth:`Layout.require`."""
         needed = [f"{_PLACES[name][0]}/config.json" for name in components]
         if tokenizer:
             needed.append("tokenizer/tokenizer.json or tokenizer/spiece.model")
-        require_files(self.source, "model_index.json", *needed)
+        require_files(self.source, _INDEX, *needed)
         # Wan2.2 splits the steps between two transformers, or gives each token its own timestep.
-        index = ConfigFile(self.source / "model_index.json")
+        index = ConfigFile(self.source / _INDEX)
         index.require("transformer_2", None, [None, None])
         index.require("expand_timesteps", None, False)
 
     def part(self, component: str) -> Part:
         """Open a part; see :meth:`Layout.part`."""
         name, stem = _PLACES[component]
-        return open_diffusers_part(component, self.source / name, stem)
+        return open_diffusers_part(
+            component, self.source / name, stem, full_precision=self.full_precision
+        )
 
     def tokenizer(self) -> TokenizerSource:
         """Find the tokenizer; see :meth:`Layout.tokenizer`."""
         return find_tokenizer(self.source / "tokenizer")
 
 
-def open_diffusers_part(component: str, folder: Path, stem: str) -> Part:
+def open_diffusers_part(
+    component: str, folder: Path, stem: str, *, full_precision: bool = False
+) -> Part:
     """Open the folder of a part, with its config.json; see :meth:`Layout.part`."""
     config = ConfigFile(folder / "config.json")
     told: dict[str, Any]
@@ -69,4 +97,5 @@ def open_diffusers_part(component: str, folder: Path, stem: str) -> Part:
     else:
         told = sizes.diffusers_vae_fields(config)
         key_map = key_maps.vae_key_map(len(told["multipliers"]), told["num_res_blocks"])
-    return make_part(open_component(component, folder, stem, key_map), told, config.path)
+    weights = open_component(component, folder, stem, key_map, full_precision=full_precision)
+    return make_part(weights, told, config.path)

@@ -221,9 +221,9 @@ class FilesLayout(Layout):
 
     name = "single file"
 
-    def __init__(self, source: Path) -> None:
+    def __init__(self, source: Path, *, full_precision: bool = False) -> None:
         """Open the file."""
-        super().__init__(source)
+        super().__init__(source, full_precision=full_precision)
         self._parts = open_parts(source)
 
     def part(self, component: str) -> Part:

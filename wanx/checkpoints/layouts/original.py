@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from wanx.checkpoints import checkpoint_config as sizes
@@ -11,7 +12,12 @@ from wanx.checkpoints.config_file import ConfigFile
 from wanx.checkpoints.layouts.base import Layout, require_files
 from wanx.checkpoints.layouts.diffusers import DIFFUSERS_PARTS
 from wanx.checkpoints.part import Part, make_part
-from wanx.checkpoints.tokenizer_source import TokenizerSource, find_tokenizer
+from wanx.checkpoints.tokenizer_source import (
+    TOKENIZER_FILES,
+    TokenizerSource,
+    find_tokenizer,
+)
+from wanx.checkpoints.weights import ComponentWeights, weight_files
 from wanx.errors import UsageError
 
 DIT_STEM = "diffusion_pytorch_model"
@@ -27,6 +33,20 @@ class OriginalLayout(Layout):
     """A folder with ``config.json`` and files of fixed names."""
 
     name = "original"
+
+    @staticmethod
+    def files(names: Sequence[str], *, full_precision: bool) -> dict[str, list[str]]:
+        """Files of each part among the names of a folder; none where it is of another layout."""
+        found = {
+            component: weight_files(names, stem, full_precision=full_precision)
+            for component, stem in {"dit": DIT_STEM, **_STEMS}.items()
+        }
+        if not found["dit"]:
+            return {}
+        found["dit"] += [name for name in names if name == "config.json"]
+        tokenizers = (f"{_TOKENIZER}/{name}" for name in TOKENIZER_FILES)
+        found["tokenizer"] = [name for name in tokenizers if name in names][:1]
+        return found
 
     @staticmethod
     def matches(source: Path) -> bool:
@@ -51,10 +71,13 @@ class OriginalLayout(Layout):
     def part(self, component: str) -> Part:
         """Open a part; see :meth:`Layout.part`."""
         if component != "dit":
-            return make_part(open_component(component, self.source, _STEMS[component]))
+            return make_part(self._weights(component, _STEMS[component]))
         config = self._config()
-        weights = open_component("dit", self.source, DIT_STEM)
+        weights = self._weights("dit", DIT_STEM)
         return make_part(weights, sizes.original_dit_fields(config), config.path)
+
+    def _weights(self, component: str, stem: str) -> ComponentWeights:
+        return open_component(component, self.source, stem, full_precision=self.full_precision)
 
     def tokenizer(self) -> TokenizerSource:
         """Find the tokenizer; see :meth:`Layout.tokenizer`."""

@@ -30,8 +30,9 @@ from wanx.checkpoints.tensors.source import TensorSource
 from wanx.checkpoints.weights import ComponentWeights, abbreviate
 from wanx.errors import CorruptInputError, UsageError
 from wanx.files.checksum import sha256_file
+from wanx.hub.reference import SCHEME, HubReference, hub_reference
 
-_log = logging.getLogger("wanx.exporter")  # whose lines `wanx export` shows
+_log = logging.getLogger("wanx.checkpoints")
 _MAX_STRENGTH = 100.0
 _MAX_NAMES, _MAX_NAME = 100, 256  # of what fits nothing, in a manifest
 # Layers whose number of input channels differs from task to task.
@@ -43,16 +44,16 @@ class Lora:
     """A LoRA that was asked for.
 
     Attributes:
-        path: of the file.
+        path: of the file, here or on the hub.
         strength: that it is multiplied by.
     """
 
-    path: Path
+    path: Path | HubReference
     strength: float = 1.0
 
     @classmethod
     def parse(cls, text: str) -> Lora:
-        """Parse ``FILE`` or ``FILE:STRENGTH``.
+        """Parse ``FILE`` or ``FILE:STRENGTH``; a file on the hub is ``hf://owner/name/file``.
 
         Raises:
             UsageError: the strength is no number.
@@ -64,6 +65,8 @@ class Lora:
                 f"--lora {text}: the strength {strength:g} is not between -{_MAX_STRENGTH:g} and "
                 f"{_MAX_STRENGTH:g}"
             )
+        if reference := hub_reference(path) if path.startswith(SCHEME) else None:
+            return cls(path=reference, strength=strength)
         if not match and ":" in text and not Path(text).exists():
             raise UsageError(
                 f"--lora {text}: {text.rpartition(':')[2]!r} is no strength; give a number such as "
@@ -107,6 +110,7 @@ def fuse(
     bases = dict(weights.tensors)
     fused, paths = [], []
     for lora in loras:
+        assert isinstance(lora.path, Path), "it is fetched before"
         file = read_lora(lora.path)
         paths.append(file.path)
         one = _Matching(file, lora.strength, bases)

@@ -1,12 +1,10 @@
-"""GGUF files: tensors in blocks of few bits, which the package ``gguf`` widens.
-
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Sides are stored innermost first.
-"""
+"""GGUF files: tensors in blocks of few bits, which the package ``gguf`` widens."""
 
 from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -16,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from wanx.checkpoints.tensors.computed import ComputedTensor, Values
+from wanx.checkpoints.tensors.gguf_header import MAGIC, GGUFEntry, read_gguf_header
 from wanx.checkpoints.tensors.source import FileTensor, TensorSource
+from wanx.config.number_formats import BY_SAFETENSORS
 from wanx.errors import CorruptInputError, EnvironmentMismatchError, UsageError
 from wanx.files.input_file import open_input
 
-MAGIC = b"GGUF"
 _LED_BY_ONE = ("modulation", "img_emb.emb_pos")  # tensors of three sides
 _PLAIN = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 
@@ -31,27 +30,11 @@ class GGUFFile:
 
     Attributes:
         tensors: by name, as they are called there.
-        architecture: such as ``wan`` or ``t5encoder``; empty where the file says nothing.
-        fields: the other metadata, by key; read with :meth:`value`.
+        fields: the other metadata, by key: numbers, texts, and lists of them.
     """
 
     tensors: dict[str, TensorSource]
-    architecture: str
     fields: dict[str, Any]
-
-    def value(self, key: str) -> Any:
-        """A number, a text, or a list of them; None where there is none.
-
-        Raises:
-            CorruptInputError: its bytes are no such thing.
-        """
-        field = self.fields.get(key)
-        try:
-            return None if field is None else field.contents()
-        except ValueError:  # what is no UTF-8, for one
-            raise CorruptInputError(
-                f"{key!r} of a GGUF file is damaged; download it again"
-            ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,48 +98,53 @@ def read_gguf(path: Path) -> GGUFFile:
         EnvironmentMismatchError: the package ``gguf`` is missing.
         UsageError: it holds tensors in a type that nothing widens.
     """
-    gguf = _package("gguf")
-    open_input(path).close()
+    package = _package("gguf")
+    with open_input(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        header = read_gguf_header(file, str(path))
+    tensors: dict[str, TensorSource] = {}
+    for entry in header.tensors:
+        source, stored = _source(path, entry, package)
+        if entry.name in tensors:
+            raise CorruptInputError(f"{path} holds {entry.name[:80]!r} twice; download it again")
+        if entry.offset + stored > size:
+            raise CorruptInputError(
+                f"{path} is a truncated or damaged GGUF file (it has {size} bytes, and "
+                f"{entry.name[:80]!r} ends at {entry.offset + stored}); download it again"
+            )
+        tensors[entry.name] = source
+    return GGUFFile(tensors=tensors, fields=header.fields)
+
+
+def _source(path: Path, entry: GGUFEntry, package: Any) -> tuple[TensorSource, int]:
+    """Tensor of an entry, and how many bytes of the file it takes."""
     try:
-        reader = gguf.GGUFReader(path)
-        if reader.endianess != gguf.GGUFEndian.LITTLE:
-            raise UsageError(f"{path} is big-endian, which wanx does not read; use another file")
-        tensors = {tensor.name: _source(path, tensor) for tensor in reader.tensors}
-        field = reader.fields.get("general.architecture")
-        architecture = "" if field is None else str(field.contents())
-    except (CorruptInputError, UsageError):
-        raise
-    except Exception as error:  # whatever the reader stumbles over in damaged bytes
-        unknown = "is not a valid GGMLQuantizationType" in str(error)
-        if unknown:
-            raise UsageError(
-                f"{path}: {error}, as far as this version of the package gguf knows; pip install "
-                "-U gguf, or use a file in another type"
-            ) from None
-        raise CorruptInputError(
-            f"{path} is a truncated or damaged GGUF file ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:120]}); download it again"
+        kind = package.GGMLQuantizationType(entry.kind)
+    except ValueError:
+        raise UsageError(
+            f"{path}: {entry.name[:80]!r} is of type {entry.kind}, which this version of the "
+            "package gguf does not know; pip install -U gguf, or use a file in another type"
         ) from None
-    return GGUFFile(tensors=tensors, architecture=architecture, fields=dict(reader.fields))
-
-
-def _source(path: Path, tensor: Any) -> TensorSource:
-    shape = tuple(int(side) for side in reversed(tensor.shape.tolist()))
-    if tensor.name.endswith(_LED_BY_ONE) and len(shape) == 2:
+    shape = entry.shape
+    if entry.name.endswith(_LED_BY_ONE) and len(shape) == 2:
         shape = (1, *shape)  # as sides of 1 are not stored
-    kind, count = tensor.tensor_type, math.prod(shape)
-    place: dict[str, Any] = {"name": tensor.name, "shape": shape, "file": path}
-    place["offset"] = int(tensor.data_offset)
+    count = math.prod(shape)
+    place: dict[str, Any] = {
+        "name": entry.name, "shape": shape, "file": path, "offset": entry.offset,
+    }  # fmt: skip
     if kind.name in _PLAIN:
         dtype = _PLAIN[kind.name]
-        return FileTensor(dtype=dtype, nbytes=int(tensor.n_bytes), **place)
-    numbers, size = _package("gguf").GGML_QUANT_SIZES[kind]
+        nbytes = BY_SAFETENSORS[dtype].nbytes(count)
+        return FileTensor(dtype=dtype, nbytes=nbytes, **place), nbytes
+    numbers, size = package.GGML_QUANT_SIZES[kind]
     if not _widens(kind, size) or len(shape) < 2 or shape[-1] % numbers:
         raise UsageError(
-            f"{path}: {tensor.name!r} is in {kind.name}, which the package gguf does not widen; "
-            "use a file in another type"
+            f"{path}: {entry.name[:80]!r} is in {kind.name}, which the package gguf does not "
+            "widen; use a file in another type"
         )
-    return GGUFTensor(dtype="F32", nbytes=4 * count, block=(numbers, size), kind=kind, **place)
+    block = (numbers, size)
+    source = GGUFTensor(dtype="F32", nbytes=4 * count, block=block, kind=kind, **place)
+    return source, source.stored_bytes
 
 
 @functools.cache

@@ -17,13 +17,13 @@ from wanx.builtin.prompts import prompt_hint
 from wanx.bundle.manifest import LoraRecord
 from wanx.bundle.reader import Bundle, FileCheck
 from wanx.commands.display.lines import format_bytes, format_seconds, progress_lines
+from wanx.files.hub_cache import hub_name
 from wanx.interruption import cleanup_on_sigint
 from wanx.progress import Progress as ProgressCallback
 from wanx.progress import Unit, no_progress
 
 if TYPE_CHECKING:
-    from wanx.exporter.estimate import Estimate
-    from wanx.exporter.options import ResolvedExport
+    from wanx.exporter.export import ExportPlan
     from wanx.runtime.batch import Outcome
     from wanx.runtime.pipeline import Generation
 
@@ -88,21 +88,24 @@ class _StderrHandler(logging.Handler):
 
 @contextmanager
 def log_lines(quiet: bool, name: str) -> Iterator[None]:
-    """Show the messages of a logger on stderr; with ``quiet`` only warnings."""
-    logger = logging.getLogger(name)
-    handler, level = _StderrHandler(), logger.level
-    logger.addHandler(handler)
-    if not quiet:
-        logger.setLevel(logging.INFO)
+    """Show the messages of a logger, and of downloads, on stderr; with ``quiet`` only warnings."""
+    loggers = [logging.getLogger(one) for one in (name, "wanx.hub", "wanx.checkpoints")]
+    handler, levels = _StderrHandler(), [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        if not quiet:
+            logger.setLevel(logging.INFO)
     try:
         yield
     finally:
-        logger.setLevel(level)
-        logger.removeHandler(handler)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+            logger.removeHandler(handler)
 
 
-def print_estimate(resolved: ResolvedExport, estimate: Estimate) -> None:
-    """Say what an export would write and take."""
+def print_plan(planned: ExportPlan) -> None:
+    """Say what an export would fetch, write and take."""
+    resolved, estimate = planned.resolved, planned.estimate
     checkpoint = resolved.checkpoint
     STDOUT.print(
         f"{checkpoint.config.name} ({checkpoint.config.task}, {checkpoint.layout} layout) "
@@ -122,6 +125,10 @@ def print_estimate(resolved: ResolvedExport, estimate: Estimate) -> None:
         f"time about {format_seconds(estimate.seconds)}, "
         f"of which calibration {format_seconds(estimate.calibration_seconds)}"
     )
+    if planned.hub is not None:
+        missing, whole = planned.hub.missing_bytes, planned.hub.nbytes
+        cached = f", {format_bytes(whole - missing)} are in the cache" if missing < whole else ""
+        STDOUT.print(f"to download: {format_bytes(missing)} of {format_bytes(whole)}{cached}")
 
 
 def print_bundle(bundle: Bundle) -> None:
@@ -129,7 +136,7 @@ def print_bundle(bundle: Bundle) -> None:
     manifest = bundle.manifest
     defaults = manifest.defaults
     STDOUT.print(
-        f"{bundle.root}\n"
+        f"{hub_name(bundle.root) or bundle.root}\n"
         f"{manifest.name} ({manifest.task}) at {manifest.precision} for {manifest.target}, "
         f"{format_bytes(bundle.size_bytes)}, hash {bundle.hash[:12]}"
     )

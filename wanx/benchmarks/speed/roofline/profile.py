@@ -18,6 +18,7 @@ from typing import Any
 
 from wanx.benchmarks.speed.roofline.parts import CONVOLUTIONS, REST, label_in, name_nodes, parts_of
 from wanx.bundle.reader import Bundle
+from wanx.files.hub_cache import without_links
 from wanx.runtime.sessions.engine_session import EngineSession
 from wanx.runtime.sessions.onnxruntime.loading import folds, session_options
 
@@ -84,9 +85,9 @@ def profile_component(
         bundle.held(record.engines.get("cpu", record.graph)), load_external_data=False
     )
     name_nodes(model, parts_of(model))
-    data = model.SerializeToString()
+    root, data = without_links(bundle.held(""), model.SerializeToString())
     with tempfile.TemporaryDirectory() as folder:
-        options = session_options(bundle.held(""), threads=threads, graph=data)
+        options = session_options(root, threads=threads, graph=data)
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder, "profile"))
         session = ort.InferenceSession(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from wanx.bundle.reader import Component
 from wanx.errors import EnvironmentMismatchError
+from wanx.files.hub_cache import without_links
 from wanx.runtime.onnxruntime_packages import installed_packages, package_fault
 from wanx.runtime.sessions.onnxruntime.assignment import RECORD
 from wanx.runtime.sessions.onnxruntime.providers import CPU, ProviderOptions, add_provider
@@ -51,7 +52,7 @@ def create_session(
 
     if not hasattr(onnxruntime, "InferenceSession"):  # uninstalled with its twin's files
         raise EnvironmentMismatchError(package_fault(installed_packages()) or "reinstall wanx")
-    data = graph.read_bytes()
+    root, data = without_links(root, graph.read_bytes())
     settings = session_options(root, threads=threads, graph=data)
     if provider != CPU:
         settings.add_session_config_entry(RECORD, "1")

@@ -1,0 +1,89 @@
+"""Names of repositories of the Hugging Face hub, and of files in them."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from wanx.errors import UsageError
+from wanx.hub.official import nearest, official
+
+SCHEME = "hf://"
+_NAME = r"[A-Za-z0-9][\w.-]*"
+_REVISION = r"[\w][\w./-]*"
+_BARE = re.compile(rf"(?P<repository>{_NAME}/{_NAME})(?:@(?P<revision>{_REVISION}))?")
+# In a URI the revision of a file has no slash unless it is written as %2F, or is one of these refs.
+_URI = re.compile(
+    rf"(?P<repository>{_NAME}/{_NAME})"
+    r"(?:@(?P<revision>refs/(?:pr|convert)/[\w-]+|[\w%][\w.%-]*))?(?:/(?P<file>.+))?"
+)
+_OTHER_KINDS = {"datasets": "a data set", "spaces": "a space", "buckets": "a bucket"}
+_FILES = (".safetensors", ".sft", ".gguf", ".pth", ".pt", ".bin", ".ckpt", ".json", ".model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubReference:
+    """A repository of models, or a file of one.
+
+    Attributes:
+        repository: ``owner/name``.
+        revision: branch, tag or commit; None is the main branch.
+        file: path of a file in it; None stands for the repository.
+    """
+
+    repository: str
+    revision: str | None = None
+    file: str | None = None
+
+    def __str__(self) -> str:
+        """Name it as the command line takes it."""
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"{self.repository}{revision}" + (f"/{self.file}" if self.file else "")
+
+
+def hub_reference(name: str | Path | None) -> HubReference | None:
+    """Reference that a name stands for; None for a path, whether anything is there or not.
+
+    ``hf://owner/name@revision/file`` is always one; ``owner/name@revision`` and the short name of
+    an official checkpoint are unless a file or folder is called so.
+
+    Raises:
+        UsageError: the name begins with ``hf://`` and goes on as no repository of models does, or
+            it is nearly a short name.
+    """
+    if name is None or isinstance(name, Path):
+        return None
+    if name.startswith(SCHEME):
+        return _parse_uri(name)
+    if os.path.lexists(name):
+        return None
+    if known := official(name):
+        return HubReference(repository=known.repository)
+    match = _BARE.fullmatch(name)
+    if match and not name.endswith(_FILES):
+        return HubReference(repository=match["repository"], revision=match["revision"])
+    if re.fullmatch(_NAME, name) and (similar := nearest(name)):
+        raise UsageError(
+            f"{name} does not exist; did you mean {similar}? (wanx export --list has all names)"
+        )
+    return None
+
+
+def _parse_uri(text: str) -> HubReference:
+    rest = text.removeprefix(SCHEME)
+    first = rest.partition("/")[0]
+    if kind := _OTHER_KINDS.get(first):
+        raise UsageError(f"{text} is {kind}; give a repository of models: {SCHEME}owner/name")
+    rest = rest.removeprefix("models/") if rest.count("/") > 1 else rest
+    match = _URI.fullmatch(rest)
+    file = match and match["file"]
+    if not match or (file and ".." in file.split("/")):
+        raise UsageError(f"{text} is no address on the hub; write {SCHEME}owner/name@revision/file")
+    revision = match["revision"]
+    return HubReference(
+        repository=match["repository"],
+        revision=None if revision is None else revision.replace("%2F", "/").replace("%2f", "/"),
+        file=file,
+    )
