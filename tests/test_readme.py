@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 
 # The README speaks of a 14B; here the built-in model stands in for it, at its own size.
 STAND_INS = {
-    "/models/Wan2.1-T2V-14B": "tiny",
+    "wanx export t2v-14B": "wanx export tiny",
     "--size 832x480 --frames 81 --steps 50": "--size 64x64 --frames 17 --steps 4",
     "--steps 10 -o speed/": "--steps 3 --repeat 1 -o speed/",
     "width=832, height=480, frames=81": "width=64, height=64, frames=17, steps=4",

@@ -53,6 +53,7 @@ def run_checks() -> list[CheckResult]:
         _check("video", _video),
         _check("built-in model", _builtin),
         _export(),
+        _hub(),
         _gpu(),
         _compiler(),
         _leftovers(Path()),
@@ -137,6 +138,23 @@ def _export() -> CheckResult:
             detail = f"{package} is not installed; pip install 'wanx[export]' to export"
             return CheckResult("export", False, detail, required=False)
     return CheckResult("export", True, ", ".join(versions), required=False)
+
+
+def _hub() -> CheckResult:
+    try:
+        number = version("huggingface_hub")
+    except PackageNotFoundError:
+        detail = "huggingface_hub is not installed; pip install 'wanx[hub]' to download"
+        return CheckResult("hub", False, detail, required=False)
+    from huggingface_hub import constants, get_token
+
+    facts = [
+        f"huggingface_hub {number}",
+        f"cache {constants.HF_HUB_CACHE}",
+        "with a token" if get_token() else "no token",
+        "offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else f"from {constants.ENDPOINT}",
+    ]
+    return CheckResult("hub", True, ", ".join(facts), required=False)
 
 
 def _gpu() -> CheckResult:

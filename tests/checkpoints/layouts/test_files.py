@@ -274,6 +274,7 @@ def test_what_is_refused(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.fault("two files for one part")
 def test_two_files_for_one_part(t2v: Model, tmp_path: Path) -> None:
     models = Path(shutil.copytree(t2v.comfyui, tmp_path / "models"))
     write_dit(t2v.tensors, models / "diffusion_models", "wan", "plain")
@@ -285,6 +286,7 @@ def test_two_files_for_one_part(t2v: Model, tmp_path: Path) -> None:
     assert open_checkpoint(None, parts=chosen).components["vae"].files[0].stem == "again"
 
 
+@pytest.mark.fault("part that is nowhere")
 def test_no_tokenizer(t2v: Model) -> None:
     t2v.dit("plain")
     parts = PartPaths(comfyui=t2v.comfyui, dit=Path("wan-plain"))

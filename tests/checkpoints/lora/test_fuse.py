@@ -346,6 +346,7 @@ REFUSED: list[tuple[str, Tensors, type[Exception], str]] = [
 @pytest.mark.parametrize(
     ("tensors", "kind", "text"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED]
 )
+@pytest.mark.fault("LoRA of a kind that is not fused")
 def test_what_is_refused(
     tensors: Tensors, kind: type[Exception], text: str, tmp_path: Path
 ) -> None:
@@ -355,6 +356,7 @@ def test_what_is_refused(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.fault("LoRA of another model")
 def test_three_of_many_misfits_are_listed(tmp_path: Path) -> None:
     weights = weights_of(tmp_path / "dit.safetensors")
     tensors = {}
@@ -367,6 +369,7 @@ def test_three_of_many_misfits_are_listed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["up", "down", "diff", "alpha"])
+@pytest.mark.fault("LoRA that is not finite")
 def test_numbers_that_are_none(where: str, tmp_path: Path) -> None:
     """Named with the LoRA's file, not the model's."""
     weights = weights_of(tmp_path / "dit.safetensors")

@@ -221,6 +221,7 @@ BAD: list[tuple[str, dict[str, torch.Tensor], type[WanxError], str]] = [
 @pytest.mark.parametrize(
     ("tensors", "kind", "text"), [case[1:] for case in BAD], ids=[case[0] for case in BAD]
 )
+@pytest.mark.fault("8-bit weights without their scales")
 def test_what_is_refused(
     tensors: dict[str, torch.Tensor], kind: type[WanxError], text: str, tmp_path: Path
 ) -> None:
@@ -240,6 +241,7 @@ def test_a_header_that_says_nothing(text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["code", "scale", "product"])
+@pytest.mark.fault("weights that are not finite")
 def test_what_is_not_finite(what: str, tmp_path: Path) -> None:
     weight, scale = codes(torch.float8_e4m3fn, (4, 4)), torch.tensor(1.0)
     if what == "code":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ def test_a_file_is_known_by_its_beginning(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("left", [4, 30, 100, 0.5, 0.99])
+@pytest.mark.fault("cut or damaged GGUF")
 def test_truncated_files(left: float, tmp_path: Path) -> None:
     data = blocks(Kind.Q8_0, 64, 512)
     path = write(tmp_path / "w.gguf", {"a.weight": (data, Kind.Q8_0)})
@@ -99,6 +101,7 @@ def test_truncated_files(left: float, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.fault("GGUF type that nothing widens")
 def test_a_type_that_nobody_knows(tmp_path: Path) -> None:
     path = write(tmp_path / "w.gguf", {"aaaa": (blocks(Kind.Q8_0, 1, 256), Kind.Q8_0)})
     data = bytearray(path.read_bytes())
@@ -112,6 +115,7 @@ def test_a_type_that_nobody_knows(tmp_path: Path) -> None:
         open_files([path])
 
 
+@pytest.mark.fault("GGUF type that nothing widens")
 def test_a_type_that_nobody_widens(tmp_path: Path) -> None:
     path = write(tmp_path / "w.gguf", {"a": (np.zeros((2, 8), np.int32), None)})
     with pytest.raises(UsageError, match="'a' is in I32, which the package gguf does not widen"):
@@ -152,3 +156,68 @@ def test_sides_of_one_are_not_stored(tmp_path: Path) -> None:
     found = open_files([path])[0]["head.modulation"]
     expected = gguf.quants.dequantize(*quantised)
     np.testing.assert_array_equal(numbers(found, "F32", 1 << 10)[0], expected)
+
+
+def test_metadata_are_those_of_the_package(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "w.gguf", "wan")
+    numbers = {"uint8": 200, "int8": -3, "uint16": 60000, "int16": -300, "uint32": 1 << 31}
+    numbers |= {"int32": -(1 << 30), "uint64": 1 << 63, "int64": -(1 << 62), "bool": True}
+    for kind, number in numbers.items():
+        getattr(writer, f"add_{kind}")(f"n.{kind}", number)
+    writer.add_float32("f", 0.1)
+    writer.add_float64("d", 0.1)
+    writer.add_string("s", "ü\n" * 40)
+    writer.add_array("texts", ["a", "", "é" * 300])
+    writer.add_array("floats", [0.5, -1.25])
+    writer.add_array("numbers", list(range(1000)))
+    writer.add_array("bools", [True, False])
+    writer.add_tensor("a", np.ones((3, 2), "f4"))
+    for act in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{act}_to_file")()
+    writer.close()
+    file, reader = read_gguf(tmp_path / "w.gguf"), gguf.GGUFReader(tmp_path / "w.gguf")
+    for key, value in file.fields.items():
+        expected = reader.fields[key].contents()
+        assert (list(value) if isinstance(value, np.ndarray) else value) == expected, key
+    assert len(file.fields) == len([k for k in reader.fields if not k.startswith("GGUF.")])
+
+
+@pytest.mark.parametrize("alignment", [1, 32, 4096])
+def test_alignment(alignment: int, tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "w.gguf", "wan")
+    writer.add_custom_alignment(alignment)
+    data = np.random.default_rng(0).standard_normal((3, 5)).astype("f4")
+    writer.add_tensor("a", data)
+    writer.add_tensor("b", 2 * data)
+    for act in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{act}_to_file")()
+    writer.close()
+    tensors = read_gguf(tmp_path / "w.gguf").tensors
+    np.testing.assert_array_equal(numbers(tensors["a"], "F32", 64), data)
+    np.testing.assert_array_equal(numbers(tensors["b"], "F32", 64), 2 * data)
+
+
+@pytest.mark.fault("cut or damaged GGUF")
+def test_any_change_of_the_header_is_read_or_one_line(tmp_path: Path) -> None:
+    """Whatever the bytes say, nothing but an error of ours is raised."""
+    path = write(tmp_path / "w.gguf", {"a.weight": (blocks(Kind.Q8_0, 4, 64), Kind.Q8_0)})
+    whole = path.read_bytes()
+    generator = np.random.default_rng(0)
+    header = len(whole) - 4 * 64 // 32 * 34
+    for place in range(header):
+        for value in {0, 1, 0x7F, 0xFF, int(generator.integers(256))}:
+            path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+            with suppress(CorruptInputError, UsageError):
+                assert len(open_files([path])[0]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [(1, "is GGUF of version 1"), (3 << 24, "is big-endian"), (4, "version 4")],
+)
+def test_other_versions(version: int, words: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "w.gguf", {"a": (np.ones(4, "f4"), None)})
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + version.to_bytes(4, "little") + data[8:])
+    with pytest.raises(UsageError, match=words):
+        open_files([path])
