@@ -80,6 +80,7 @@ class Quantization(Record):
     """The recipe of a component, and what its built graph holds.
 
     ``unquantized_layers`` gives, for each layer that could be 8-bit and is not, the reason.
+    ``kept_weights`` counts the layers whose 8-bit numbers and scales are those of the checkpoint.
     ``verified_counts`` counts the 8-bit layers by kind, read back from the graph; ``kernels`` what
     the target ran for one forward, by operator.
     """
@@ -92,6 +93,7 @@ class Quantization(Record):
     attention: Literal["high", "none", "fp8"] = "high"
     layers: dict[Text, QuantizedLayer]
     unquantized_layers: Annotated[dict[Text, Text], Field(alias="kept")]
+    kept_weights: Count = 0
     verified_counts: Annotated[dict[Text, Count], Field(alias="found")]
     kernels: dict[Text, Count] = Field(default_factory=dict)
 

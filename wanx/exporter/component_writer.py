@@ -41,9 +41,20 @@ def write_graphs(name: str, model: ir.Model, weights: WrittenWeights, folder: Pa
 
 
 def verified_component(
-    spec: ComponentSpec, component: Component, recipe: Recipe, folder: Path
+    spec: ComponentSpec,
+    component: Component,
+    recipe: Recipe,
+    folder: Path,
+    kept_weights: int = 0,
 ) -> Component:
     """Add the counts of its 8-bit layers, read back from its graphs, to a component.
+
+    Args:
+        spec: of the component.
+        component: as it was written.
+        recipe: what it is quantised by.
+        folder: of the bundle.
+        kept_weights: how many 8-bit weights are the checkpoint's own.
 
     Raises:
         WanxError: a graph is not what the recipe says, or does not run as it.
@@ -66,7 +77,9 @@ def verified_component(
                 f"{spec.name} as integer products; use the versions of constraints.txt, or report "
                 "this"
             )
-    return component.model_copy(update={"quantization": recipe.record(counts, kernels)})
+    return component.model_copy(
+        update={"quantization": recipe.record(counts, kernels, kept_weights)}
+    )
 
 
 def save_graph(model: ir.Model, path: Path) -> None:

@@ -252,7 +252,9 @@ class _Build:
                 from wanx.exporter.trace_component import component_spec
 
                 spec = component_spec(name, self._resolved.checkpoint.config)
-                component = verified_component(spec, component, recipe, self._folder)
+                component = verified_component(
+                    spec, component, recipe, self._folder, written[group].kept
+                )
             self._components[name] = component
 
     def bundle(self) -> Bundle:

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from wanx.exporter.options import ResolvedExport
+from wanx.exporter.quantization.kept_weights import KeptWeight, say_what_is_kept
 from wanx.exporter.quantization.quantize import quantize_weights, scale_tensors
 from wanx.exporter.quantization.readback_weights import require_nearest
 from wanx.exporter.quantization.recipe import Recipe
@@ -28,9 +29,12 @@ def write_quantized_weights(
     """
     weights = resolved.checkpoint.components[group]
     sources = quantize_weights(weights, recipe)
+    kept = [name for name, source in sources.items() if isinstance(source, KeptWeight)]
+    say_what_is_kept(weights, recipe, len(kept))
     written = write_tensors(resolved, group, sources, folder, on_bytes)
     _write_scales(scale_tensors(sources, recipe), folder / f"{group}-scales.safetensors", written)
-    require_nearest(weights.tensors, written.tensors, recipe)
+    require_nearest(weights.tensors, written.tensors, recipe, kept)
+    written.kept = len(kept)
     return written
 
 

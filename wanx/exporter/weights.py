@@ -31,11 +31,13 @@ class WrittenWeights:
         tensors: location of every tensor, by its original name.
         sha256: digest of every file, hex.
         source_sha256: digests of the files that the weights came from, by file name.
+        kept: 8-bit weights that are the checkpoint's own, in a group that is quantised.
     """
 
     tensors: dict[str, TensorRef] = field(default_factory=dict)
     sha256: dict[Path, str] = field(default_factory=dict)
     source_sha256: dict[str, str] = field(default_factory=dict)
+    kept: int = 0
 
 
 def write_weights(

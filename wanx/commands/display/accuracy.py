@@ -32,6 +32,7 @@ def print_quantization(bundle: Bundle) -> None:
         STDOUT.print(
             f"{name}: {counts} layers, read back from the graph"
             + (f"; the target ran {kernels}" if kernels else "")
+            + (f"; {recipe.kept_weights} as the source has them" if recipe.kept_weights else "")
         )
         for reason, count in Counter(recipe.unquantized_layers.values()).most_common(_MAX_LISTED):
             layers = [layer for layer, why in recipe.unquantized_layers.items() if why == reason]

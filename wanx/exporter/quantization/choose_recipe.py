@@ -12,6 +12,7 @@ from wanx.checkpoints.checkpoint import Checkpoint
 from wanx.exporter.calibration.blockwise_dit import BlockwiseDiT
 from wanx.exporter.calibration.calibrate import calibrate
 from wanx.exporter.calibration.options import CalibrationOptions, PlannedRuns
+from wanx.exporter.quantization.kept_weights import kept_weight
 from wanx.exporter.quantization.recipe import Recipe, dit_candidates, shared_input
 from wanx.exporter.quantization.recipe_cache import load_recipe, save_recipe
 from wanx.exporter.quantization.scheme import QuantizeOptions, Scheme
@@ -55,9 +56,16 @@ def choose_recipe(
     with_golden_step = replace(calibration, golden_steps=max(1, calibration.golden_steps))
     state = calibrate(checkpoint, bundle, with_golden_step, observed_inputs, progress, runs)
     assert state.golden is not None
+    tensors = checkpoint.components["dit"].tensors
+    kept = {
+        f"{layer}.weight": weight
+        for layer in candidates[0]
+        if (weight := kept_weight(tensors[f"{layer}.weight"], scheme, options)) is not None
+    }
     path = None
     if state.path is not None:
-        facts = json.dumps([scheme.name, asdict(options)], sort_keys=True)
+        names = [sorted(kept)] if kept else []
+        facts = json.dumps([scheme.name, asdict(options), *names], sort_keys=True)
         key = hashlib.sha256(facts.encode()).hexdigest()[:16]
         path = state.path.with_suffix(f".{key}.safetensors")
         if not calibration.fresh and (cached := load_recipe(path, scheme, options)) is not None:
@@ -66,9 +74,9 @@ def choose_recipe(
     def on_block(done: int, total: int) -> None:
         progress("measure layers", done, total, "steps")
 
-    dit = BlockwiseDiT(config, checkpoint.components["dit"].tensors)
+    dit = BlockwiseDiT(config, tensors)
     recipe = select_layers(
-        dit, state.golden, state.observers, scheme, options, candidates, attentions, on_block
+        dit, state.golden, state.observers, scheme, options, candidates, attentions, on_block, kept
     )
     if path is not None:
         save_recipe(recipe, path)

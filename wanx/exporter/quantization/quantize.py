@@ -14,6 +14,7 @@ from wanx.checkpoints.weights import ComponentWeights
 from wanx.config import number_formats
 from wanx.config.number_formats import BY_SAFETENSORS
 from wanx.errors import CorruptInputError
+from wanx.exporter.quantization.kept_weights import KeptWeight, kept_weights
 from wanx.exporter.quantization.recipe import SHARED_INPUTS, Recipe, shared_input, smoothing_of
 from wanx.exporter.quantization.scheme import Scheme
 from wanx.files.floats import Chunk
@@ -141,8 +142,9 @@ def magnitudes(rows: Tensor) -> Tensor:
 
 def quantize_weights(weights: ComponentWeights, recipe: Recipe) -> dict[str, TensorSource]:
     """Replace the weights that a recipe quantises by sources of their 8-bit numbers."""
-    tensors = dict(weights.tensors)
-    for name in sorted(recipe.weights):
+    kept = kept_weights(weights, recipe)
+    tensors = dict(weights.tensors) | kept
+    for name in sorted(recipe.weights - kept.keys()):
         vector = smoothing_of(name.removesuffix(".weight"))
         tensors[name] = QuantizedTensor.of(
             tensors[name],
@@ -161,7 +163,7 @@ def scale_tensors(tensors: Mapping[str, TensorSource], recipe: Recipe) -> dict[s
     scales = {
         f"{name}_scale": source.scale
         for name, source in tensors.items()
-        if isinstance(source, QuantizedTensor)
+        if isinstance(source, QuantizedTensor | KeptWeight)
     }
     shared = set()
     for name in sorted(recipe.layers, key=_place_among_readers):

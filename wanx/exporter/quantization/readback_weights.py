@@ -6,7 +6,7 @@ one nearest to its original, in units of the stored scale.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -24,24 +24,30 @@ _SLACK = 1e-3  # of a step, for the rounding of scales and products in fp32
 
 
 def require_nearest(
-    sources: Mapping[str, TensorSource], written: Mapping[str, TensorRef], recipe: Recipe
+    sources: Mapping[str, TensorSource],
+    written: Mapping[str, TensorRef],
+    recipe: Recipe,
+    kept: Collection[str] = (),
 ) -> None:
     """Check the first megabyte of every quantised weight, and all vectors of smoothing.
 
     Every stored number times its scale must be within half a step of its original, and the largest
     number of a row, or of the whole tensor where that has one scale, must use the format's whole
-    range.
+    range, unless numbers and scale are the checkpoint's.
 
     Args:
         sources: the weights before they were quantised.
         written: where the tensors of the bundle lie, scales among them.
         recipe: what they were quantised by.
+        kept: weights that were 8-bit in the checkpoint, and stayed.
 
     Raises:
         WanxError: names what is wrong.
     """
     wrong = [
-        name for name in sorted(recipe.weights) if not _is_right(name, sources, written, recipe)
+        name
+        for name in sorted(recipe.weights)
+        if not _is_right(name, sources, written, recipe, whole_range=name not in kept)
     ]
     if wrong:
         raise WanxError(
@@ -61,6 +67,8 @@ def _is_right(
     sources: Mapping[str, TensorSource],
     written: Mapping[str, TensorRef],
     recipe: Recipe,
+    *,
+    whole_range: bool,
 ) -> bool:
     dtype, per_tensor = recipe.scheme.dtype, recipe.options.weight_scale == "tensor"
     stored_ref, scale_ref = written.get(name), written.get(f"{name}_scale")
@@ -77,6 +85,8 @@ def _is_right(
     units = original / (scale if per_tensor else scale[: len(original), None])
     if not ((stored - units).abs() <= _half_steps(units, dtype)).all():  # nor where one is NaN
         return False
+    if not whole_range:
+        return True
     if per_tensor:
         largest, amax = _largest(stored_ref, dtype), original.abs().amax()
     else:

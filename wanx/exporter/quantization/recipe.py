@@ -91,9 +91,9 @@ class Recipe:
         )
 
     def record(
-        self, verified_counts: Mapping[str, int], kernels: Mapping[str, int]
+        self, verified_counts: Mapping[str, int], kernels: Mapping[str, int], kept_weights: int = 0
     ) -> Quantization:
-        """Describe it for the manifest, with what the built graph holds."""
+        """Describe it for the manifest, with what the built graph and the weights hold."""
         static = self.options.activation_scale if self.scheme.name != WEIGHT_ONLY else "none"
         return Quantization(
             scheme=self.scheme.name,
@@ -108,6 +108,7 @@ class Recipe:
                 )
             },
             unquantized_layers=dict(self.unquantized_layers),
+            kept_weights=kept_weights,
             verified_counts=dict(verified_counts),
             kernels=dict(kernels),
         )  # fmt: skip

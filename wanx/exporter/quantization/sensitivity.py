@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from wanx.config.number_formats import FP8
 from wanx.errors import WanxError
 from wanx.exporter.calibration.blockwise_dit import BlockwiseDiT
 from wanx.exporter.calibration.observers import Observer, Observers, input_scale
+from wanx.exporter.quantization.kept_weights import KeptWeight
 from wanx.exporter.quantization.recipe import SMOOTHED, Recipe, shared_input, smoothing_of
 from wanx.exporter.quantization.scheme import QuantizeOptions, Scheme
 from wanx.kernels.attention.quant_attention import quant_attention
@@ -41,6 +43,7 @@ class _Measurement:
     observers: Observers
     candidates: frozenset[str]
     attentions: frozenset[str]
+    kept: Mapping[str, KeptWeight]
     layers: dict[str, float | None] = field(default_factory=dict)
     smooth: dict[str, Tensor] = field(default_factory=dict)
     noise: dict[str, Difference] = field(default_factory=dict)
@@ -111,7 +114,13 @@ class _Measurement:
         if smooth is not None:
             weight = weight * smooth
         per_tensor = self.options.weight_scale == "tensor"
-        weight8, weight_scale = quantize_weight(weight, self.scheme.dtype, per_tensor=per_tensor)
+        kept = self.kept.get(f"{layer}.weight")
+        if kept is not None and smooth is None:
+            weight8, weight_scale = (t.to(x.device) for t in (kept.numbers(), kept.scale))
+        else:
+            weight8, weight_scale = quantize_weight(
+                weight, self.scheme.dtype, per_tensor=per_tensor
+            )
         x = x.float() if smooth is None else x.float() / smooth
         bias = module.bias.float()
         if scale is None:
@@ -166,6 +175,7 @@ def select_layers(
     candidates: tuple[list[str], dict[str, str]],
     attentions: frozenset[str] = frozenset(),
     on_block: Callable[[int, int], None] | None = None,
+    kept: Mapping[str, KeptWeight] = MappingProxyType({}),
 ) -> Recipe:
     """Choose scales, measure every layer, and keep high those below the gate.
 
@@ -178,12 +188,15 @@ def select_layers(
         candidates: layers that are to be 8-bit, and those already kept high with the reason.
         attentions: attentions that are to be 8-bit.
         on_block: told how many of how many blocks are done.
+        kept: weights that stay the 8-bit numbers of the checkpoint, by name.
 
     Raises:
         WanxError: an input was never seen, always 0 or not finite, or no layer passes the gate.
     """
     candidate_layers, unquantized = candidates
-    measured = _Measurement(scheme, options, observers, frozenset(candidate_layers), attentions)
+    measured = _Measurement(
+        scheme, options, observers, frozenset(candidate_layers), attentions, kept
+    )
     watch: Callable[[nn.Module, str], AbstractContextManager[None]] = measured.watch
     samples: list[Any] = [feeds for _, _, feeds in golden.samples()]
     dit.run(samples, watch=watch, on_block=on_block)
