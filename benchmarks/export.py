@@ -3,7 +3,9 @@
 Run it as ``python -m benchmarks.export CHECKPOINT OUTPUT -- EXPORT-OPTIONS``. It copies the
 checkpoint's weights beside OUTPUT, removes the copy, exports, and prints JSON: both times, their
 ratio, and the largest anonymous memory of the exporting process. The page cache is dropped for the
-source before each, and both end with their bytes on disk (fsync).
+source before each, and both end with their bytes on disk (fsync). With
+``--lora FILE`` it exports with these LoRAs as well, and prints the ratio of that to the export
+without.
 """
 
 from __future__ import annotations
@@ -76,6 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", type=Path)
     parser.add_argument("output", type=Path)
+    parser.add_argument("--lora", type=Path, action="append", default=[])
     parser.add_argument("options", nargs="*")
     arguments = parser.parse_args()
     files = weight_files(arguments.source)
@@ -90,6 +93,15 @@ def main() -> None:
         "ratio": exporting / copying,
         "peak_anonymous_gb": peak / 1e9,
     }
+    if arguments.lora:
+        shutil.rmtree(arguments.output)
+        given = [word for file in arguments.lora for word in ("--lora", str(file))]
+        seconds, peak = export_seconds([*files, *arguments.lora], [*command, *given])
+        figures |= {
+            "export_with_loras_seconds": seconds,
+            "ratio_of_loras": seconds / exporting,
+            "peak_anonymous_gb_with_loras": peak / 1e9,
+        }
     print(json.dumps({name: round(value, 2) for name, value in figures.items()}))
 
 

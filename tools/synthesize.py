@@ -7,15 +7,19 @@ vocabulary; sizes and shapes are those of the real model.
     python tools/synthesize.py t2v-1.3B /tmp/t2v-1.3B
     python tools/synthesize.py i2v-14B /tmp/i2v-14B --small-text-encoder
     python tools/synthesize.py tiny-vace /tmp/tiny-vace
+    python tools/synthesize.py t2v-14B /tmp/t2v-14B --fp8-scaled --lora 64 --lora 64
 
 ``--small-text-encoder`` leaves umT5 with one layer and a small vocabulary, and ``--blocks`` the DiT
-with so many, where the disk cannot hold everything twice.
+with so many, where the disk cannot hold everything twice. ``--fp8-scaled`` stores the linears of
+the blocks in scaled 8-bit floats, as ComfyUI's files have them, and ``--lora RANK`` writes a LoRA
+on all of them beside the checkpoint: ``FOLDER-lora-1.safetensors``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +43,9 @@ STEMS = {
 }
 
 
-def synthesize(config: ModelConfig, folder: Path, seed: int = 0) -> None:
+def synthesize(
+    config: ModelConfig, folder: Path, seed: int = 0, *, fp8_scaled: bool = False
+) -> None:
     """Write a checkpoint of ``config`` into ``folder``."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(seed)
@@ -60,7 +66,8 @@ def synthesize(config: ModelConfig, folder: Path, seed: int = 0) -> None:
             if len(shards) > 1:
                 stem += f"-{number:05d}-of-{len(shards):05d}"
             path = folder / f"{stem}.safetensors"
-            write(path, shard, generator)
+            eight_bit = frozenset(filter(is_block_linear, shard)) if fp8_scaled else frozenset()
+            write(path, shard, generator, eight_bit if group == "dit" else frozenset())
             index |= dict.fromkeys(shard, path.name)
             print(path, flush=True)
         if len(shards) > 1:
@@ -95,12 +102,36 @@ def split(shapes: dict[str, tuple[int, ...]]) -> list[dict[str, tuple[int, ...]]
     return shards
 
 
-def write(path: Path, shapes: dict[str, tuple[int, ...]], generator: np.random.Generator) -> None:
+def is_block_linear(name: str) -> bool:
+    """True for the weight of a linear of a transformer block."""
+    layers = r"(self_attn|cross_attn)\.(q|k|v|o|k_img|v_img)|ffn\.(0|2)"
+    return bool(re.fullmatch(rf"(vace_)?blocks\.\d+\.({layers})\.weight", name))
+
+
+def write(
+    path: Path,
+    shapes: dict[str, tuple[int, ...]],
+    generator: np.random.Generator,
+    eight_bit: frozenset[str] = frozenset(),
+) -> None:
     """Write one shard: norms near one, everything else scaled so that activations stay finite."""
     block = generator.standard_normal(1 << 20, dtype=np.float32)
-    with SafetensorsWriter(path, [(name, "BF16", shape) for name, shape in shapes.items()]) as file:
-        for name, shape in shapes.items():
+    header: list[tuple[str, str, tuple[int, ...]]] = [
+        (name.replace(".weight", ".scale_weight"), "F32", ()) for name in sorted(eight_bit)
+    ]
+    header += [(name, "BF16", shape) for name, shape in shapes.items() if name not in eight_bit]
+    header += [(name, "F8_E4M3", shapes[name]) for name in sorted(eight_bit)]
+    codes = (block * 32).clip(-126, 126).astype(np.int8).view(np.uint8)  # without NaN's 127
+    with SafetensorsWriter(path, header) as file:
+        for name, dtype, shape in header:
             count = int(np.prod(shape))
+            if dtype == "F32":
+                file.write(np.float32(1e-4).tobytes())
+                continue
+            if dtype == "F8_E4M3":
+                for start in range(0, count, len(codes)):
+                    file.write(codes[: count - start].data)
+                continue
             is_norm = len(shape) == 1 and ("norm" in name or "gamma" in name)
             fan_in = max(1, int(np.prod(shape[1:])))
             scale = np.float32(0.02 if is_norm else fan_in**-0.5)
@@ -114,6 +145,17 @@ def write(path: Path, shapes: dict[str, tuple[int, ...]], generator: np.random.G
                 file.write(piece.data)
                 written += len(piece)
                 start = int(generator.integers(1 << 19))
+
+
+def write_lora(config: ModelConfig, path: Path, rank: int, seed: int) -> None:
+    """Write a LoRA on all linears of the blocks."""
+    shapes = {}
+    for name, shape in expected_tensors(config)["dit"].items():
+        if is_block_linear(name):
+            layer = f"diffusion_model.{name.removesuffix('.weight')}"
+            shapes[f"{layer}.lora_down.weight"] = (rank, shape[1])
+            shapes[f"{layer}.lora_up.weight"] = (shape[0], rank)
+    write(path, shapes, np.random.default_rng(seed))
 
 
 def original_config(config: ModelConfig) -> dict[str, object]:
@@ -138,6 +180,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--small-text-encoder", action="store_true")
     parser.add_argument("--blocks", type=int, metavar="N")
+    parser.add_argument("--fp8-scaled", action="store_true")
+    parser.add_argument("--lora", type=int, action="append", default=[], metavar="RANK")
     arguments = parser.parse_args()
     config = PRESETS[arguments.preset]
     if arguments.small_text_encoder:
@@ -148,7 +192,10 @@ def main() -> None:
         config = replace(
             config, dit=replace(config.dit, num_layers=arguments.blocks, vace_layers=hints)
         )
-    synthesize(config, arguments.folder)
+    synthesize(config, arguments.folder, fp8_scaled=arguments.fp8_scaled)
+    for number, rank in enumerate(arguments.lora, 1):
+        name = f"{arguments.folder.name}-lora-{number}.safetensors"
+        write_lora(config, arguments.folder.with_name(name), rank, number)
 
 
 if __name__ == "__main__":

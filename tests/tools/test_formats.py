@@ -71,7 +71,7 @@ def test_it_draws_what_the_prompt_says(form: str, models: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_an_8_bit_source_is_quantised_anew(precision: str, models: Path, tmp_path: Path) -> None:
+def test_an_8_bit_source_in_8_bits(precision: str, models: Path, tmp_path: Path) -> None:
     bundle = export(models, "fp8_scaled", tmp_path / "b", precision=precision, calibration=QUICK)
     for agreement in check_golden(bundle, threads=1):
         assert agreement.cosine >= 0.98

@@ -52,3 +52,19 @@ def test_checkpoint(
     assert (found.task, found.dit) == (task, asked.dit)
     assert (found.text_encoder, found.image_encoder) == (asked.text_encoder, asked.image_encoder)
     assert resolved.precision == "bf16"
+
+
+def test_scaled_8_bit_floats_and_loras(tool: ModuleType, tmp_path: Path) -> None:
+    config = MODELS["t2v"]
+    tool.synthesize(config, tmp_path / "made", fp8_scaled=True)
+    tool.write_lora(config, tmp_path / "lora.safetensors", 3, 1)
+    options = ExportOptions(
+        source=tmp_path / "made", loras=(str(tmp_path / "lora.safetensors"),)
+    )  # fmt: skip
+    checkpoint = plan(options).resolved.checkpoint
+    linears = 10 * config.dit.num_layers
+    (lora,) = checkpoint.loras
+    assert (lora.matched, lora.unmatched) == (2 * linears, ())
+    plain = plan(ExportOptions(source=tmp_path / "made")).resolved.checkpoint
+    kinds = [type(source).__name__ for source in plain.components["dit"].tensors.values()]
+    assert kinds.count("Float8Tensor") == linears

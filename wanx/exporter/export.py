@@ -43,7 +43,7 @@ from wanx.exporter.targets.base import Target
 from wanx.exporter.targets.options import BuilderOptions
 from wanx.exporter.targets.registry import parse_target
 from wanx.exporter.thread_settings import one_thread, short_switch_interval
-from wanx.exporter.weights import WrittenWeights, combined_sha256, write_weights
+from wanx.exporter.weights import WrittenWeights, combined_sha256, file_labels, write_weights
 from wanx.files.hub_cache import hub_name
 from wanx.progress import Progress, byte_counter, no_progress
 from wanx.runtime.sessions.onnxruntime.providers import PROVIDERS
@@ -244,7 +244,8 @@ class _Build:
         written, traced = self._write_and_trace(names, recipes)
         for group, done in written.items():
             self._sha256 |= {self._name(path): digest for path, digest in done.sha256.items()}
-            self._sources |= {f"{group}/{name}": d for name, d in done.source_sha256.items()}
+            labels = file_labels(done.source_sha256)
+            self._sources |= {f"{group}/{labels[f]}": d for f, d in done.source_sha256.items()}
         for name, model in traced.items():
             group = self._groups[name]
             component = write_graphs(name, model, written[group], self._folder)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,13 +31,13 @@ class WrittenWeights:
     Attributes:
         tensors: location of every tensor, by its original name.
         sha256: digest of every file, hex.
-        source_sha256: digests of the files that the weights came from, by file name.
+        source_sha256: digests of the files that the weights came from.
         kept: 8-bit weights that are the checkpoint's own, in a group that is quantised.
     """
 
     tensors: dict[str, TensorRef] = field(default_factory=dict)
     sha256: dict[Path, str] = field(default_factory=dict)
-    source_sha256: dict[str, str] = field(default_factory=dict)
+    source_sha256: dict[Path, str] = field(default_factory=dict)
     kept: int = 0
 
 
@@ -128,7 +129,7 @@ def _copy(file: Path, path: Path, written: WrittenWeights, on_bytes: OnBytes) ->
         finally:
             checker.shutdown()  # before the mapping is closed
     written.tensors |= {n: replace(ref, file=path) for n, ref in header.entries.items()}
-    written.sha256[path] = written.source_sha256[file.name] = digest.hexdigest()
+    written.sha256[path] = written.source_sha256[file] = digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def _rewrite(rows: list[TensorRow], path: Path, written: WrittenWeights, on_byte
                     for chunk in source.iter_converted(stored):
                         writer.write(chunk)
                         on_bytes(len(chunk))
-            digests = {file.name: future.result() for file, future in hashes.items()}
+            digests = {file: future.result() for file, future in hashes.items()}
         finally:
             hasher.shutdown(wait=True, cancel_futures=True)
     written.tensors |= writer.header.entries
@@ -185,6 +186,14 @@ def _rewrite(rows: list[TensorRow], path: Path, written: WrittenWeights, on_byte
 
 def _bits(stored: str) -> int:
     return BY_SAFETENSORS[stored].bits
+
+
+def file_labels(files: Collection[Path]) -> dict[Path, str]:
+    """Names of files, or where two have one name, their paths from the folder of all."""
+    if len({file.name for file in files}) == len(files):
+        return {file: file.name for file in files}
+    root = os.path.commonpath(file.parent for file in files)
+    return {file: file.relative_to(root).as_posix() for file in files}
 
 
 def combined_sha256(digests: dict[str, str]) -> str:

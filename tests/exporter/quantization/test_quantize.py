@@ -319,7 +319,7 @@ def test_the_diffusers_layout_on_disk(tmp_path: Path) -> None:
     assert {path.name for path in out.iterdir()} == names
     assert {path.name for path in written.sha256} == names
     (file,) = (folder / "transformer").glob("*.safetensors")
-    assert list(written.source_sha256) == [file.name]
+    assert list(written.source_sha256) == [file]
     theirs = load_file(file)
     found = load_file(out / "dit.safetensors")
     scales = load_file(out / "dit-scales.safetensors")

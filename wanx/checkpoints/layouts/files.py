@@ -243,8 +243,8 @@ class NoLayout(Layout):
     name = "single files"
 
     def part(self, component: str) -> Part:
-        """Refuse; see :meth:`Layout.part`."""
-        raise missing_part("what was given", component)
+        """Refuse it, since an option is missing, not a file; see :meth:`Layout.part`."""
+        raise UsageError(str(missing_part("what was given", component)))
 
     def tokenizer(self) -> TokenizerSource | None:
         """There is none but that of the text encoder."""
@@ -252,13 +252,12 @@ class NoLayout(Layout):
 
 
 # Where people get a part.
+_REPACKAGED = "hf://Comfy-Org/Wan_2.1_ComfyUI_repackaged/split_files"
 _FOUND_AT = {
-    "dit": "diffusion_models/wan2.1_*.safetensors of Comfy-Org/Wan_2.1_ComfyUI_repackaged",
-    "text_encoder": "text_encoders/umt5_xxl_*.safetensors of Comfy-Org/Wan_2.1_ComfyUI_repackaged",
-    "vae": "vae/wan_2.1_vae.safetensors of Comfy-Org/Wan_2.1_ComfyUI_repackaged",
-    "image_encoder": (
-        "clip_vision/clip_vision_h.safetensors of Comfy-Org/Wan_2.1_ComfyUI_repackaged"
-    ),
+    "dit": f"{_REPACKAGED}/diffusion_models/wan2.1_t2v_1.3B_bf16.safetensors",
+    "text_encoder": f"{_REPACKAGED}/text_encoders/umt5_xxl_fp16.safetensors",
+    "vae": f"{_REPACKAGED}/vae/wan_2.1_vae.safetensors",
+    "image_encoder": f"{_REPACKAGED}/clip_vision/clip_vision_h.safetensors",
 }
 assert _FOUND_AT.keys() == set(COMPONENTS)
 

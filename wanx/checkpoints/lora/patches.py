@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +111,8 @@ class FusedTensor(ComputedTensor):
         """Add the patches, all of it in float64: sums may cancel, and the error would be seen."""
         base = whole_rows(numbers_of(self.base, CHUNK_BYTES // 4, wide=True), self.columns, _ROWS)
         low_rank = [patch for patch in self.patches if isinstance(patch, LowRank)]
-        added = [_product(low_rank, self.columns)] if low_rank else []
+        # On another core than what reads and rounds the weights.
+        added = [_ahead(_product(low_rank, self.columns))] if low_rank else []
         added += [p.added(self.columns, _ROWS) for p in self.patches if isinstance(p, Difference)]
         for total, *others in zip(*added, base, strict=True):
             for other in others:
@@ -124,6 +126,15 @@ def _product(patches: list[LowRank], columns: int) -> Iterator[Values]:
     up, down = np.concatenate(ups, axis=1), np.concatenate(downs)
     for start in range(0, len(up), _ROWS):
         yield up[start : start + _ROWS] @ down
+
+
+def _ahead(pieces: Iterator[Values]) -> Iterator[Values]:
+    """Compute each piece in a thread while the one before it is used."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        coming = thread.submit(next, pieces, None)
+        while (piece := coming.result()) is not None:
+            coming = thread.submit(next, pieces, None)
+            yield piece
 
 
 def _array(source: TensorSource) -> NDArray[np.float64]:
