@@ -199,7 +199,8 @@ def inspect(bundle: str | Path) -> Bundle:
     """Read the manifest of a bundle, and check no other file.
 
     Args:
-        bundle: folder made by :func:`export`, or the name of a built-in bundle.
+        bundle: folder made by :func:`export`, ``owner/name`` of one on the hub, of which the
+            manifest alone is fetched, or the name of a built-in bundle.
 
     Raises:
         WanxError: there is no such bundle, or its manifest is damaged.

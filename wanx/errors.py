@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class WanxError(Exception):
     """Base of every error that wanx raises on purpose; the command line prints it as one line."""
@@ -37,3 +39,14 @@ class CancelledError(WanxError):
     """The caller stopped the work; nothing partial was left behind."""
 
     exit_code = 130
+
+
+def abbreviate(names: Sequence[str], most: int = 10) -> str:
+    """The first few of many names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(printable_name, names[:most])) + more
+
+
+def printable_name(name: str) -> str:
+    """A name out of a file, without line breaks or terminal codes."""
+    return name[:160] if name.isprintable() else ascii(name[:160])

@@ -94,9 +94,11 @@ def test_a_bundle_from_the_hub(wanx: Wanx, hub: Hub, tmp_path: Path) -> None:
         (["export", "tiny", "--revision", "v9"], 2, "--revision v9 is of a source on the hub"),
         (["export", "owner/bare"], 2, "owner/bare holds no checkpoint of Wan2.1"),
         (["export", "--dit", "hf://owner/name/x.safetensors"], 2, "owner/name has no file x.saf"),
+        (["export", "--lora", "hf://owner/bare"], 2, "owner/bare holds 0 files of weights"),
         (["export", "--lora", "hf://owner/missing/x.safetensors"], 2, "is neither a folder here"),
         (["run", "owner/missing", "a cat"], 2, "is neither a folder here nor a model on the hub"),
         (["run", "owner/bare", "a cat"], 2, "owner/bare is no bundle, it has no manifest.json"),
+        (["run", "hf://owner/name/x", "a cat"], 2, "is a file of a repository, not a bundle"),
         (["run", "hf://owner"], 2, "is no address on the hub"),
         (["build", "owner/name"], 2, "hf download owner/name --local-dir NEW"),
         (["bench", "owner/missing", "-o", "r"], 2, "is neither a folder here"),
@@ -160,7 +162,8 @@ def test_a_download_that_is_interrupted(
     hub.slow = large
     arguments = [command, "owner/name", *(QUICK if command == "export" else ())]
     process = subprocess.Popen(
-        [sys.executable, "-m", "wanx", *arguments], env=environment(hub, tmp_path), cwd=tmp_path,
+        [sys.executable, "-m", "wanx", *arguments],
+        env=environment(hub, tmp_path, TMPDIR=str(tmp_path)), cwd=tmp_path,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     cache, deadline = tmp_path / "home" / "hub", time.monotonic() + 120

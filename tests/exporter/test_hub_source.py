@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -185,7 +186,7 @@ def test_repositories_of_other_things(hub: Hub, tmp_path: Path) -> None:
         wanx.plan_export(parts=wanx.PartPaths(dit="hf://owner/files/x.gguf"))
     with pytest.raises(UsageError, match="--revision v1 is of a source on the hub"):
         wanx.plan_export("tiny", revision="v1")
-    with pytest.raises(UsageError, match="is another revision already"):
+    with pytest.raises(UsageError, match="name two revisions"):
         wanx.plan_export("owner/files@v1", revision="v2")
 
 
@@ -215,3 +216,100 @@ def test_the_disk_is_checked_before_the_download(
     with pytest.raises(WanxError, match=r"owner/name brings .* and .* beside them, and the disk"):
         wanx.export(**quick(NAME, tmp_path / "b"))
     assert not list((tmp_path / "hub").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("named", ["file", "folder", "repository"])
+def test_what_lies_beside_a_lora_is_read(named: str, hub: Hub, tmp_path: Path) -> None:
+    """PEFT's config has the alpha, without which the factor would be another."""
+    folder = tmp_path / "lora" / "style"
+    folder.mkdir(parents=True)
+    shape = tensors_of(open_source("tiny").components["dit"])["blocks.0.ffn.0.weight"].shape
+    layer = "base_model.model.blocks.0.ffn.0"
+    lora = {f"{layer}.lora_A.weight": torch.ones(2, shape[1])}
+    save_file(lora | {f"{layer}.lora_B.weight": torch.ones(shape[0], 2)},
+              folder / "adapter_model.safetensors")  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": 32}))
+    hub.add_folder(NAME, tmp_path / "lora")
+    names = {"file": "/style/adapter_model.safetensors", "folder": "/style", "repository": ""}
+    remote = wanx.export(**quick("tiny", tmp_path / "a", loras=[f"hf://{NAME}{names[named]}"]))
+    local = wanx.export(**quick("tiny", tmp_path / "b", loras=[str(folder)]))
+    assert_same_weights(stored_tensors(remote), stored_tensors(local))
+
+
+def test_parts_of_several_files(
+    checkpoint_of: Callable[[str], Path], hub: Hub, tmp_path: Path
+) -> None:
+    """A folder of a part, and a transformer whose config lies beside it."""
+    folder = checkpoint_of("t2v")
+    publish(hub, folder)
+    parts = {
+        "dit": f"hf://{NAME}/transformer/diffusion_pytorch_model.safetensors",
+        "text_encoder": f"hf://{NAME}/text_encoder",
+        "vae": f"hf://{NAME}/vae",
+        "tokenizer": f"hf://{NAME}/tokenizer",
+    }
+    made = wanx.export(**quick(None, tmp_path / "a", parts=wanx.PartPaths(**parts)))
+    whole = wanx.export(**quick(str(folder), tmp_path / "b"))
+    assert_same_weights(stored_tensors(made), stored_tensors(whole))
+    assert made.manifest.config == whole.manifest.config
+
+
+def test_what_stands_in_the_way_is_said_before_the_download(
+    checkpoint_of: Callable[[str], Path], hub: Hub, tmp_path: Path
+) -> None:
+    publish(hub, checkpoint_of("t2v"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x").touch()
+    with pytest.raises(UsageError, match="exists and is not a wanx bundle"):
+        wanx.export(**quick(NAME, tmp_path / "out"))
+    del hub.repos[NAME].files["vae/config.json"]
+    with pytest.raises(CorruptInputError) as caught:
+        wanx.export(**quick(NAME, tmp_path / "b"))
+    assert str(caught.value) == (
+        "hf://owner/name lacks vae/config.json; use a repository that is complete"
+    )
+    assert not list((tmp_path / "hub").rglob("*.safetensors"))
+
+
+def test_shards_beside_a_whole_file(layouts: dict[str, Path], hub: Hub, tmp_path: Path) -> None:
+    """Only one of the two copies comes."""
+    publish(hub, layouts["original"], "diffusion_pytorch_model.safetensors")
+    wanx.export(**quick(NAME, tmp_path / "b"))
+    assert "diffusion_pytorch_model.safetensors" not in hub.fetched()
+    snapshot = tmp_path / "hub" / "models--owner--name" / "snapshots" / COMMIT
+    (snapshot / "diffusion_pytorch_model.safetensors").touch()
+    wanx.plan_export(**quick(NAME))
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+@pytest.mark.fault("repository without a checkpoint")
+def test_pickles_alone(layout: str, layouts: dict[str, Path], hub: Hub) -> None:
+    publish(hub, layouts[layout])
+    files = hub.repos[NAME].files
+    for name in [n for n in files if n.endswith((".safetensors", ".pth", ".index.json"))]:
+        files[name.partition(".")[0] + ".bin"] = files.pop(name)
+    with pytest.raises(UsageError, match=r"has its transformer in .*\.bin.* alone"):
+        wanx.plan_export(**quick(NAME))
+
+
+def test_the_manifest_of_another_program(
+    checkpoint_of: Callable[[str], Path], hub: Hub, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(checkpoint_of("t2v"), tmp_path / "checkpoint"))
+    (folder / "manifest.json").write_text('{"name": "an extension"}')
+    publish(hub, folder)
+    for source in (NAME, str(folder)):
+        assert wanx.plan_export(**quick(source)).resolved.checkpoint.layout == "diffusers"
+
+
+def test_headers_that_cannot_be_stored(
+    checkpoint_of: Callable[[str], Path], hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(hub, checkpoint_of("t2v"))
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("wanx.exporter.hub_source.sparse_copy", full)
+    with pytest.raises(WanxError, match=r"cannot be stored in .*: No space left .* set TMPDIR"):
+        wanx.plan_export(**quick(NAME))

@@ -22,6 +22,14 @@ from wanx.hub.reference import HubReference, hub_reference
         ("hf://owner/name@abc", ("owner/name", "abc", None)),
         ("hf://owner/name@refs%2Fpr%2F3/a/b.gguf", ("owner/name", "refs/pr/3", "a/b.gguf")),
         ("hf://owner/name/a/b.safetensors", ("owner/name", None, "a/b.safetensors")),
+        ("hf://owner/name/", ("owner/name", None, None)),
+        ("owner/name/", ("owner/name", None, None)),
+        ("https://huggingface.co/owner/name", ("owner/name", None, None)),
+        ("https://huggingface.co/owner/name/tree/v1/a", ("owner/name", "v1", "a")),
+        (
+            "https://huggingface.co/owner/name/blob/refs%2Fpr%2F3/a.gguf?x=1",
+            ("owner/name", "refs/pr/3", "a.gguf"),
+        ),
         ("t2v-1.3B", ("Wan-AI/Wan2.1-T2V-1.3B", None, None)),
         ("T2V-14b", ("Wan-AI/Wan2.1-T2V-14B", None, None)),
     ],
@@ -34,14 +42,13 @@ def test_names_of_the_hub(
     found = hub_reference(name)
     assert found is not None
     assert (found.repository, found.revision, found.file) == expected
-    if "%" not in name:
-        assert hub_reference(f"hf://{found}") == found
+    assert hub_reference(f"hf://{found}") == found
 
 
 @pytest.mark.parametrize(
     "name",
     ["tiny", "./owner/name", "/owner/name", "../owner", "a/b/c", "~/name", "a/b.safetensors",
-     "owner/", "a b/c", "", "x.gguf", "folder", "ü/b"],
+     "owner/", "a b/c", "", "x.gguf", "folder", "ü/b", "/a/b/"],
 )  # fmt: skip
 def test_paths(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -66,7 +73,12 @@ def test_what_is_here_comes_first(
         ("hf://datasets/owner/name", "is a data set; give a repository of models"),
         ("hf://spaces/owner/name/x", "is a space"),
         ("hf://owner", "is no address on the hub; write hf://owner/name@revision/file"),
-        ("hf://owner/name/../../x", "is no address"),
+        ("hf://owner/name/../../x", "is no path in a repository"),
+        ("hf://owner/name//abs/x", "is no path in a repository"),
+        ("hf://owner/name/a\\b", "is no path in a repository"),
+        ("owner/name@v/../..", "is no revision of a repository"),
+        ("hf://owner/name@..%2F..", "is no "),
+        ("https://huggingface.co/datasets/owner/name", "is a data set"),
         ("hf:///name", "is no address"),
         ("t2v-1_3B", "did you mean t2v-1.3B?"),
         ("i2v-14B-480", "did you mean i2v-14B-480P?"),

@@ -50,6 +50,7 @@ def assert_no_rest(tmp_path: Path) -> None:
 def test_files_come_into_the_cache_once(hub: Hub, repo: Repo, tmp_path: Path) -> None:
     calls: list[tuple[str, int, int]] = []
     repository = opened()
+    assert repository.missing([]) == []
     assert repository.sizes == {name: len(data) for name, data in FILES.items()}
     assert repository.missing(WANTED) == WANTED
     folder = download(
@@ -167,7 +168,7 @@ def test_a_token_opens_them(
     assert_whole(download(opened(), WANTED))
 
 
-@pytest.mark.parametrize("offline", ["variable", "network"])
+@pytest.mark.parametrize("offline", ["variable", "network", "503", "429", "silence"])
 @pytest.mark.fault("no network")
 def test_offline(
     offline: str, hub: Hub, repo: Repo, monkeypatch: pytest.MonkeyPatch,
@@ -178,8 +179,13 @@ def test_offline(
     folder = download(opened(), ["config.json"])
     if offline == "variable":
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    else:
+    elif offline == "network":
         monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    elif offline == "silence":
+        hub.silent = 3.0
+        monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
+    else:
+        hub.status = int(offline)
     repository = opened()
     assert repository.offline
     assert "taken as the cache has it" in caplog.text
@@ -191,8 +197,8 @@ def test_offline(
     )
     with pytest.raises(EnvironmentMismatchError) as caught:
         open_repository(HubReference(repository="owner/other"))
-    words = {"variable": "HF_HUB_OFFLINE is set", "network": "the hub is not reached"}
-    assert words[offline] in str(caught.value)
+    words = {"variable": "HF_HUB_OFFLINE is set", "503": "answers 503", "429": "answers 429"}
+    assert words.get(offline, "is not here, and the hub is not reached") in str(caught.value)
 
 
 @pytest.mark.fault("disk too small for a download")
@@ -219,8 +225,10 @@ def test_interruption_leaves_no_rest(hub: Hub, repo: Repo, tmp_path: Path) -> No
     with pytest.raises(KeyboardInterrupt):
         download(opened(), WANTED, interrupt)
     assert_no_rest(tmp_path)
-    left = [thread.name for thread in threading.enumerate() if "PoolExecutor" in thread.name]
-    assert not left
+    deadline = time.monotonic() + 30  # its threads hear of it at their next piece
+    while any("PoolExecutor" in t.name for t in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_parts_of_a_file(hub: Hub, repo: Repo) -> None:
@@ -244,3 +252,67 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(EnvironmentMismatchError, match=r"pip install 'wanx\[hub\]'"):
         opened()
+
+
+def test_a_new_commit_with_the_same_files(hub: Hub, repo: Repo, monkeypatch: Any) -> None:
+    """What another commit brought counts as there, and is linked without a download."""
+    from tests.support import hub_server
+
+    download(opened(), WANTED)
+    monkeypatch.setattr(hub_server, "COMMIT", "f" * 40)
+    hub.sent.clear()
+    repository = opened()
+    assert repository.commit == "f" * 40
+    assert repository.missing(WANTED) == []
+    assert_whole(download(repository, WANTED))
+    assert not hub.sent
+
+
+@pytest.mark.fault("download with another hash")
+def test_copies_are_checked_too(hub: Hub, repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are no links, as on Windows."""
+    from huggingface_hub import constants, file_download
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", True)
+    monkeypatch.setattr(file_download, "are_symlinks_supported", lambda *args: False)
+    repo.lies = frozenset({"sub/a.safetensors"})
+    with pytest.raises(CorruptInputError, match=r"sub/a\.safetensors of owner/name is not what"):
+        download(opened(), WANTED)
+    repo.lies = frozenset()
+    folder = download(opened(), WANTED)
+    assert not (folder / "sub" / "a.safetensors").is_symlink()
+    assert (folder / "sub" / "a.safetensors").read_bytes() == FILES["sub/a.safetensors"]
+
+
+def test_a_revision_is_remembered(hub: Hub, repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    repo.revisions = ("main", "feature/x")
+    folder = download(opened(revision="feature/x"), WANTED)
+    assert download(opened(), WANTED) == folder
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for revision in (None, "feature/x", COMMIT):
+        assert download(opened(revision=revision), WANTED) == folder
+
+
+@pytest.mark.parametrize("name", ["/abs/x.safetensors", "../x", "a//b", "a/./b"])
+def test_names_that_no_repository_has(name: str, hub: Hub, repo: Repo) -> None:
+    repo.files[name] = b"x"
+    with pytest.raises(CorruptInputError, match="which no repository can have; check HF_ENDPOINT"):
+        opened()
+
+
+def test_a_damaged_file_in_a_shared_store(hub: Hub, repo: Repo) -> None:
+    """The blob that several repositories lead to is removed, or it would come back."""
+    folder = download(opened(), WANTED)
+    link = folder / "sub" / "a.safetensors"
+    blob = Path(os.path.realpath(link))
+    store = folder.parents[2] / "blobs" / "ab" / ("c" * 64)
+    store.parent.mkdir(parents=True)
+    store.write_bytes(bytes(len(FILES["sub/a.safetensors"])))
+    blob.unlink()
+    blob.symlink_to(store)
+    with pytest.raises(CorruptInputError, match="its hash differs"):
+        download(opened(), WANTED)
+    assert not store.exists()
+    assert_whole(download(opened(), WANTED))

@@ -52,6 +52,8 @@ class Hub:
         cut_after: the first answers break off after so many bytes, one each.
         ignores_ranges: whole files are sent whatever is asked for.
         slow: a file of which downloads get a few bytes at a time.
+        status: that every request is answered with.
+        silent: seconds before an answer.
     """
 
     repos: dict[str, Repo] = field(default_factory=dict)
@@ -60,6 +62,8 @@ class Hub:
     cut_after: list[int] = field(default_factory=list)
     ignores_ranges: bool = False
     slow: str = ""
+    status: int = 0
+    silent: float = 0.0
     endpoint: str = ""
 
     def add_folder(self, name: str, folder: Path, **options: Any) -> Repo:
@@ -125,15 +129,21 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(body=True)
 
     def _answer(self, body: bool) -> None:
+        if self.hub.status:
+            self._error(self.hub.status, "", "not now")
+            return
+        if self.hub.silent:
+            time.sleep(self.hub.silent)
         url = urlparse(self.path)
-        path = unquote(url.path)
-        self.hub.requests.append((self.command, path, self.headers.get("Range")))
+        # A slash in a revision is quoted, so nothing is unquoted before the parts are known.
+        path = url.path
+        self.hub.requests.append((self.command, unquote(path), self.headers.get("Range")))
         api = re.fullmatch(
             r"/api/(models|datasets|spaces)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path
         )
         file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if api:
-            repo = self._repo(api[2], api[1], api[4], reads=False)
+            repo = self._repo(api[2], api[1], api[4] and unquote(api[4]), reads=False)
             if repo is None:
                 return
             if api[3] == "tree":
@@ -144,13 +154,13 @@ class _Handler(BaseHTTPRequestHandler):
                 facts = {"id": api[2], "sha": COMMIT, "gated": repo.gated, "siblings": siblings}
                 self._json(facts | {"private": repo.private, "tags": [], "downloads": 0})
         elif file:
-            repo = self._repo(file[1], "models", file[2], reads=True)
+            repo = self._repo(file[1], "models", unquote(file[2]), reads=True)
             if repo is None:
                 return
-            if file[3] not in repo.files:
+            if unquote(file[3]) not in repo.files:
                 self._error(404, "EntryNotFound", "no such file")
                 return
-            self._file(repo, file[3], body)
+            self._file(repo, unquote(file[3]), body)
         else:
             self._error(404, "RepoNotFound", "no such address")
 
@@ -211,7 +221,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not blobs:
             return {"rfilename": path}
         name, lfs = oid(data)
-        entry: dict[str, Any] = {"rfilename": path, "size": len(data), "blobId": "0" * 40}
+        blob = "0" * 40 if lfs else name
+        entry: dict[str, Any] = {"rfilename": path, "size": len(data), "blobId": blob}
         if lfs:
             entry["lfs"] = {"size": len(data), "sha256": name, "pointerSize": 134}
         return entry

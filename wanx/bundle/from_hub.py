@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from wanx.bundle.manifest import MANIFEST
-from wanx.bundle.recovery import manifest_of
+from wanx.bundle.recovery import is_wanx_bundle, manifest_of
 from wanx.errors import UsageError
 from wanx.hub.reference import HubReference
 from wanx.hub.repository import Repository, download, open_repository
 from wanx.progress import Progress, no_progress
+
+_MAX_MANIFEST_BYTES = 8 << 20
 
 
 def fetch_bundle(
@@ -29,23 +31,34 @@ def fetch_bundle(
         UsageError: there is no such repository, or it is no bundle.
         WanxError: as :func:`wanx.hub.repository.download`.
     """
-    repository = open_repository(reference)
-    if reference.file or MANIFEST not in repository.sizes:
+    if reference.file:
         raise UsageError(
-            f"{reference} is no bundle, it has no {MANIFEST}; `wanx export {reference}` makes one "
-            "of a checkpoint"
+            f"{reference} is a file of a repository, not a bundle; give hf://owner/name"
         )
-    names = [MANIFEST] if manifest_only else bundle_files(repository)
-    return download(repository, names, progress, check=False)
+    repository = open_repository(reference)
+    names = bundle_files(repository)
+    if not names:
+        raise UsageError(
+            f"{reference} is no bundle, it has no {MANIFEST} of wanx; `wanx export {reference}` "
+            "makes one of a checkpoint"
+        )
+    return download(repository, names[:1] if manifest_only else names, progress)
 
 
 def bundle_files(repository: Repository) -> list[str]:
-    """Files of a bundle that its repository has, by its manifest, which is downloaded.
+    """Files of a bundle that its repository has, by its manifest, which is downloaded first.
+
+    Returns:
+        The manifest and what it lists; nothing where there is none, or another program's.
 
     Raises:
-        CorruptInputError: the manifest is damaged, or another program's.
+        CorruptInputError: the manifest is damaged.
         WanxError: as :func:`wanx.hub.repository.download`.
     """
-    folder = download(repository, [MANIFEST], check=False)
+    if not 0 < repository.sizes.get(MANIFEST, 0) <= _MAX_MANIFEST_BYTES:
+        return []
+    folder = download(repository, [MANIFEST])
+    if not is_wanx_bundle(folder):
+        return []
     listed = manifest_of(folder).files
     return [MANIFEST, *(name for name in listed if name in repository.sizes)]

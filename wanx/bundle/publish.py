@@ -75,7 +75,7 @@ def publish_bundle(
         target.parent.mkdir(parents=True, exist_ok=True)
         with locked(target, timeout=_CLEANING_SECONDS):
             clean_up(target)
-            _refuse_existing(target, force)
+            refuse_existing(target, force)
             with cleanup_on_sigint(lambda: abandon(target, folder)):
                 try:
                     # Here too, while the disk is still full.
@@ -184,7 +184,7 @@ def _commit(folder: Path, target: Path, force: bool) -> None:
         for name in names:
             sync(Path(parent, name))
         sync(Path(parent))
-    _refuse_existing(target, force)
+    refuse_existing(target, force)
     old = sibling(target, OLD)
     if is_wanx_bundle(target):
         os.rename(target, old)
@@ -210,8 +210,12 @@ def _refuse_unsuitable(target: Path) -> None:
         raise UsageError(f"{target} is a mount point: choose a folder inside it")
 
 
-def _refuse_existing(target: Path, force: bool) -> None:
-    """Refuse a target that must not be replaced; the caller holds the lock."""
+def refuse_existing(target: Path, force: bool) -> None:
+    """Refuse a target that must not be replaced; to rely on it, the caller holds the lock.
+
+    Raises:
+        UsageError: it is there, and ``force`` was not given, or it is not wanx's own.
+    """
     _refuse_unsuitable(target)
     if not target.exists():
         return

@@ -28,7 +28,7 @@ from wanx.config.models import (
     VAEConfig,
 )
 from wanx.errors import CorruptInputError, UsageError, WanxError
-from wanx.hub.reference import SCHEME, HubReference, hub_reference
+from wanx.hub.reference import HubReference, hub_reference, is_uri
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ class PartPaths:
         """Take texts for paths."""
         for field in dataclasses.fields(self):
             if isinstance(value := getattr(self, field.name), str):
-                on_hub = hub_reference(value) if value.startswith(SCHEME) else None
+                on_hub = hub_reference(value) if is_uri(value) else None
                 object.__setattr__(self, field.name, on_hub or Path(value))
 
     def path(self, part: str) -> Path | None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from wanx.checkpoints import key_maps
 from wanx.checkpoints.tensors.source import JoinedTensor, TensorSource
-from wanx.checkpoints.weights import ComponentWeights, abbreviate, open_weights
-from wanx.errors import CorruptInputError
+from wanx.checkpoints.weights import ComponentWeights, open_weights
+from wanx.errors import CorruptInputError, abbreviate
 
 Tensors = dict[str, TensorSource]
 

@@ -14,9 +14,9 @@ from wanx.checkpoints.tensors.float8 import decoded, formats_in
 from wanx.checkpoints.tensors.gguf_file import is_gguf, read_gguf
 from wanx.checkpoints.tensors.pickle_file import read_pickle
 from wanx.checkpoints.tensors.source import SafetensorsTensor, TensorSource
-from wanx.errors import CorruptInputError, UsageError
+from wanx.errors import CorruptInputError, UsageError, abbreviate, printable_name
 from wanx.files.floats import FLOATS
-from wanx.files.hub_cache import cached_blob
+from wanx.files.hub_cache import cached_blob, hub_name
 from wanx.files.input_file import read_json_object
 from wanx.files.safetensors import read_header
 
@@ -76,13 +76,13 @@ def check_tensors(
         name: src for name, src in tensors.items() if name in expected and src.dtype not in FLOATS
     }
     problems = [
-        f"{_printable_name(src.name)} is {src.dtype} instead of F32, F16 or BF16"
+        f"{printable_name(src.name)} is {src.dtype} instead of F32, F16 or BF16"
         for src in unread.values()
     ]
     missing = [stored_name(name) for name in expected if name not in tensors]
     problems += [f"missing {name}" for name in missing]
     problems += [
-        f"unexpected {_printable_name(src.name)}"
+        f"unexpected {printable_name(src.name)}"
         for name, src in tensors.items()
         if name not in expected
     ]
@@ -132,13 +132,14 @@ def open_weights(
     found = weight_files(names, stem, full_precision=full_precision)
     indices = [name for name in found if name.endswith(".json")]
     shards = [name for name in found if _SHARD.search(name)]
-    whole = [name for name in found if name not in indices and name not in shards]
-    if whole and indices:
-        raise UsageError(
-            f"{folder} holds both {whole[0]} and {indices[0]}; remove the one that is not meant"
-        )
     if indices:
+        both = indices[0].partition(".index")[0]
+        if both in names and hub_name(folder) is None:  # there nobody can remove one
+            raise UsageError(
+                f"{folder} holds both {both} and {indices[0]}; remove the one that is not meant"
+            )
         return open_index(folder / indices[0])
+    whole = [name for name in found if name not in shards]
     if whole:
         return open_files([folder / whole[0]])
     if not shards:
@@ -161,7 +162,8 @@ def weight_files(names: Iterable[str], stem: str, *, full_precision: bool = Fals
         full_precision: likewise.
 
     Returns:
-        Safetensors files with their index, or else a file of PyTorch; none where there are none.
+        Shards with their index, as Diffusers prefers them, or else a file of safetensors, or else
+        one of PyTorch; none where there are none.
     """
     variant = rf"(?:\.({'|'.join(VARIANTS)}))?"
     pattern = re.compile(
@@ -175,7 +177,9 @@ def weight_files(names: Iterable[str], stem: str, *, full_precision: bool = Fals
         elif name == f"{stem}.pth":
             copies["pickle"] = [name]
     order = ("", *VARIANTS, "pickle") if full_precision else (*VARIANTS, "", "pickle")
-    return next((copies[copy] for copy in order if copy in copies), [])
+    copy = next((copies[copy] for copy in order if copy in copies), [])
+    sharded = [name for name in copy if name.endswith(".json") or _SHARD.search(name)]
+    return sharded if any(name.endswith(".json") for name in sharded) else copy
 
 
 def _whole_set(folder: Path, stem: str, shards: list[str]) -> list[Path]:
@@ -279,14 +283,3 @@ def _stored_in(files: Iterable[Path]) -> tuple[dict[str, TensorSource], dict[str
                 )
             tensors[name] = source
     return tensors, formats
-
-
-def abbreviate(names: list[str]) -> str:
-    """The first few of many names, and how many more there are."""
-    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    return ", ".join(map(_printable_name, names[:_MAX_LISTED])) + more
-
-
-def _printable_name(name: str) -> str:
-    """A name out of a file, without line breaks or terminal codes."""
-    return name[:160] if name.isprintable() else ascii(name[:160])

@@ -241,7 +241,10 @@ def _planned_facts(planned: ExportPlan) -> dict[str, Any]:
         "name": checkpoint.config.name, "precision": planned.resolved.precision,
         "output": str(planned.resolved.output), "layout": checkpoint.layout,
         "files": {
-            part: [str(file) for file in weights.files]
+            part: [
+                planned.hub.named(str(file)) if planned.hub else str(file)
+                for file in weights.files
+            ]
             for part, weights in checkpoint.components.items()
         },
         "loras": [asdict(lora) for lora in checkpoint.loras],

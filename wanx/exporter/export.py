@@ -22,8 +22,9 @@ from wanx.accuracy.golden_check import check_golden, require_golden
 from wanx.accuracy.golden_tokens import write_golden_tokens
 from wanx.bundle.golden_steps import GOLDEN, write_golden
 from wanx.bundle.manifest import TOKENIZER, Component, Manifest, Provenance
-from wanx.bundle.publish import publish_bundle, record_files, write_manifest
+from wanx.bundle.publish import publish_bundle, record_files, refuse_existing, write_manifest
 from wanx.bundle.reader import Bundle, open_bundle
+from wanx.bundle.recovery import absolute
 from wanx.checkpoints.checkpoint import Checkpoint
 from wanx.checkpoints.lora.fuse import parse_loras
 from wanx.checkpoints.tokenizer_source import write_tokenizer
@@ -45,6 +46,7 @@ from wanx.exporter.targets.registry import parse_target
 from wanx.exporter.thread_settings import one_thread, short_switch_interval
 from wanx.exporter.weights import WrittenWeights, combined_sha256, file_labels, write_weights
 from wanx.files.hub_cache import hub_name
+from wanx.interruption import cleanup_on_sigint
 from wanx.progress import Progress, byte_counter, no_progress
 from wanx.runtime.sessions.onnxruntime.providers import PROVIDERS
 from wanx.version import __version__
@@ -89,12 +91,12 @@ def plan(
     Raises:
         WanxError: the checkpoint cannot be exported as asked.
     """
-    hub = None
-    if checkpoint is None:
-        hub = HubSource(options)
-        options = hub.headers(progress)
-    planned = _plan(options, checkpoint)
-    return replace(planned, hub=hub if hub and hub.files else None)
+    if checkpoint is not None:
+        return _plan(options, checkpoint)
+    hub = HubSource(options)
+    with cleanup_on_sigint(hub.remove_headers), hub.names_in_errors():
+        planned = _plan(hub.headers(progress))
+    return replace(planned, hub=hub if hub.files else None)
 
 
 def _plan(options: ExportOptions, checkpoint: Checkpoint | None = None) -> ExportPlan:
@@ -118,8 +120,11 @@ def export(options: ExportOptions, progress: Progress = no_progress) -> Bundle:
     """
     planned = plan(options, progress=progress)
     if planned.hub is not None:
-        planned.hub.require_space(planned.resolved.output, planned.estimate.bundle_bytes)
-        planned = _plan(planned.hub.download(progress))
+        hub, output = planned.hub, planned.resolved.output
+        refuse_existing(absolute(output), options.force)
+        hub.require_space(output, planned.estimate.bundle_bytes)
+        hub.remove_headers()
+        planned = _plan(hub.download(progress))
     return write_bundle(planned, progress)
 
 

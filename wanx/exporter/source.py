@@ -7,6 +7,7 @@ from pathlib import Path
 
 from wanx.builtin import find_bundle, open_named
 from wanx.bundle.manifest import MANIFEST
+from wanx.bundle.recovery import is_wanx_bundle
 from wanx.checkpoints.checkpoint import (
     NO_PARTS,
     Checkpoint,
@@ -50,7 +51,7 @@ def open_source(
             None, task=task, parts=parts, loras=loras, full_precision=full_precision
         )
     path = find_bundle(source or "tiny")
-    if not (path / MANIFEST).exists():
+    if not _is_bundle(path):
         return open_checkpoint(
             path, task=task, parts=parts, loras=loras, full_precision=full_precision
         )
@@ -61,6 +62,12 @@ def open_source(
         )
     checkpoint = _open_bundle(path, task)
     return with_loras(checkpoint, loras) if loras else checkpoint
+
+
+def _is_bundle(path: Path) -> bool:
+    """True unless a folder has no manifest, or one of another program beside a checkpoint."""
+    checkpoint = any((path / name).exists() for name in ("config.json", "model_index.json"))
+    return (path / MANIFEST).exists() and (is_wanx_bundle(path) or not checkpoint)
 
 
 def _open_bundle(path: Path, task: Task | None) -> Checkpoint:

@@ -48,18 +48,23 @@ def _explained(error: Exception, reference: HubReference) -> WanxError:
         return _not_found(reference)
     if isinstance(error, errors.OfflineModeIsEnabled):
         return EnvironmentMismatchError(
-            f"{reference} would have to be fetched, and HF_HUB_OFFLINE is set; unset it"
+            f"{reference} is not here, and the hub is not asked, as HF_HUB_OFFLINE is set; unset it"
         )
     if status in (401, 403):
         return EnvironmentMismatchError(
             f"the hub lets nobody read {reference} with this token ({status}); {_SIGN_IN} as "
             "somebody who may"
         )
+    if status == 429 or (status is not None and status >= 500):
+        return EnvironmentMismatchError(
+            f"the hub answers {status} about {reference}; try again later"
+        )
     if status is not None:
-        return WanxError(f"the hub answered {status} about {reference}; try again later")
+        return WanxError(f"the hub answered {status} about {reference}; check HF_ENDPOINT")
     if _is_of_network(error):
         return EnvironmentMismatchError(
-            f"the hub is not reached for {reference} ({type(error).__name__}); check the network, "
+            f"{reference} is not here, and the hub is not reached ({type(error).__name__}); check "
+            "the network, "
             "HF_ENDPOINT and the proxy, and run the command again: what is complete is kept"
         )
     if isinstance(error, OSError) and error.strerror:

@@ -6,11 +6,13 @@ import io
 from importlib import import_module
 from typing import Any
 
-from wanx.errors import WanxError
+from wanx.errors import EnvironmentMismatchError, WanxError
 from wanx.hub.errors import one_line
 from wanx.hub.repository import Repository
 
 _BUFFER = 1 << 20
+_TRIES = 3
+_SECONDS = 30.0  # that the hub may keep silent
 
 
 class _Ranges(io.RawIOBase):
@@ -21,8 +23,6 @@ class _Ranges(io.RawIOBase):
 
         self._repository, self._name = repository, name
         self._url = hf_hub_url(repository.reference.repository, name, revision=repository.commit)
-        # Whatever compresses on the way makes the range one of other bytes.
-        self._headers = _utils().build_hf_headers() | {"Accept-Encoding": "identity"}
         self._size, self._position = repository.sizes[name], 0
 
     def readable(self) -> bool:
@@ -40,20 +40,40 @@ class _Ranges(io.RawIOBase):
         end = min(self._position + len(buffer), self._size)
         if self._position >= end:
             return 0
-        headers = self._headers | {"Range": f"bytes={self._position}-{end - 1}"}
-        with one_line(self._repository.reference):
-            response = _utils().http_backoff("GET", self._url, headers=headers, timeout=30)
-            _utils().hf_raise_for_status(response)
-        data = response.content
-        if len(data) != end - self._position:
-            raise WanxError(
-                f"{self._name} of {self._repository.reference} cannot be read in parts: "
-                f"{end - self._position} bytes were asked for, {len(data)} came; download it with "
-                "`hf download`"
-            )
+        for tries in range(_TRIES):
+            try:
+                with one_line(self._repository.reference):
+                    data = self._request(self._position, end)
+                break
+            except EnvironmentMismatchError:  # of the connection, for one
+                if tries == _TRIES - 1:
+                    raise
         buffer[: len(data)] = data
         self._position = end
         return len(data)
+
+    def _request(self, begin: int, end: int) -> bytes:
+        # Whatever compresses on the way makes the range one of other bytes.
+        headers = _utils().build_hf_headers()
+        headers |= {"Accept-Encoding": "identity", "Range": f"bytes={begin}-{end - 1}"}
+        with (
+            _utils()
+            .get_session()
+            .stream(
+                "GET", self._url, headers=headers, timeout=_SECONDS, follow_redirects=True
+            ) as response
+        ):
+            if response.status_code >= 400:
+                response.read()
+                _utils().hf_raise_for_status(response)
+            length = response.headers.get("Content-Length")
+            data = b"" if length != str(end - begin) else response.read()
+        if len(data) != end - begin:  # and a whole file of gigabytes is not read
+            raise WanxError(
+                f"{self._name} of {self._repository.reference} cannot be read in parts: "
+                f"{end - begin} bytes were asked for, {length} came; download it with `hf download`"
+            )
+        return data
 
 
 def _utils() -> Any:

@@ -14,14 +14,21 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from wanx.errors import CancelledError, CorruptInputError, EnvironmentMismatchError, WanxError
+from wanx.errors import (
+    CancelledError,
+    CorruptInputError,
+    EnvironmentMismatchError,
+    WanxError,
+    abbreviate,
+)
 from wanx.files.checksum import DigestCache, sha256_file
 from wanx.hub.errors import one_line
-from wanx.hub.reference import HubReference
+from wanx.hub.reference import HubReference, stays_inside
 from wanx.interruption import cleanup_on_sigint
 from wanx.progress import Progress, byte_counter, no_progress
 
@@ -29,6 +36,9 @@ _log = logging.getLogger("wanx.hub")
 _RESERVE = 1 << 30  # of the disk, that a download leaves
 _SAID = 1 << 20  # bytes, below which a download is not worth a line
 _PATIENCE, _POLL = 2.0, 0.05  # seconds for a download to stop
+_MOST_BYTES = 1 << 46  # of a file
+_MAIN = "main"
+_GIT, _SHA256 = 40, 64  # lengths of hashes in hex
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +49,8 @@ class Repository:
         reference: as it was asked for.
         commit: in hex.
         sizes: bytes of every file, by path.
+        hashes: by which the cache calls the blob of a file: its SHA-256, or Git's hash of small
+            ones; of a cache without links some may be missing.
         snapshot: its folder in the hub's cache, which may lack files, or not be there.
         offline: the hub was not asked.
     """
@@ -46,21 +58,25 @@ class Repository:
     reference: HubReference
     commit: str
     sizes: Mapping[str, int]
+    hashes: Mapping[str, str]
     snapshot: Path
     offline: bool = False
-
-    def __str__(self) -> str:
-        """Name it with its commit."""
-        return f"{self.reference.repository}@{self.commit}"
 
     @property
     def cache(self) -> Path:
         """Folder of the hub's cache."""
         return self.snapshot.parents[2]
 
+    def cached(self, name: str) -> Path | None:
+        """A file in the cache, of this snapshot or of another one; None where it is not there."""
+        if (path := self.snapshot / name).exists():
+            return path
+        blob = self.snapshot.parents[1] / "blobs" / self.hashes.get(name, "-")
+        return blob if blob.exists() else None
+
     def missing(self, names: Iterable[str]) -> list[str]:
         """Files that are not in the cache."""
-        return [name for name in names if not (self.snapshot / name).exists()]
+        return [name for name in names if self.cached(name) is None]
 
     def bytes_of(self, names: Iterable[str]) -> int:
         """Bytes of files."""
@@ -71,38 +87,47 @@ def open_repository(reference: HubReference) -> Repository:
     """List a repository; where the hub is not reached, as the cache knows it.
 
     Raises:
-        UsageError: there is no such repository or revision.
+        CorruptInputError: it lists files that no repository can have.
         EnvironmentMismatchError: ``huggingface_hub`` is not installed, a token is missing, or the
             hub is not reached and the cache knows nothing.
+        UsageError: there is no such repository or revision.
     """
     if find_spec("huggingface_hub") is None:
         raise EnvironmentMismatchError(
             f"{reference} does not exist here; to fetch it from the hub takes huggingface_hub: "
             "pip install 'wanx[hub]'"
         )
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
 
     with _quiet():
         try:
             with one_line(reference):
                 info = HfApi().model_info(
-                    reference.repository, revision=reference.revision, files_metadata=True
-                )
+                    reference.repository, revision=reference.revision, files_metadata=True,
+                    timeout=constants.HF_HUB_ETAG_TIMEOUT,
+                )  # fmt: skip
         except EnvironmentMismatchError as error:
             if known := _cached(reference):
-                _log.warning("%s; taken as the cache has it", _first_clause(error))
+                _log.warning("%s; taken as the cache has it", str(error).partition(";")[0])
                 return known
             raise
+    files = info.siblings or []
+    if odd := [f.rfilename for f in files if not (stays_inside(f.rfilename) and _size_is_sane(f))]:
+        raise CorruptInputError(
+            f"{reference} lists {abbreviate(odd)}, which no repository can have; check HF_ENDPOINT"
+        )
     assert info.sha is not None
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    folder = _folder(reference)
     return Repository(
-        reference=reference, commit=info.sha, sizes=sizes, snapshot=folder / "snapshots" / info.sha
+        reference=reference,
+        commit=info.sha,
+        sizes={file.rfilename: file.size or 0 for file in files},
+        hashes={f.rfilename: h for f in files if (h := f.lfs.sha256 if f.lfs else f.blob_id)},
+        snapshot=_folder(reference) / "snapshots" / info.sha,
     )
 
 
-def _first_clause(error: Exception) -> str:
-    return str(error).partition(";")[0]
+def _size_is_sane(file: Any) -> bool:
+    return 0 <= (file.size or 0) < _MOST_BYTES
 
 
 def _folder(reference: HubReference) -> Path:
@@ -115,34 +140,30 @@ def _folder(reference: HubReference) -> Path:
 
 def _cached(reference: HubReference) -> Repository | None:
     """A repository as the cache has it; None where nothing of it is there."""
-    folder, revision = _folder(reference), reference.revision or "main"
+    folder, revision = _folder(reference), reference.revision or _MAIN
     commit = revision
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         commit = (folder / "refs" / revision).read_text().strip()
     snapshot = folder / "snapshots" / commit
-    if not snapshot.is_dir():
+    if "/" in commit or not snapshot.is_dir():
         return None
-    sizes = {
-        path.relative_to(snapshot).as_posix(): path.stat().st_size
-        for path in snapshot.rglob("*")
-        if path.is_file()
-    }
+    files = [path for path in snapshot.rglob("*") if path.is_file()]
+    sizes = {path.relative_to(snapshot).as_posix(): path.stat().st_size for path in files}
+    hashes = {name: blob.name for name in sizes if (blob := _blob(snapshot / name))}
     with suppress(Exception):  # versions that keep no listing
         from huggingface_hub import get_cached_repo_tree
 
-        tree = get_cached_repo_tree(reference.repository, revision=commit)
-        sizes |= {file.path: file.size for file in tree}
+        for file in get_cached_repo_tree(reference.repository, revision=commit):
+            if stays_inside(file.path):
+                sizes[file.path] = file.size
     return Repository(
-        reference=reference, commit=commit, sizes=sizes, snapshot=snapshot, offline=True
-    )
+        reference=reference, commit=commit, sizes=sizes, hashes=hashes, snapshot=snapshot,
+        offline=True,
+    )  # fmt: skip
 
 
 def download(
-    repository: Repository,
-    names: Iterable[str],
-    progress: Progress = no_progress,
-    *,
-    check: bool = True,
+    repository: Repository, names: Iterable[str], progress: Progress = no_progress
 ) -> Path:
     """Download files into the hub's cache, unless they are there, and check their hashes.
 
@@ -150,7 +171,6 @@ def download(
         repository: to take them from.
         names: of the files.
         progress: told how many bytes have arrived, and how many are checked.
-        check: whether hashes are checked; what has others of its own needs none.
 
     Returns:
         The folder of the snapshot, in which they are links to the cache's blobs.
@@ -161,14 +181,15 @@ def download(
         WanxError: the disk has no room for it.
     """
     wanted = sorted(names)
-    coming = repository.missing(wanted)
-    if coming:
-        if repository.offline:
-            raise EnvironmentMismatchError(
-                f"the hub is not reached, and the cache has {len(wanted) - len(coming)} of "
-                f"{len(wanted)} files of {repository.reference}, not {_abbreviated(coming)}; "
-                "go online, and unset HF_HUB_OFFLINE"
-            )
+    absent = [name for name in wanted if not (repository.snapshot / name).exists()]
+    coming = repository.missing(absent)
+    if absent and repository.offline:
+        raise EnvironmentMismatchError(
+            f"the hub is not reached, and the cache has {len(wanted) - len(absent)} of "
+            f"{len(wanted)} files of {repository.reference}, not {abbreviate(absent, 3)}; "
+            "go online, and unset HF_HUB_OFFLINE"
+        )
+    if absent:
         free, count = require_space(repository, coming), repository.bytes_of(coming)
         if count >= _SAID:
             _log.info(
@@ -176,10 +197,20 @@ def download(
                 _gigabytes(count), repository.reference, len(coming), repository.cache,
                 _gigabytes(free),
             )  # fmt: skip
-        _fetch(repository, coming, progress)
-    if check:
-        _verify(repository, wanted, progress)
+        _fetch(repository, absent, repository.bytes_of(coming), progress)
+    _remember(repository)
+    _verify(repository, wanted, progress)
     return repository.snapshot
+
+
+def _remember(repository: Repository) -> None:
+    """Note which commit a revision is, as ``huggingface_hub`` does when it resolves one."""
+    revision = repository.reference.revision or _MAIN
+    path = repository.snapshot.parents[1] / "refs" / revision
+    if not repository.offline and revision != repository.commit:
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(repository.commit)
 
 
 def require_space(repository: Repository, names: Iterable[str], beside: int = 0) -> int:
@@ -208,14 +239,13 @@ def require_space(repository: Repository, names: Iterable[str], beside: int = 0)
     return free
 
 
-def _fetch(repository: Repository, names: list[str], progress: Progress) -> None:
+def _fetch(repository: Repository, names: list[str], total: int, progress: Progress) -> None:
     from huggingface_hub import snapshot_download
 
-    stop, total = threading.Event(), repository.bytes_of(names)
+    stop, reference = threading.Event(), repository.reference
     progress("download", 0, total, "bytes")
-    reference = repository.reference
     options: dict[str, Any] = {
-        "revision": reference.revision or "main",
+        "revision": repository.commit,
         "allow_patterns": [glob.escape(name) for name in names],
         "tqdm_class": _bar_class(total, progress, stop),
     }
@@ -223,14 +253,12 @@ def _fetch(repository: Repository, names: list[str], progress: Progress) -> None
     with _quiet(), one_line(reference), cleanup_on_sigint(lambda: _end(repository, stop)):
         done = pool.submit(partial(snapshot_download, reference.repository, **options))
         try:
-            folder = Path(done.result())
+            done.result()
         except BaseException:
             _end(repository, stop)
             raise
         finally:
             pool.shutdown(wait=False)
-    if folder != repository.snapshot:
-        raise WanxError(f"{reference} was changed meanwhile; run the command again")
     progress("download", total, total, "bytes")
 
 
@@ -266,42 +294,32 @@ def _bar_class(total: int, progress: Progress, stop: threading.Event) -> type:
     ``snapshot_download`` makes a bar of the bytes that arrive, one of those that are written, and
     one of files.
     """
+    base: Any = import_module("tqdm.auto").tqdm
     counts: dict[int, float] = {}
     lock = threading.Lock()
 
-    class Bar:
-        format_dict: Mapping[str, Any] = {}
-
+    class Bar(base):  # type: ignore[misc]
         def __init__(self, *args: Any, **options: Any) -> None:
             self.in_bytes = options.get("unit") == "B"
-            self.n, self.total = options.get("initial") or 0, options.get("total") or 0
+            self.arrived = options.get("initial") or 0
+            options.pop("name", None)
+            super().__init__(*args, **options | {"disable": True})
 
         def update(self, n: float | None = 1) -> None:
             if stop.is_set():
                 raise CancelledError("the download was stopped; what is complete is kept")
             if self.in_bytes:
                 with lock:
-                    self.n += n or 0
-                    counts[id(self)] = self.n
+                    self.arrived += n or 0
+                    counts[id(self)] = self.arrived
                     done = min(int(max(counts.values())), total - 1)
                     progress("download", max(done, 0), total, "bytes")
-
-        def _ignore(self, *args: Any, **options: Any) -> None:
-            pass
-
-        refresh = close = set_description = set_description_str = set_postfix_str = _ignore
-
-        def __enter__(self) -> Bar:
-            return self
-
-        def __exit__(self, *error: object) -> None:
-            pass
 
     return Bar
 
 
 def _verify(repository: Repository, names: list[str], progress: Progress) -> None:
-    """Compare files with the hashes that the cache calls its blobs by, each once.
+    """Compare files with the hashes that the hub has for them, each once.
 
     Raises:
         CorruptInputError: one differs; it is removed, so that it is downloaded again.
@@ -310,21 +328,20 @@ def _verify(repository: Repository, names: list[str], progress: Progress) -> Non
     digests = DigestCache(snapshot)
     unread = []
     for name in names:
-        blob = _blob(snapshot / name)
-        if blob is None:
-            continue
-        if len(blob.name) == 64 and digests.digest(name, blob.stat()) != blob.name:
-            unread.append((name, blob))
-        elif len(blob.name) == 40 and _git_hash(blob) != blob.name:
-            raise _refused(repository, name, blob)
-    count = byte_counter(progress, "check hashes", repository.bytes_of(name for name, _ in unread))
+        path, known = snapshot / name, repository.hashes.get(name, "")
+        if len(known) == _GIT and _git_hash(path) != known:
+            raise _refused(repository, name)
+        if len(known) == _SHA256 and digests.digest(name, path.stat()) != known:
+            unread.append(name)
+    count = byte_counter(progress, "check hashes", repository.bytes_of(unread))
     try:
-        for name, blob in unread:
-            before = blob.stat()
-            digest = sha256_file(blob, count)
-            if digest != blob.name:
-                raise _refused(repository, name, blob)
-            digests.record(name, before, blob.stat(), digest)
+        for name in unread:
+            path = snapshot / name
+            before = path.stat()
+            digest = sha256_file(path, count)
+            if digest != repository.hashes[name]:
+                raise _refused(repository, name)
+            digests.record(name, before, path.stat(), digest)
     finally:
         digests.save()
 
@@ -344,10 +361,18 @@ def _git_hash(path: Path) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
-def _refused(repository: Repository, name: str, blob: Path) -> CorruptInputError:
-    for path in (repository.snapshot / name, blob):
+def _refused(repository: Repository, name: str) -> CorruptInputError:
+    """Remove a file from the cache, with the blobs that it leads to."""
+    path = repository.snapshot / name
+    seen: list[Path] = []
+    while path.is_symlink() and len(seen) < 3:
+        seen.append(path)
+        path = path.parent / os.readlink(path)
+    if Path(os.path.realpath(path)).is_relative_to(repository.cache):
+        seen.append(path)
+    for each in seen:
         with suppress(OSError):
-            path.unlink()
+            each.unlink()
     return CorruptInputError(
         f"{name} of {repository.reference} is not what the hub says: its hash differs; it was "
         "removed from the cache, so run the command again"
@@ -368,7 +393,3 @@ def _quiet() -> Iterator[None]:
 
 def _gigabytes(count: int) -> str:
     return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
-
-
-def _abbreviated(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

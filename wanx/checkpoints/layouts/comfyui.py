@@ -10,8 +10,8 @@ from wanx.checkpoints.layouts.base import Layout
 from wanx.checkpoints.layouts.files import WEIGHT_FILES, missing_part, open_part, recognise
 from wanx.checkpoints.part import Part
 from wanx.checkpoints.tokenizer_source import TokenizerSource
-from wanx.checkpoints.weights import abbreviate, open_files
-from wanx.errors import CorruptInputError, UsageError, WanxError
+from wanx.checkpoints.weights import open_files
+from wanx.errors import CorruptInputError, UsageError, WanxError, abbreviate
 
 # Folders of each part, the present one and the ones before.
 _FOLDERS = {

@@ -46,9 +46,10 @@ class DiffusersLayout(Layout):
         for component, (folder, stem) in _PLACES.items():
             inside = [n.removeprefix(f"{folder}/") for n in names if n.startswith(f"{folder}/")]
             weights = weight_files(inside, stem, full_precision=full_precision)
-            if weights:
-                config = [name for name in inside if name == "config.json"]
-                found[component] = [f"{folder}/{name}" for name in (*config, *weights)]
+            config = [name for name in inside if name == "config.json"]
+            found[component] = [f"{folder}/{name}" for name in (*config, *weights)]
+        if not any(len(files) > 1 for files in found.values()):
+            return {}
         tokenizers = (f"tokenizer/{name}" for name in TOKENIZER_FILES)
         found["tokenizer"] = [name for name in tokenizers if name in names][:1]
         found["index"] = [_INDEX]

@@ -22,8 +22,8 @@ from wanx.checkpoints.tokenizer_source import (
     TensorTokenizer,
     TokenizerSource,
 )
-from wanx.checkpoints.weights import PICKLES, abbreviate, open_files, open_index
-from wanx.errors import CorruptInputError, UsageError
+from wanx.checkpoints.weights import PICKLES, open_files, open_index
+from wanx.errors import CorruptInputError, UsageError, abbreviate
 
 # Makes the map from original names, of all names of a network without their prefix.
 Names = Callable[[Iterable[str]], key_maps.KeyMap | None]

@@ -6,9 +6,8 @@ from collections.abc import Collection, Sequence
 
 from wanx.checkpoints.layouts.diffusers import DiffusersLayout
 from wanx.checkpoints.layouts.files import WEIGHT_FILES
-from wanx.checkpoints.layouts.original import OriginalLayout
-from wanx.checkpoints.weights import abbreviate
-from wanx.errors import UsageError
+from wanx.checkpoints.layouts.original import DIT_STEM, OriginalLayout
+from wanx.errors import UsageError, abbreviate
 
 
 def checkpoint_files(
@@ -33,11 +32,19 @@ def checkpoint_files(
         if found := layout.files(names, full_precision=full_precision):
             # The text encoder's config tells nothing about a tokenizer beside it.
             return [name for part, files in found.items() if part not in without for name in files]
-    weights = [name for name in names if name.endswith(WEIGHT_FILES)]
+    pickles = [name for name in names if name.endswith((".bin", ".bin.index.json"))]
+    weights = [n for n in names if n.endswith(WEIGHT_FILES) and n not in pickles]
+    if pickles and any(name.rpartition("/")[2].startswith(DIT_STEM) for name in pickles):
+        raise UsageError(
+            f"{where} has its transformer in {abbreviate(pickles, 3)} alone; use a repository that "
+            "has it in safetensors"
+        )
     if weights:
+        folders = {name.rpartition("/")[0] for name in weights if "-of-" in name}
+        first = min(folders) if folders else weights[0]
         raise UsageError(
             f"{where} is a collection of {len(weights)} files of weights, {abbreviate(weights)}; "
-            f"give the one that is meant: --dit hf://{where}/{weights[0]}"
+            f"give the one that is meant: --dit hf://{where}/{first}"
         )
     raise UsageError(
         f"{where} holds no checkpoint of Wan2.1: {abbreviate(sorted(names)) or 'nothing'}"

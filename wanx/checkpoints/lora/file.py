@@ -12,8 +12,8 @@ import numpy as np
 from wanx.checkpoints.lora.alpha import Alpha, alpha_of
 from wanx.checkpoints.lora.names import ALPHA, DOWN, UNSUPPORTED, parse_name
 from wanx.checkpoints.tensors.source import TensorSource
-from wanx.checkpoints.weights import PICKLES, abbreviate, open_files
-from wanx.errors import CorruptInputError, UsageError
+from wanx.checkpoints.weights import PICKLES, open_files
+from wanx.errors import CorruptInputError, UsageError, abbreviate
 from wanx.files.floats import FLOATS, NUMPY
 from wanx.files.safetensors import read_header
 

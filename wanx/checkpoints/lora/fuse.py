@@ -27,10 +27,10 @@ from wanx.checkpoints.lora.names import (
 )
 from wanx.checkpoints.lora.patches import Difference, FusedTensor, LowRank, Patch
 from wanx.checkpoints.tensors.source import TensorSource
-from wanx.checkpoints.weights import ComponentWeights, abbreviate
-from wanx.errors import CorruptInputError, UsageError
+from wanx.checkpoints.weights import ComponentWeights
+from wanx.errors import CorruptInputError, UsageError, abbreviate
 from wanx.files.checksum import sha256_file
-from wanx.hub.reference import SCHEME, HubReference, hub_reference
+from wanx.hub.reference import HubReference, hub_reference, is_uri
 
 _log = logging.getLogger("wanx.checkpoints")
 _MAX_STRENGTH = 100.0
@@ -65,7 +65,7 @@ class Lora:
                 f"--lora {text}: the strength {strength:g} is not between -{_MAX_STRENGTH:g} and "
                 f"{_MAX_STRENGTH:g}"
             )
-        if reference := hub_reference(path) if path.startswith(SCHEME) else None:
+        if reference := hub_reference(path) if is_uri(path) else None:
             return cls(path=reference, strength=strength)
         if not match and ":" in text and not Path(text).exists():
             raise UsageError(

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from wanx.checkpoints.weights import abbreviate
 from wanx.config.number_formats import WEIGHTS
-from wanx.errors import WanxError
+from wanx.errors import WanxError, abbreviate
 from wanx.files.safetensors import TensorRef
 
 IR_TYPES = {row.safetensors: ir.DataType(row.onnx) for row in WEIGHTS}

@@ -15,9 +15,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from wanx.checkpoints.weights import abbreviate
 from wanx.config.number_formats import QUANTIZED, UINT8
-from wanx.errors import WanxError
+from wanx.errors import WanxError, abbreviate
 from wanx.exporter.quantization.recipe import Recipe
 from wanx.exporter.quantization.scheme import WEIGHT_ONLY
 

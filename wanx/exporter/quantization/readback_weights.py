@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from wanx.checkpoints.tensors.source import SafetensorsTensor, TensorSource
-from wanx.checkpoints.weights import abbreviate
-from wanx.errors import WanxError
+from wanx.errors import WanxError, abbreviate
 from wanx.exporter.quantization.quantize import FLOATS, TINY
 from wanx.exporter.quantization.recipe import Recipe, smoothing_of
 from wanx.files.safetensors import TensorRef
