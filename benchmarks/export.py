@@ -1,11 +1,10 @@
 """Measure an export against copying the same bytes, in one run on one disk.
 
-Run it as ``python -m benchmarks.export CHECKPOINT OUTPUT -- EXPORT-OPTIONS``. It copies the
-checkpoint's weights beside OUTPUT, removes the copy, exports, and prints JSON: both times, their
-ratio, and the largest anonymous memory of the exporting process. The page cache is dropped for the
-source before each, and both end with their bytes on disk (fsync). With
-``--lora FILE`` it exports with these LoRAs as well, and prints the ratio of that to the export
-without.
+Run it as ``python -m benchmarks.export [--lora FILE] CHECKPOINT OUTPUT -- EXPORT-OPTIONS``. It
+copies the checkpoint's weights beside OUTPUT, removes the copy, exports, and prints JSON: both
+times, their ratio, and the largest anonymous memory of the exporting process. The page cache is
+dropped for the source before each, and both end with their bytes on disk (fsync). With ``--lora
+FILE`` it exports with these LoRAs as well, and prints the ratio of that to the export without.
 """
 
 from __future__ import annotations

@@ -121,7 +121,8 @@ def write(
     ]
     header += [(name, "BF16", shape) for name, shape in shapes.items() if name not in eight_bit]
     header += [(name, "F8_E4M3", shapes[name]) for name in sorted(eight_bit)]
-    codes = (block * 32).clip(-126, 126).astype(np.int8).view(np.uint8)  # without NaN's 127
+    # A sign and a magnitude, of which 127 is NaN.
+    codes = np.abs(block * 32).clip(0, 126).astype(np.uint8) | np.signbit(block).view(np.uint8) << 7
     with SafetensorsWriter(path, header) as file:
         for name, dtype, shape in header:
             count = int(np.prod(shape))

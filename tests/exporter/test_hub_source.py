@@ -212,7 +212,7 @@ def test_the_disk_is_checked_before_the_download(
     checkpoint_of: Callable[[str], Path], hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(hub, checkpoint_of("t2v"))
-    monkeypatch.setattr("wanx.hub.repository._RESERVE", 1 << 60)
+    monkeypatch.setattr("wanx.hub.download._RESERVE", 1 << 60)
     with pytest.raises(WanxError, match=r"owner/name brings .* and .* beside them, and the disk"):
         wanx.export(**quick(NAME, tmp_path / "b"))
     assert not list((tmp_path / "hub").rglob("*.safetensors"))

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
+import wanx.hub.download as module
 from tests.support.hub_server import COMMIT, TOKEN, Hub, Repo
 from wanx.errors import CorruptInputError, EnvironmentMismatchError, UsageError, WanxError
-from wanx.hub import repository as module
+from wanx.hub import repository as repositories
+from wanx.hub.download import download, require_space
 from wanx.hub.reference import HubReference
 from wanx.hub.remote_file import open_remote
-from wanx.hub.repository import Repository, download, open_repository, require_space
+from wanx.hub.repository import Repository, open_repository
 
 NAME = "owner/name"
 FILES = {
@@ -249,7 +251,7 @@ def test_parts_of_a_file(hub: Hub, repo: Repo) -> None:
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr(repositories, "find_spec", lambda name: None)
     with pytest.raises(EnvironmentMismatchError, match=r"pip install 'wanx\[hub\]'"):
         opened()
 

@@ -68,3 +68,5 @@ def test_scaled_8_bit_floats_and_loras(tool: ModuleType, tmp_path: Path) -> None
     plain = plan(ExportOptions(source=tmp_path / "made")).resolved.checkpoint
     kinds = [type(source).__name__ for source in plain.components["dit"].tensors.values()]
     assert kinds.count("Float8Tensor") == linears
+    for source in checkpoint.components["dit"].tensors.values():
+        assert list(source.iter_converted("BF16"))  # which refuses NaN

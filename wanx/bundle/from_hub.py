@@ -7,8 +7,9 @@ from pathlib import Path
 from wanx.bundle.manifest import MANIFEST
 from wanx.bundle.recovery import is_wanx_bundle, manifest_of
 from wanx.errors import UsageError
+from wanx.hub.download import download
 from wanx.hub.reference import HubReference
-from wanx.hub.repository import Repository, download, open_repository
+from wanx.hub.repository import Repository, open_repository
 from wanx.progress import Progress, no_progress
 
 _MAX_MANIFEST_BYTES = 8 << 20
@@ -29,7 +30,7 @@ def fetch_bundle(
 
     Raises:
         UsageError: there is no such repository, or it is no bundle.
-        WanxError: as :func:`wanx.hub.repository.download`.
+        WanxError: as :func:`wanx.hub.download.download`.
     """
     if reference.file:
         raise UsageError(
@@ -53,7 +54,7 @@ def bundle_files(repository: Repository) -> list[str]:
 
     Raises:
         CorruptInputError: the manifest is damaged.
-        WanxError: as :func:`wanx.hub.repository.download`.
+        WanxError: as :func:`wanx.hub.download.download`.
     """
     if not 0 < repository.sizes.get(MANIFEST, 0) <= _MAX_MANIFEST_BYTES:
         return []

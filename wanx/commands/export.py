@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -173,6 +174,9 @@ def export(
     if list_sources:
         _list_sources(as_json)
         return
+    # Products of LoRAs have a thread of their own beside the one that reads and rounds; threads of
+    # NumPy's library beside both took a third longer. It reads this when it is imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from wanx.exporter.packages import GRAPHS, require_packages
 
     require_packages("export", GRAPHS)

@@ -20,9 +20,10 @@ from wanx.checkpoints.sparse_copy import sparse_copy
 from wanx.errors import UsageError, WanxError, abbreviate
 from wanx.exporter.options import ExportOptions
 from wanx.files.disk import preflight_space, same_disk
+from wanx.hub.download import download, require_space
 from wanx.hub.reference import HubReference, hub_reference
 from wanx.hub.remote_file import open_remote
-from wanx.hub.repository import Repository, download, open_repository, require_space
+from wanx.hub.repository import Repository, open_repository
 from wanx.progress import Progress, no_progress, step_counter
 
 _CONFIG = "config.json"  # beside the file of a transformer, tells sizes
@@ -108,7 +109,7 @@ class HubSource:
         LoRAs and bundles are downloaded: what is checked of them takes their numbers.
 
         Raises:
-            WanxError: as :func:`wanx.hub.repository.download`.
+            WanxError: as :func:`wanx.hub.download.download`.
         """
 
         def place(files: RemoteFiles) -> Path:
@@ -123,7 +124,7 @@ class HubSource:
         """Options with files of the hub's cache in their place.
 
         Raises:
-            WanxError: as :func:`wanx.hub.repository.download`.
+            WanxError: as :func:`wanx.hub.download.download`.
         """
         return self._local(lambda files: download(files.repository, files.names, progress))
 

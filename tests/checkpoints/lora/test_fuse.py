@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -476,3 +477,50 @@ def test_lists_of_loras() -> None:
     for one in ("a.safetensors", Path("a.safetensors")):
         with pytest.raises(UsageError, match="give a list"):
             parse_loras(one)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 1000])
+@pytest.mark.parametrize("chunk", [8, 1000, 1 << 20])
+def test_pieces_of_any_size(
+    rows: int, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of products, of the weights and of differences, which are cut at different places."""
+    monkeypatch.setattr("wanx.checkpoints.lora.patches._ROWS", rows)
+    weights = weights_of(tmp_path / "dit.safetensors")
+    layer, other = "blocks.0.ffn.0", "blocks.1.ffn.2"
+    pairs = low_rank(3, [layer, other])
+    difference = torch.randn(shapes()[f"{layer}.weight"]) * 0.1
+    tensors = {f"diffusion_model.{layer}.diff": difference}
+    for name, (up, down) in pairs.items():
+        tensors[f"diffusion_model.{name}.lora_up.weight"] = up
+        tensors[f"diffusion_model.{name}.lora_down.weight"] = down
+    save_file(tensors, tmp_path / "lora.safetensors")
+    lora = Lora(path=tmp_path / "lora.safetensors", strength=0.5)
+    once, _ = fuse(weights, [lora])
+    twice, _ = fuse(once, [lora])  # on weights that are fused already
+    for fused, factor in ((once, 0.5), (twice, 1.0)):
+        for name, (up, down) in pairs.items():
+            source = fused.tensors[f"{name}.weight"]
+            data = b"".join(bytes(piece) for piece in source.iter_converted("F32", chunk))
+            found = torch.frombuffer(bytearray(data), dtype=torch.float32).reshape(source.shape)
+            expected = formula(numbers(weights.tensors[f"{name}.weight"]), up, down, factor)
+            if name == layer:
+                expected += factor * difference.double()
+            assert torch.allclose(found, expected.float(), rtol=2e-7, atol=1e-9)
+
+
+def test_a_source_that_is_left_early(tmp_path: Path) -> None:
+    """No thread stays behind where an export is stopped in the middle of a tensor."""
+    weights = weights_of(tmp_path / "dit.safetensors")
+    ((up, down),) = low_rank(3, ["blocks.0.ffn.0"]).values()
+    names = {"lora_up.weight": up, "lora_down.weight": down}
+    save_file(
+        {f"diffusion_model.blocks.0.ffn.0.{name}": t for name, t in names.items()},
+        tmp_path / "lora.safetensors",
+    )
+    fused, _ = fuse(weights, [Lora(path=tmp_path / "lora.safetensors")])
+    before = threading.active_count()
+    pieces = fused.tensors["blocks.0.ffn.0.weight"].iter_converted("F32", 64)
+    next(pieces)
+    pieces.close()  # type: ignore[attr-defined]
+    assert threading.active_count() <= before

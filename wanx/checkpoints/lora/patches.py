@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from wanx.checkpoints.tensors.computed import ComputedTensor, Values, numbers_of, whole_rows
 from wanx.checkpoints.tensors.source import CHUNK_BYTES, TensorSource
 
-_ROWS = 128  # at a time, so that products are worth their call
+_ROWS = 256  # of a product at a time: the narrow matrix is read for each anew
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,24 +108,50 @@ class FusedTensor(ComputedTensor):
         return self.base.stored_bytes
 
     def rows(self, numbers: int, *, wide: bool) -> Iterator[Values]:
-        """Add the patches, all of it in float64: sums may cancel, and the error would be seen."""
-        base = whole_rows(numbers_of(self.base, CHUNK_BYTES // 4, wide=True), self.columns, _ROWS)
+        """Add the patches, all of it in float64: sums may cancel, and the error would be seen.
+
+        Each piece is valid until the next is drawn.
+        """
+        height = self.rows_at_once(numbers)
+        base = whole_rows(numbers_of(self.base, numbers, wide=True), self.columns, height)
         low_rank = [patch for patch in self.patches if isinstance(patch, LowRank)]
         # On another core than what reads and rounds the weights.
         added = [_ahead(_product(low_rank, self.columns))] if low_rank else []
-        added += [p.added(self.columns, _ROWS) for p in self.patches if isinstance(p, Difference)]
-        for total, *others in zip(*added, base, strict=True):
+        added += [p.added(self.columns, height) for p in self.patches if isinstance(p, Difference)]
+        for total, *others in _alike(added, base):
             for other in others:
                 total += other
             yield total if wide else total.astype(np.float32)
 
 
+def _alike(added: list[Iterator[Values]], base: Iterator[Values]) -> Iterator[list[Values]]:
+    """Cut streams of rows at the same places; what is added comes first, and ends with the base."""
+    streams = [*added, base]
+    held = [next(stream) for stream in streams]
+    while True:
+        height = min(len(piece) for piece in held)
+        yield [piece[:height] for piece in held]
+        for number, stream in enumerate(streams):
+            held[number] = held[number][height:]
+            if not len(held[number]):
+                piece = next(stream, None)
+                if piece is None:
+                    return
+                held[number] = piece
+
+
 def _product(patches: list[LowRank], columns: int) -> Iterator[Values]:
-    """Yield the sum of several products as one, of matrices beside and below each other."""
+    """Yield the sum of several products as one, of matrices beside and below each other.
+
+    Pieces take turns in two places, since the system clears fresh memory slower than a core
+    multiplies: each is valid until the one after the next is drawn.
+    """
     ups, downs = zip(*(patch.matrices(columns) for patch in patches), strict=True)
     up, down = np.concatenate(ups, axis=1), np.concatenate(downs)
-    for start in range(0, len(up), _ROWS):
-        yield up[start : start + _ROWS] @ down
+    places = np.empty((2, min(_ROWS, len(up)), columns))
+    for turn, start in enumerate(range(0, len(up), _ROWS)):
+        part = up[start : start + _ROWS]
+        yield np.matmul(part, down, out=places[turn % 2, : len(part)])
 
 
 def _ahead(pieces: Iterator[Values]) -> Iterator[Values]:

@@ -35,7 +35,7 @@ class ComputedTensor(TensorSource):
 
     @abstractmethod
     def rows(self, numbers: int, *, wide: bool) -> Iterator[Values]:
-        """Yield the rows in order, as ``[rows, columns]``, some of them at a time.
+        """Yield the rows in order, as ``[rows, columns]``; each piece is valid until the next.
 
         Args:
             numbers: to yield at a time, roughly: rows are whole.
@@ -101,12 +101,16 @@ def whole_rows(pieces: Iterator[Values], columns: int, rows: int) -> Iterator[Va
     held: list[Values] = []
     size = 0
     for piece in pieces:
-        held.append(piece)
         size += piece.size
-        while size >= wanted:
-            joined = np.concatenate(held) if len(held) > 1 else held[0]
-            yield joined[:wanted].reshape(rows, columns)
-            held, size = [joined[wanted:]], size - wanted
+        if size < wanted:
+            held.append(piece.copy())  # since a piece is valid until the next
+            continue
+        joined = np.concatenate([*held, piece]) if held else piece
+        size %= wanted
+        whole = joined.size - size
+        for start in range(0, whole, wanted):
+            yield joined[start : start + wanted].reshape(rows, columns)
+        held = [joined[whole:].copy()] if size else []
     rest = np.concatenate(held) if held else np.empty(0, np.float32)
     if rest.size % columns:
         raise CorruptInputError("a tensor ended inside a row; restore its file and run again")
