@@ -163,7 +163,7 @@ def test_a_download_that_is_interrupted(
     arguments = [command, "owner/name", *(QUICK if command == "export" else ())]
     process = subprocess.Popen(
         [sys.executable, "-m", "wanx", *arguments],
-        env=environment(hub, tmp_path, TMPDIR=str(tmp_path)), cwd=tmp_path,
+        env=environment(hub, tmp_path, TMPDIR=str(tmp_path), PYTHONFAULTHANDLER="1"), cwd=tmp_path,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     cache, deadline = tmp_path / "home" / "hub", time.monotonic() + 120
@@ -172,7 +172,11 @@ def test_a_download_that_is_interrupted(
     assert len(repo.files[large]) > 1e5
     start = time.monotonic()
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    try:
+        _, err = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # which prints the stacks of its threads
+        pytest.fail(process.communicate()[1])
     assert time.monotonic() - start < 20
     assert process.returncode == 128 + number
     assert err.splitlines()[-1] == "interrupted: nothing partial was left behind"

@@ -191,6 +191,7 @@ def _bar_class(total: int, progress: Progress, stop: threading.Event) -> type:
                     done = min(int(max(counts.values())), total - 1)
                     progress("download", max(done, 0), total, "bytes")
 
+    Bar.set_lock(threading.RLock())  # tqdm's own would start a process
     return Bar
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 from dataclasses import replace
@@ -29,6 +30,7 @@ STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 Tensors = dict[str, torch.Tensor]
 
 
+@functools.cache
 def shapes(preset: str = "tiny") -> dict[str, tuple[int, ...]]:
     config = PRESETS[preset]
     found = dict(expected_tensors(config)["dit"])
@@ -120,6 +122,12 @@ def test_fused_weights_are_the_formula(stored: str, dtype: torch.dtype, tmp_path
         assert source.storage == "F32"
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> ComponentWeights:
+    """Weights that many tests read."""
+    return weights_of(tmp_path_factory.mktemp("weights") / "dit.safetensors")
+
+
 @pytest.mark.parametrize("suffixes", [
     (".lora_up.weight", ".lora_down.weight"), (".lora_B.weight", ".lora_A.weight"),
     (".lora_B", ".lora_A"), (".lora_B.default.weight", ".lora_A.default.weight"),
@@ -133,9 +141,13 @@ def test_fused_weights_are_the_formula(stored: str, dtype: torch.dtype, tmp_path
      "pipe.dit.", "lycoris_", "base_model.model.diffusion_model."],
 )  # fmt: skip
 def test_every_way_to_name_a_layer(
-    prefix: str, named: str, suffixes: tuple[str, str], tmp_path: Path
+    prefix: str,
+    named: str,
+    suffixes: tuple[str, str],
+    shared: ComponentWeights,
+    tmp_path: Path,
 ) -> None:
-    weights = weights_of(tmp_path / "dit.safetensors")
+    weights = shared
     layers = ["blocks.1.self_attn.q", "blocks.0.cross_attn.o", "blocks.0.ffn.0", "head.head",
               "time_projection.1", "text_embedding.2", "patch_embedding"]  # fmt: skip
     tensors: Tensors = {}

@@ -274,6 +274,7 @@ def test_the_manifest_tells_the_recipe() -> None:
             "blocks.0.ffn.2": {"input_scale": None, "sqnr_db": None},
         },
         "kept": {"blocks.0.self_attn.q": "SQNR 12.0 dB, below 25"},
+        "kept_weights": 0,
         "found": {"fp8": 2},
         "kernels": {"MatMul": 9},
     }
