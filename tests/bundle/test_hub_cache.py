@@ -74,6 +74,11 @@ def test_weights_are_named_without_links(snapshot: Path) -> None:
         assert not path.is_symlink()
         assert path.samefile(snapshot / old.location)
     assert without_links(builtin_bundle(), b"x") == (builtin_bundle(), b"x")
+    link = snapshot / before[0].location
+    link.unlink()
+    link.symlink_to("/dev/null")  # after the check
+    with pytest.raises(CorruptInputError, match="leads out of the hub's cache"):
+        without_links(snapshot, graph.read_bytes())
 
 
 def elsewhere(snapshot: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import re
 import stat
 from pathlib import Path
 
+from wanx.errors import CorruptInputError
 from wanx.files.onnx_wire import renamed_locations
 
 _REPOSITORY = re.compile(r"(?:models|datasets|spaces)--.+")
@@ -45,6 +46,9 @@ def without_links(root: Path, model: bytes) -> tuple[Path, bytes]:
 
     Returns:
         The same two, or the cache and a graph whose locations are relative to it.
+
+    Raises:
+        CorruptInputError: a link leads out of the cache, which was not so when it was checked.
     """
     if not is_snapshot(root):
         return root, model
@@ -52,7 +56,10 @@ def without_links(root: Path, model: bytes) -> tuple[Path, bytes]:
     cache = real.parents[2]
 
     def rename(location: str) -> str:
-        return Path(os.path.realpath(real / location)).relative_to(cache).as_posix()
+        path = Path(os.path.realpath(real / location))
+        if not path.is_relative_to(cache):
+            raise CorruptInputError(f"{real / location} leads out of the hub's cache; remove it")
+        return path.relative_to(cache).as_posix()
 
     return cache, renamed_locations(model, rename)
 
