@@ -137,6 +137,16 @@ def test_scales_that_can_be_kept(scale: Any, tmp_path: Path) -> None:
     assert (one is None) == (len(values) > 1)
 
 
+def test_numbers_of_a_weight_that_is_read_in_pieces(tmp_path: Path) -> None:
+    codes = torch.randn(1500, 2000).to(torch.float8_e4m3fn)
+    save_file({"a.weight": codes}, tmp_path / "w.safetensors")
+    kept = kept_weight(
+        open_files([tmp_path / "w.safetensors"])[0]["a.weight"], SCHEMES["fp8"], QuantizeOptions()
+    )
+    assert kept is not None
+    assert torch.equal(kept.numbers().view(torch.uint8), codes.view(torch.uint8))
+
+
 def test_other_floats_are_not_kept(tmp_path: Path) -> None:
     tensors = {"a.weight": torch.ones(2, 3).to(torch.float8_e5m2), "b.weight": torch.ones(2, 3)}
     save_file(tensors, tmp_path / "w.safetensors")

@@ -48,7 +48,7 @@ class GGUFEntry:
 
 @dataclass(frozen=True, slots=True)
 class GGUFHeader:
-    """What is in front of the tensors.
+    """Metadata and places of tensors, which come before the tensors themselves.
 
     Attributes:
         fields: numbers, texts and lists of them, by key; lists of numbers are arrays of NumPy.

@@ -55,7 +55,9 @@ class KeptWeight(TensorSource):
 
     def numbers(self) -> Tensor:
         """All numbers, e4m3 ``[N, K]``."""
-        data = bytearray().join(self.iter_bytes())
+        data = bytearray()
+        for piece in self.iter_bytes():  # each is valid until the next
+            data += piece
         return torch.frombuffer(data, dtype=torch.float8_e4m3fn).view(self.shape)
 
 
