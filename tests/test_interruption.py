@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from wanx.interruption import (
     exit_code,
     exit_on_sigint,
     interrupt_on_signals,
+    result_of,
 )
 
 # The C library calls back into Python, which is interrupted there.
@@ -121,3 +124,41 @@ def test_what_is_ignored_stays_ignored() -> None:
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+# The thread of the process takes the signal, as if it came just before the first one waits.
+WAITING = """
+import os, signal, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from wanx.interruption import exit_on_sigint, interrupt_on_signals, result_of
+
+def work():
+    time.sleep(0.5)
+    signal.pthread_kill(threading.get_ident(), getattr(signal, sys.argv[2]))
+    time.sleep(20)
+
+with ThreadPoolExecutor(1) as pool, interrupt_on_signals():
+    if sys.argv[1] == "ends":
+        with exit_on_sigint():
+            result_of(pool.submit(work))
+    try:
+        result_of(pool.submit(work))
+    except KeyboardInterrupt:
+        os._exit(3)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("how", ["ends", "raises"])
+def test_a_signal_before_a_wait(how: str, name: str) -> None:
+    begin = time.monotonic()
+    ended = subprocess.run([sys.executable, "-c", WAITING, how, name], timeout=60, check=False)
+    assert ended.returncode == (128 + getattr(signal, name) if how == "ends" else 3)
+    assert time.monotonic() - begin < 15
+
+
+def test_results_and_errors_of_futures() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        assert result_of(pool.submit(lambda: time.sleep(0.5) or "done")) == "done"
+        with pytest.raises(ZeroDivisionError):
+            result_of(pool.submit(lambda: 1 / 0))

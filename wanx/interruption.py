@@ -11,8 +11,10 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import TypeVar
 
 INTERRUPTED = "interrupted: nothing partial was left behind"
 
@@ -20,6 +22,8 @@ INTERRUPTED = "interrupted: nothing partial was left behind"
 _NAMES = ("SIGTERM", "SIGHUP", "SIGQUIT", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 _SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
+_POLL = 0.2  # seconds
+T = TypeVar("T")
 _cleanups: list[Callable[[], object]] = []
 _received: int = signal.SIGINT
 
@@ -61,6 +65,17 @@ def exit_on_sigint() -> Iterator[None]:
     ignored = [number for number in _SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
     with _handled([signal.SIGINT, *(n for n in _SIGNALS if n not in ignored)], _end):
         yield
+
+
+def result_of(future: Future[T]) -> T:
+    """Result of a future, in a wait that a signal ends.
+
+    Python runs handlers between two steps of its own. A signal that arrives just before a wait
+    without a limit would be handled after it.
+    """
+    while not wait([future], _POLL).done:
+        pass
+    return future.result()
 
 
 @contextmanager

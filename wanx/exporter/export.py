@@ -46,7 +46,7 @@ from wanx.exporter.targets.registry import parse_target
 from wanx.exporter.thread_settings import one_thread, short_switch_interval
 from wanx.exporter.weights import WrittenWeights, combined_sha256, file_labels, write_weights
 from wanx.files.hub_cache import hub_name
-from wanx.interruption import cleanup_on_sigint
+from wanx.interruption import cleanup_on_sigint, result_of
 from wanx.progress import Progress, byte_counter, no_progress
 from wanx.runtime.sessions.onnxruntime.providers import PROVIDERS
 from wanx.version import __version__
@@ -303,7 +303,7 @@ class _Build:
                         writing.result()
                     traced[name] = self._graph(name, recipes.get(self._groups[name]))
                 self._count_traced(len(traced))
-                return writing.result(), traced
+                return result_of(writing), traced
             except BaseException:
                 stop.set()
                 raise

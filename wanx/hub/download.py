@@ -27,7 +27,7 @@ from wanx.errors import (
 from wanx.files.checksum import DigestCache, sha256_file
 from wanx.hub.errors import one_line
 from wanx.hub.repository import MAIN, Repository, quiet
-from wanx.interruption import cleanup_on_sigint
+from wanx.interruption import cleanup_on_sigint, result_of
 from wanx.progress import Progress, byte_counter, no_progress
 
 _log = logging.getLogger("wanx.hub")
@@ -129,7 +129,7 @@ def _fetch(repository: Repository, names: list[str], total: int, progress: Progr
     with quiet(), one_line(reference), cleanup_on_sigint(lambda: _end(repository, stop)):
         done = pool.submit(partial(snapshot_download, reference.repository, **options))
         try:
-            done.result()
+            result_of(done)
         except BaseException:
             _end(repository, stop)
             raise
