@@ -128,18 +128,27 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> ComponentWeights:
     return weights_of(tmp_path_factory.mktemp("weights") / "dit.safetensors")
 
 
-@pytest.mark.parametrize("suffixes", [
+SUFFIX_CASES = [
     (".lora_up.weight", ".lora_down.weight"), (".lora_B.weight", ".lora_A.weight"),
     (".lora_B", ".lora_A"), (".lora_B.default.weight", ".lora_A.default.weight"),
     ("_lora.up.weight", "_lora.down.weight"), (".lora.up.weight", ".lora.down.weight"),
     (".lora_linear_layer.up.weight", ".lora_linear_layer.down.weight"),
-])  # fmt: skip
-@pytest.mark.parametrize("named", ["original", "diffusers"])
+]  # fmt: skip
+PREFIX_CASES = [
+    *("", "diffusion_model.", "transformer.", "lora_unet_", "lora_unet__", "base_model.model."),
+    *("pipe.dit.", "lycoris_", "base_model.model.diffusion_model."),
+]
+
+
+# Every prefix with both namings, and each with every other suffix; all of the products take long.
 @pytest.mark.parametrize(
-    "prefix",
-    ["", "diffusion_model.", "transformer.", "lora_unet_", "lora_unet__", "base_model.model.",
-     "pipe.dit.", "lycoris_", "base_model.model.diffusion_model."],
-)  # fmt: skip
+    ("prefix", "named", "suffixes"),
+    [
+        (prefix, named, SUFFIX_CASES[(number + shift) % len(SUFFIX_CASES)])
+        for number, prefix in enumerate(PREFIX_CASES)
+        for named, shift in (("original", 0), ("diffusers", 3))
+    ],
+)
 def test_every_way_to_name_a_layer(
     prefix: str,
     named: str,

@@ -1,4 +1,4 @@
-"""Small models in every precision, for two GPUs at once, with and without our kernels."""
+"""Small models in every precision, with and without our kernels."""
 
 from __future__ import annotations
 
@@ -33,10 +33,12 @@ found = {}
 for name, (spec, chosen) in jobs.items():
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "engines"
-        target = TensorRTTarget(name="rtx", sms=(89, 120))
+        # One GPU where another would differ in nothing that is looked at; each takes as long.
+        sms = (89, 120) if name == "fp8 plug-ins" else (89,)
+        target = TensorRTTarget(name="rtx", sms=sms)
         builder = TensorRTBuilder(target=target, ranges=ranges(tiny), plugins=chosen)
         schedule = builder.build(spec.name, partition(spec, torch.bfloat16), folder)
-        assert schedule.device == "sm89+sm120"
+        assert schedule.device == "+".join(f"sm{sm}" for sm in sms)
         found[name] = {n: dict(program.layers) for n, program in schedule.programs.items()}
 """
 

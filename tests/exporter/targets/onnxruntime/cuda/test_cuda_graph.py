@@ -51,8 +51,9 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
         precision, _, form = kind.partition(" ")
         forms = {
             "": QuantizeOptions(),
-            "dynamic": QuantizeOptions(activation_scale="dynamic", weight_scale="tensor"),
-            "attention": QuantizeOptions(attention="fp8"),
+            "dynamic": QuantizeOptions(
+                activation_scale="dynamic", weight_scale="tensor", attention="fp8"
+            ),
         }
         if kind not in made:
             made[kind] = export(
@@ -66,7 +67,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
     return find
 
 
-KINDS = ["fp32", "bf16", "fp16", "int8", "fp8", "fp8 dynamic", "fp8 attention"]
+KINDS = ["fp32", "bf16", "fp16", "int8", "fp8", "fp8 dynamic"]
 CASES = [(kind, component) for kind in KINDS[:3] for component in COMPONENTS] + [
     (kind, component) for kind in KINDS[3:] for component in ("text_encoder", "dit")
 ]
