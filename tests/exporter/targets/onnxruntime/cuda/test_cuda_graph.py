@@ -30,7 +30,6 @@ from wanx.exporter.targets.onnxruntime.cuda import graph as cuda
 from wanx.exporter.targets.onnxruntime.cuda import missing_kernels
 from wanx.exporter.targets.onnxruntime.cuda.kernel_table import TABLE
 from wanx.exporter.targets.onnxruntime.cuda.missing_kernels import unsupported_nodes
-from wanx.exporter.targets.options import BuilderOptions
 from wanx.runtime.sessions.onnxruntime.loading import create_session, folds
 
 QUICK = CalibrationOptions(prompts=1, steps=2, golden_steps=1, width=32, height=32, frames=5)
@@ -192,7 +191,7 @@ def test_nodes_without_a_kernel_are_said(
             build(bundle, "cuda", force=True)
         assert open_bundle(bundle.root, verify="full").manifest.files == before
         return
-    build(bundle, "cuda", force=True, options=BuilderOptions(graph_cache=False))
+    build(bundle, "cuda", force=True)
     said = [match for message in caplog.messages if (match := re.match(line, message))]
     assert sorted(match[1] for match in said) == sorted(set(COMPONENTS) - {"text_encoder"})
     assert all(match.string.endswith("to the processor, if that has one") for match in said)
