@@ -126,7 +126,8 @@ def test_what_is_ignored_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-# The thread of the process takes the signal, as if it came just before the first one waits.
+# Another thread takes the signal, so the main one goes on waiting, as after one that came just
+# before the wait.
 WAITING = """
 import os, signal, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import wanx
+from tests.support.engines import on_cpu, relative, rescheduled, text_and_frames
 from wanx.benchmarks.accuracy.compare import CompareOptions, compare
 from wanx.benchmarks.speed.suite import BenchOptions
 from wanx.bundle.engine_schedule import read_schedule
-from wanx.bundle.publish import record_files, write_manifest
-from wanx.bundle.reader import Bundle, open_bundle
-from wanx.bundle.trust import mark_trusted
+from wanx.bundle.reader import Bundle
 from wanx.exporter.calibration.options import CalibrationOptions
 from wanx.runtime.options import RunOptions
 from wanx.runtime.pipeline import Pipeline
 from wanx.runtime.sessions import open_session
-from wanx.runtime.sessions.base import Session, State
+from wanx.runtime.sessions.base import Session
 
 PROMPT = "a red circle moving right on a blue background"
 pytestmark = pytest.mark.slow
@@ -40,29 +36,6 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     )
 
 
-def on_cpu(bundle: Bundle) -> Bundle:
-    """The same files, run by ONNX Runtime."""
-    return dataclasses.replace(
-        bundle, manifest=bundle.manifest.model_copy(update={"target": "cpu"})
-    )
-
-
-def relative(found: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
-
-
-def in_turn(compiled: Bundle, folder: Path) -> Bundle:
-    """A copy that runs the branches of a step one after the other, signed anew and built here."""
-    shutil.copytree(compiled.root, folder)
-    engine = compiled.manifest.components["dit"].engines["aoti"]
-    schedule = read_schedule(folder / engine).model_copy(update={"max_batched_tokens": 0})
-    (folder / engine).write_text(schedule.to_json())
-    manifest = compiled.manifest.model_copy(update={"files": record_files(folder)})
-    write_manifest(folder, manifest)
-    mark_trusted(engine, manifest.files)
-    return open_bundle(folder)
-
-
 def test_it_is_what_the_export_says(compiled: Bundle) -> None:
     assert compiled.manifest.target == "aoti"
     for name, component in compiled.manifest.components.items():
@@ -72,19 +45,7 @@ def test_it_is_what_the_export_says(compiled: Bundle) -> None:
 
 
 def test_text_and_carried_state(compiled: Bundle) -> None:
-    ids = np.array([[7, 3, 9, 1]])
-    latent = np.random.default_rng(0).standard_normal((1, 16, 1, 8, 8), dtype=np.float32)
-    answers: list[list[np.ndarray]] = []
-    for bundle in (compiled, on_cpu(compiled)):
-        with open_session(bundle, "text_encoder") as session:
-            made = [session.run({"ids": ids})["features"]]
-        state: State = {}
-        with open_session(bundle, "vae_decoder_first") as session:
-            made.append(session.run({"latent": latent}, state)["video"])
-        with open_session(bundle, "vae_decoder_rest") as session:
-            for scale in (0.5, -1):
-                made.append(session.run({"latent": latent * np.float32(scale)}, state)["video"])
-        answers.append(made)
+    answers = (text_and_frames(bundle) for bundle in (compiled, on_cpu(compiled)))
     for number, (found, wanted) in enumerate(zip(*answers, strict=True)):
         assert found.shape == wanted.shape
         # On the processor, the activations of a text encoder in 8 bits have 14.
@@ -106,7 +67,7 @@ def test_a_benchmark_of_programs(compiled: Bundle, tmp_path: Path) -> None:
 def test_every_network_at_every_step(compiled: Bundle, tmp_path: Path) -> None:
     """Teacher-forced: free-running videos diverge with the processor's rounding of bf16."""
     # Building measures which limit is faster, and that is different from run to run.
-    compiled = in_turn(compiled, tmp_path / "b")
+    compiled = rescheduled(compiled, tmp_path / "b", max_batched_tokens=0)
     options = CompareOptions(run=RunOptions(prompt=PROMPT, seed=3, steps=6), clips=False)
     comparison = compare(compiled, on_cpu(compiled), options)
     (run,) = comparison.runs
@@ -121,17 +82,3 @@ def test_every_network_at_every_step(compiled: Bundle, tmp_path: Path) -> None:
 def test_a_whole_video(compiled: Bundle) -> None:
     frames = Pipeline(compiled)(PROMPT, seed=3, steps=2).frames
     assert frames.shape == (17, 64, 64, 3)
-
-
-def test_building_again_builds_nothing(
-    compiled: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(compiled.root, copy)
-    assert wanx.build(copy, target="cpu").manifest.target == "cpu"
-
-    def fail(*_: object, **__: object) -> None:
-        raise AssertionError("compiled again")
-
-    monkeypatch.setattr("wanx.exporter.targets.aoti.AotiBuilder.build", fail)
-    assert wanx.build(copy, target="aoti").manifest == compiled.manifest

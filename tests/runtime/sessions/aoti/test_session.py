@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shutil
 from collections.abc import Mapping
@@ -14,10 +13,9 @@ import pytest
 import torch
 
 import wanx
+from tests.support.engines import on_cpu, relative, rescheduled
 from wanx.bundle.engine_schedule import SCHEDULE, EngineSchedule, read_schedule
-from wanx.bundle.publish import record_files, write_manifest
-from wanx.bundle.reader import Bundle, open_bundle
-from wanx.bundle.trust import mark_trusted
+from wanx.bundle.reader import Bundle
 from wanx.errors import CorruptInputError, EnvironmentMismatchError
 from wanx.exporter.calibration.options import CalibrationOptions
 from wanx.exporter.partition.partition import Partition
@@ -53,13 +51,6 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
         return wanx.build(folder, target="aoti")
 
 
-def on_cpu(bundle: Bundle) -> Bundle:
-    """The same files, run by ONNX Runtime."""
-    return dataclasses.replace(
-        bundle, manifest=bundle.manifest.model_copy(update={"target": "cpu"})
-    )
-
-
 def random_feeds(bundle: Bundle, grid: tuple[int, int, int], seed: int) -> dict[str, Any]:
     dit = bundle.manifest.config.dit
     generator = np.random.default_rng(seed)
@@ -72,10 +63,6 @@ def random_feeds(bundle: Bundle, grid: tuple[int, int, int], seed: int) -> dict[
 def bind(session: Session, bundle: Bundle, grid: tuple[int, int, int]) -> None:
     cos, sin = rope_tables(grid, bundle.manifest.config.dit.rope_dims)
     session.bind({"rope_cos": cos, "rope_sin": sin})
-
-
-def relative(found: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
 def test_weights_are_beside_the_programs(compiled: Bundle) -> None:
@@ -127,16 +114,18 @@ def test_operators_are_timed(compiled: Bundle) -> None:
     assert 0 < product.seconds < 1
 
 
-def changed(compiled: Bundle, folder: Path, **update: object) -> Bundle:
-    """A copy whose schedule of the denoiser says something else, signed anew and built here."""
-    shutil.copytree(compiled.root, folder)
-    engine = compiled.manifest.components["dit"].engines["aoti"]
-    schedule = read_schedule(folder / engine).model_copy(update=update)
-    (folder / engine).write_text(schedule.to_json())
-    manifest = compiled.manifest.model_copy(update={"files": record_files(folder)})
-    write_manifest(folder, manifest)
-    mark_trusted(engine, manifest.files)
-    return open_bundle(folder)
+def test_building_again_builds_nothing(
+    compiled: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(compiled.root, copy)
+    assert wanx.build(copy, target="cpu").manifest.target == "cpu"
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr("wanx.exporter.targets.aoti.AotiBuilder.build", fail)
+    assert wanx.build(copy, target="aoti").manifest == compiled.manifest
 
 
 @pytest.mark.parametrize(
@@ -153,7 +142,7 @@ def changed(compiled: Bundle, folder: Path, **update: object) -> Bundle:
 def test_programs_of_another_machine(
     compiled: Bundle, tmp_path: Path, update: Mapping[str, Any], words: str
 ) -> None:
-    bundle = changed(compiled, tmp_path / "b", **update)
+    bundle = rescheduled(compiled, tmp_path / "b", **update)
     with pytest.raises(EnvironmentMismatchError, match=words) as caught:
         open_session(bundle, "dit")
     assert f"`wanx build {bundle.root} --target aoti`" in str(caught.value)
@@ -173,7 +162,7 @@ def test_programs_from_elsewhere(
 def test_a_plan_that_wants_other_weights(compiled: Bundle, tmp_path: Path) -> None:
     schedule = read_schedule(compiled.root / compiled.manifest.components["dit"].engines["aoti"])
     steps = [s.model_copy(update={"prefix": s.prefix.replace("1", "9")}) for s in schedule.steps]
-    bundle = changed(compiled, tmp_path / "b", steps=tuple(steps))
+    bundle = rescheduled(compiled, tmp_path / "b", steps=tuple(steps))
     with pytest.raises(CorruptInputError, match=r"lack 'blocks.9.* export it again"):
         open_session(bundle, "dit")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,11 +9,11 @@ import numpy as np
 import pytest
 
 import wanx
+from tests.support.engines import on_cpu, text_and_frames
 from wanx.bundle.reader import Bundle
 from wanx.exporter.calibration.options import CalibrationOptions
 from wanx.runtime.pipeline import Pipeline
 from wanx.runtime.sessions import open_session
-from wanx.runtime.sessions.base import State
 from wanx.runtime.sessions.tensorrt.session import TensorRTSession
 from wanx.runtime.tokens import rope_tables
 
@@ -35,11 +34,6 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         "tiny", tmp_path_factory.mktemp("tensorrt") / "b", precision=request.param, target=target,
         gate=True, calibration=CalibrationOptions(prompts=1, steps=3, golden_steps=2),
     )  # fmt: skip
-
-
-def on_cpu(bundle: Bundle) -> Bundle:
-    manifest = bundle.manifest.model_copy(update={"target": "cpu"})
-    return dataclasses.replace(bundle, manifest=manifest)
 
 
 def cosine(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -100,19 +94,7 @@ def test_streamed_weights(built: Bundle) -> None:
 
 
 def test_text_and_carried_state(built: Bundle) -> None:
-    ids = np.array([[7, 3, 9, 1]])
-    latent = np.random.default_rng(0).standard_normal((1, 16, 1, 8, 8), dtype=np.float32)
-    answers: list[list[np.ndarray]] = []
-    for bundle in (built, on_cpu(built)):
-        with open_session(bundle, "text_encoder") as session:
-            made = [session.run({"ids": ids})["features"]]
-        state: State = {}
-        with open_session(bundle, "vae_decoder_first") as session:
-            made.append(session.run({"latent": latent}, state)["video"])
-        with open_session(bundle, "vae_decoder_rest") as session:
-            for scale in (0.5, -1):
-                made.append(session.run({"latent": latent * np.float32(scale)}, state)["video"])
-        answers.append(made)
+    answers = (text_and_frames(bundle) for bundle in (built, on_cpu(built)))
     for found, wanted, least in zip(*answers, (0.98, 0.999, 0.999, 0.999), strict=True):
         assert found.shape == wanted.shape
         assert cosine(found, wanted) >= least
