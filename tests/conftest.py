@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.support.command_line import Outcome, Wanx
+
 # `make floors` runs tests of the runtime where there is no PyTorch, and so no kernel.
 if find_spec("torch"):
     from tests.support import interpreter  # noqa: F401  # before any kernel is imported
@@ -135,6 +137,26 @@ def bundles(bundle_of: Callable[[str, str], Bundle]) -> Callable[[str], Bundle]:
 @pytest.fixture(scope="session")
 def bundle_fp32(bundles: Callable[[str], Bundle]) -> Bundle:
     return bundles("fp32")
+
+
+@pytest.fixture
+def wanx(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Wanx:
+    """Run the command line in this process, in an empty folder."""
+    from wanx.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["wanx", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+        captured = capsys.readouterr()
+        code = exit_info.value.code
+        return Outcome(0 if code is None else int(code), captured.out, captured.err)
+
+    return run
 
 
 @pytest.fixture

@@ -10,53 +10,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.support.command_line import Wanx
 from wanx.builtin import builtin_bundle
-from wanx.cli import main
 from wanx.runtime.output.provenance import read_metadata
 
 SMALL = ["--steps", "2", "--frames", "5", "--size", "64x64", "--seed", "3", "--threads", "1"]
 PROMPT = "a red circle moving right on a blue background"
-
-
-@dataclass
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The one line that a failed command prints."""
-        assert "Traceback" not in self.err
-        (line,) = self.err.strip().splitlines()
-        return line
-
-
-Wanx = Callable[..., Outcome]
-
-
-@pytest.fixture
-def wanx(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Wanx:
-    """Run the command line in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["wanx", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        captured = capsys.readouterr()
-        code = exit_info.value.code
-        return Outcome(0 if code is None else int(code), captured.out, captured.err)
-
-    return run
 
 
 def start(*arguments: object, cwd: Path) -> subprocess.Popen[bytes]:
@@ -372,7 +335,7 @@ def test_no_command_shows_the_help(wanx: Wanx) -> None:
 
 
 def test_inspect_verify_doctor(wanx: Wanx) -> None:
-    assert "vae_decoder_rest" in wanx("inspect", "tiny").out
+    assert "vae_decoder_up_rest" in wanx("inspect", "tiny").out
     facts = json.loads(wanx("inspect", "tiny", "--json").out)
     assert facts["config"]["task"] == "t2v"
     assert facts["size_bytes"] <= 15_000_000

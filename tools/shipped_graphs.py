@@ -25,10 +25,9 @@ from wanx.exporter.graph.cache import (
     tensors_to_bytes,
 )
 from wanx.exporter.graph.stored_graph import graph_to_bytes
-from wanx.exporter.graph.trace import trace
-from wanx.exporter.quantization.quantized_spec import quantized_spec
 from wanx.exporter.quantization.recipe import Recipe, dit_candidates, text_recipe
 from wanx.exporter.quantization.scheme import SCHEMES, QuantizeOptions
+from wanx.exporter.trace_component import trace_component
 
 # Layers of the built-in models that calibration keeps high.
 _CROSS_V = tuple(f"blocks.{block}.cross_attn.v" for block in range(6))
@@ -69,10 +68,11 @@ def entries() -> Iterator[tuple[str, Callable[[], bytes]]]:
             yield tensors_key(group, config), lambda tensors=tensors: tensors_to_bytes(tensors)
         for spec in component_specs(config):
             for recipe in recipes(spec.name, config):
-                described = spec if recipe is None else quantized_spec(spec, recipe)
                 yield (
                     graph_key(spec.name, config, recipe),
-                    lambda described=described: graph_to_bytes(trace(described)),
+                    lambda name=spec.name, config=config, recipe=recipe: graph_to_bytes(
+                        trace_component(name, config, recipe)
+                    ),
                 )
 
 

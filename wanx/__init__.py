@@ -80,6 +80,7 @@ def load(
     *,
     threads: int | None = None,
     vram_budget: int | None = None,
+    memory: int | None = None,
     provider: str = "auto",
     fallback: bool = False,
     progress: Progress = no_progress,
@@ -92,6 +93,8 @@ def load(
         threads: threads of the processor; None takes all cores.
         vram_budget: most bytes of the GPU's memory to take, for engines of TensorRT; weights that
             do not fit are streamed. None takes what is free.
+        memory: most bytes of the host's memory to take, weights included; where frames of the VAE
+            do not fit they are computed in tiles, with the same result. None takes what is free.
         provider: of ONNX Runtime, such as ``openvino``; ``auto`` is the target's own, and of a
             bundle for the processor what was measured to be faster and is installed.
         fallback: go on on the processor where the provider fails.
@@ -110,6 +113,7 @@ def load(
         open_named(bundle or "tiny", progress),
         threads=threads,
         vram_budget=vram_budget,
+        memory=memory,
         provider=provider,
         fallback=fallback,
     )

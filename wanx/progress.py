@@ -20,13 +20,13 @@ def no_progress(stage: str, done: int, total: int, unit: Unit) -> None:
 
 
 def step_counter(progress: Progress, stage: str, total: int) -> Callable[[], None]:
-    """Begin a stage of ``total`` steps, and return a function that counts one of them."""
+    """Begin a stage of ``total`` steps, or some more, and return what counts one of them."""
     done = 0
 
     def count() -> None:
         nonlocal done
         done += 1
-        progress(stage, done, total, "steps")
+        progress(stage, min(done, total), total, "steps")
 
     progress(stage, 0, total, "steps")
     return count

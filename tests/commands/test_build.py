@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,26 +13,12 @@ from typing import Any
 
 import pytest
 
+from tests.support.command_line import Wanx
 from wanx import build
 from wanx.builtin import builtin_bundle
-from wanx.cli import main
 from wanx.errors import UsageError
 from wanx.exporter.targets.tensorrt import gpus, target
 from wanx.exporter.targets.tensorrt.ops import OPS
-
-Wanx = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def wanx(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Wanx:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["wanx", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        captured = capsys.readouterr()
-        return int(exit_info.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

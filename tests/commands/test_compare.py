@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,27 +10,9 @@ import pytest
 import wanx.benchmarks.report.html as html_module
 import wanx.runtime.run_parts as run_parts_module
 from tests.support.altered import altered_bundle, noise
-from wanx.cli import main
+from tests.support.command_line import Wanx
 
 SMALL = ["--steps", "3", "--frames", "5", "--size", "32x48", "--seed", "3", "--threads", "1"]
-Wanx = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def wanx(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Wanx:
-    """Run ``wanx compare`` in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["wanx", "compare", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        captured = capsys.readouterr()
-        return int(exit_info.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +22,7 @@ def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_equal_bundles(wanx: Wanx, tmp_path: Path) -> None:
-    code, out, err = wanx("tiny", "tiny", *SMALL, "--gate", "-q")
+    code, out, err = wanx("compare", "tiny", "tiny", *SMALL, "--gate", "-q")
     assert (code, err) == (0, "")
     lines = out.splitlines()
     for output in ("velocity, conditional", "velocity, unconditional", "text features, conditional",
@@ -56,7 +36,7 @@ def test_equal_bundles(wanx: Wanx, tmp_path: Path) -> None:
 
 
 def test_the_gate(wanx: Wanx, noisy: Path, tmp_path: Path) -> None:
-    code, out, err = wanx(noisy, "tiny", *SMALL, "--gate", "-q", "-o", "report")
+    code, out, err = wanx("compare", noisy, "tiny", *SMALL, "--gate", "-q", "-o", "report")
     assert code == 3
     (line,) = err.splitlines()
     assert "not accurate enough" in line
@@ -74,13 +54,15 @@ def test_the_gate(wanx: Wanx, noisy: Path, tmp_path: Path) -> None:
     assert row.endswith(f"step {worst['step']}")
     assert (report / "accuracy.html").stat().st_size > 10_000
 
-    code, again, err = wanx(noisy, "tiny", *SMALL, "-q")
+    code, again, err = wanx("compare", noisy, "tiny", *SMALL, "-q")
     assert (code, err) == (0, "")
     assert "fails" in again
 
 
 def test_json_and_no_clips(wanx: Wanx, noisy: Path) -> None:
-    code, out, _ = wanx(noisy, "tiny", *SMALL, "--no-clips", "--json", "--prompt", "a blue square")
+    code, out, _ = wanx(
+        "compare", noisy, "tiny", *SMALL, "--no-clips", "--json", "--prompt", "a blue square"
+    )
     assert code == 0
     document = json.loads(out)
     assert document["passed"] is False
@@ -90,14 +72,14 @@ def test_json_and_no_clips(wanx: Wanx, noisy: Path) -> None:
     assert [run["options"][name] for name in ("width", "height", "frames", "steps", "seed")] == [
         32, 48, 5, 3, 3,
     ]  # fmt: skip
-    code, out, _ = wanx("tiny", "tiny", *SMALL, "--no-clips")
+    code, out, _ = wanx("compare", "tiny", "tiny", *SMALL, "--no-clips")
     assert code == 0
     assert "RMSE" not in out
 
 
 def test_several_prompts(wanx: Wanx, noisy: Path, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "a circle"}\n{"prompt": "a square", "steps": 2}')
-    code, out, _ = wanx(noisy, "tiny", *SMALL, "--prompts", "p.jsonl")
+    code, out, _ = wanx("compare", noisy, "tiny", *SMALL, "--prompts", "p.jsonl")
     assert code == 0
     assert [line.split()[1] for line in out.splitlines() if line.startswith("run ")] == ["1", "2"]
 
@@ -114,7 +96,7 @@ def test_several_prompts(wanx: Wanx, noisy: Path, tmp_path: Path) -> None:
     ],
 )
 def test_refused_in_one_line(arguments: list[str], code: int, message: str, wanx: Wanx) -> None:
-    got, out, err = wanx(*arguments, "-q")
+    got, out, err = wanx("compare", *arguments, "-q")
     assert (got, out) == (code, "")
     (line,) = err.splitlines()
     assert message in line
@@ -125,7 +107,7 @@ def test_a_report_without_its_packages_fails_before_anything_runs(
 ) -> None:
     monkeypatch.setattr(html_module, "find_spec", lambda name: None)
     monkeypatch.setattr(run_parts_module, "open_session", None)
-    code, _, err = wanx("tiny", "tiny", *SMALL, "-o", "report")
+    code, _, err = wanx("compare", "tiny", "tiny", *SMALL, "-o", "report")
     assert code == 4
     assert "pip install 'wanx[report]'" in err
     assert list(tmp_path.iterdir()) == []

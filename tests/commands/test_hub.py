@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import PROMPT, SMALL, Wanx, wanx
+from test_cli import PROMPT, SMALL
 
+from tests.support.command_line import Wanx
 from tests.support.hub_server import TOKEN, Hub, Repo
 from tests.support.layouts import write_original
 from wanx.builtin import builtin_bundle
-
-__all__ = ["wanx"]
 
 QUICK = ("--golden-steps", "0")
 

@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_cli import Wanx, wanx
 
+from tests.support.command_line import Wanx
 from tools.repackage import tensors_of, write_dit, write_others
 from wanx.bundle.reader import open_bundle
 from wanx.exporter.source import open_source
-
-__all__ = ["wanx"]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import functools
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,12 +14,12 @@ import pytest
 import wanx.accuracy.golden_check as judge
 import wanx.exporter.export as exporter
 from tests.support.altered import altered_bundle, noise
+from tests.support.command_line import Wanx
 from tests.support.golden_bundles import Case, golden_case, update_hashes, with_golden_steps
 from wanx.accuracy.golden_check import check_golden
 from wanx.builtin import builtin_bundle
 from wanx.bundle.golden_steps import GOLDEN
 from wanx.bundle.reader import Bundle, open_bundle
-from wanx.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -37,25 +36,6 @@ def noisy(case: Callable[[str], Case], tmp_path_factory: pytest.TempPathFactory)
     return with_golden_steps(
         altered_bundle(folder, "dit", noise(0.5), prefix="blocks."), case("t2v").golden
     )
-
-
-Wanx = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def wanx(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Wanx:
-    """Run the command line in this process."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["wanx", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        return int(exit_info.value.code or 0), *capsys.readouterr()
-
-    return run
 
 
 def test_verify_prints_them(wanx: Wanx, case: Callable[[str], Case]) -> None:

@@ -30,8 +30,9 @@ BUNDLES = [
     ("flf2v", "bf16"),
     ("vace", "fp32"),
 ]
-_ENCODERS = ["vae_encoder_first", "vae_encoder_rest"]
-_DENOISER = ["dit", "vae_decoder_first", "vae_decoder_rest"]
+_ENCODERS = [f"vae_encoder_{p}" for p in ("down_first", "down_rest", "mid_first", "mid_rest")]
+_DECODERS = [f"vae_decoder_{p}" for p in ("mid_first", "mid_rest", "up_first", "up_rest")]
+_DENOISER = ["dit", *_DECODERS]
 COMPONENTS = {
     "t2v": ["text_encoder", *_DENOISER],
     "i2v": ["text_encoder", "image_encoder", *_ENCODERS, *_DENOISER],
@@ -121,8 +122,10 @@ def test_graphs_are_valid_onnx(
     bundle = bundle_of(task, precision)
     monkeypatch.chdir(bundle.root)  # where the checker looks for external data
     paths = sorted(bundle.root.rglob("*.onnx"))
-    # All but the text encoder have a variant for the processor.
-    assert len(paths) == 2 * len(COMPONENTS[task]) - 1
+    # Those that attend, but for the text encoder, have a variant for the processor.
+    alone = ("text_encoder", "vae_encoder_down", "vae_decoder_up")
+    attend = [name for name in COMPONENTS[task] if not name.startswith(alone)]
+    assert len(paths) == len(COMPONENTS[task]) + len(attend)
     for path in paths:
         model = onnx.load(path, load_external_data=False)
         onnx.checker.check_model(model)
@@ -132,7 +135,7 @@ def test_graphs_are_valid_onnx(
 
 
 # Two blocks of each network and three of CLIP; with VACE three blocks and two that make hints.
-DECODER, ENCODER = {"Attention": 1, "ChannelNorm": 22}, {"Attention": 1, "ChannelNorm": 14}
+MIDDLE = {"Attention": 1, "ChannelNorm": 5}  # two blocks around attention
 HOT_SPOTS: dict[str, dict[str, int]] = {
     "t2v": {"AdaLN": 5, "Attention": 4, "GatedResidual": 4, "RMSNorm": 4, "RMSNormRope": 2},
     "i2v": {"AdaLN": 5, "Attention": 6, "GatedResidual": 4, "RMSNorm": 6, "RMSNormRope": 2},
@@ -140,10 +143,10 @@ HOT_SPOTS: dict[str, dict[str, int]] = {
     "vace": {"AdaLN": 11, "Attention": 10, "GatedResidual": 10, "RMSNorm": 10, "RMSNormRope": 5},
     "text_encoder": {"BiasedAttention": 2, "RMSNorm": 5},
     "image_encoder": {"Attention": 3},
-    "vae_encoder_first": ENCODER,
-    "vae_encoder_rest": ENCODER,
-    "vae_decoder_first": DECODER,
-    "vae_decoder_rest": DECODER,
+    **{f"vae_encoder_down_{chunk}": {"ChannelNorm": 8} for chunk in ("first", "rest")},
+    **{f"vae_encoder_mid_{chunk}": MIDDLE | {"ChannelNorm": 6} for chunk in ("first", "rest")},
+    **{f"vae_decoder_mid_{chunk}": MIDDLE for chunk in ("first", "rest")},
+    **{f"vae_decoder_up_{chunk}": {"ChannelNorm": 17} for chunk in ("first", "rest")},
 }
 
 
@@ -222,15 +225,30 @@ def test_axes_of_the_encoders(bundle_of: BundleOf) -> None:
     assert shapes(bundle, "image_encoder") == {"pixels": [1, 3, 28, 28], "features": [1, 5, 48]}
 
 
-@pytest.mark.parametrize("half", ["encoder", "decoder"])
-def test_axes_of_the_vae(half: str, bundle_of: BundleOf) -> None:
+@pytest.mark.parametrize(
+    ("part", "coarse", "fine", "count"),
+    [
+        ("encoder_down", "features", "video", 11),
+        ("encoder_mid", "latent", "features", 5),
+        ("decoder_mid", "latent", "features", 5),
+        ("decoder_up", "features", "video", 19),
+    ],
+)
+def test_axes_of_the_vae(
+    part: str, coarse: str, fine: str, count: int, bundle_of: BundleOf
+) -> None:
     """All sizes are told in terms of the latent's, and what is kept has the shape it is fed in."""
     bundle = bundle_of("i2v", "fp32")
-    first, rest = (shapes(bundle, f"vae_{half}_{chunk}") for chunk in ("first", "rest"))
-    assert first["latent"] == rest["latent"] == [1, 16, 1, "h", "w"]
-    assert first["video"] == [1, 3, 1, "8*h", "8*w"]
-    assert rest["video"] == [1, 3, 4, "8*h", "8*w"]
+    vae = bundle.manifest.config.vae
+    first, rest = (shapes(bundle, f"vae_{part}_{chunk}") for chunk in ("first", "rest"))
+    sizes = {
+        "latent": [[1, 16, 1, "h", "w"]] * 2,
+        "features": [[1, vae.base_dim * vae.multipliers[-1], 1, "h", "w"]] * 2,
+        "video": [[1, 3, frames, "8*h", "8*w"] for frames in (1, 4)],
+    }
+    for name in (coarse, fine):
+        assert [first[name], rest[name]] == sizes[name]
     caches = [name for name in rest if name.startswith("cache_") and not name.endswith("_next")]
-    assert len(caches) == (16 if half == "encoder" else 24)
+    assert len(caches) == count
     for name in caches:
         assert rest[name] == rest[f"{name}_next"] == first[f"{name}_next"]

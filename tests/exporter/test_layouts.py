@@ -149,7 +149,9 @@ def test_a_checkpoint_of_mixed_types(
         save_file(tensors, path, metadata={"format": "pt"})
     bundle = export_quickly(source, tmp_path / "bundle")
     components = bundle.manifest.components
-    assert all(set(components[c].storage) == {"BF16", "F32"} for c in ("dit", "vae_decoder_rest"))
+    assert all(
+        set(components[c].storage) == {"BF16", "F32"} for c in ("dit", "vae_decoder_up_rest")
+    )
     assert set(components["text_encoder"].storage) == {"F32"}
     assert bundle.manifest.precision == "bf16"
 

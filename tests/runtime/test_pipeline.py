@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import wanx
+import wanx.runtime.pipeline as pipeline_module
 import wanx.runtime.run_parts as run_parts_module
 from wanx.bundle.reader import Bundle
 from wanx.errors import CancelledError, UsageError, WanxError
 from wanx.runtime.output.provenance import read_metadata
+from wanx.runtime.output.video import VideoWriter
 from wanx.runtime.pipeline import Pipeline
 from wanx.runtime.sessions.base import Session
 from wanx.runtime.sessions.onnxruntime.providers import AUTO
@@ -85,8 +88,7 @@ def test_number_of_branches(
     assert watch.runs == [
         *["text_encoder"] * branches,
         *["dit"] * branches * SMALL["steps"],
-        "vae_decoder_first",
-        "vae_decoder_rest",
+        *(f"vae_decoder_{part}" for part in ("mid_first", "mid_rest", "up_first", "up_rest")),
     ]
     assert watch.open == []
 
@@ -192,12 +194,12 @@ def test_cancelled_between_steps(
     with pytest.raises(CancelledError):
         pipeline(PROMPT, **SMALL, output=tmp_path / "video.mp4", cancelled=cancelled)
     assert watch.runs.count("dit") == 2 * after
-    assert "vae_decoder_first" not in watch.runs
+    assert "vae_decoder_mid_first" not in watch.runs
     assert watch.open == []
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("at", ["text_encoder", "vae_decoder_first", "vae_decoder_rest"])
+@pytest.mark.parametrize("at", ["text_encoder", "vae_decoder_up_first", "vae_decoder_up_rest"])
 def test_cancelled_in_other_stages(
     at: str, pipeline: Pipeline, watch: Watch, tmp_path: Path
 ) -> None:
@@ -217,7 +219,7 @@ def test_interrupted(
     error: BaseException, pipeline: Pipeline, watch: Watch, tmp_path: Path
 ) -> None:
     def fail(component: str, count: int, outputs: dict[str, Any]) -> dict[str, Any]:
-        if component == "vae_decoder_rest":
+        if component == "vae_decoder_up_rest":
             raise error
         return outputs
 
@@ -261,7 +263,7 @@ def test_a_broken_video(
     tmp_path: Path,
 ) -> None:
     def replace(component: str, count: int, outputs: dict[str, Any]) -> dict[str, Any]:
-        if component.startswith("vae"):
+        if component.startswith("vae_decoder_up"):
             outputs["video"] = np.broadcast_to(spoil(outputs["video"]), outputs["video"].shape)
         return outputs
 
@@ -328,3 +330,75 @@ def test_a_prompt_is_needed(pipeline: Pipeline) -> None:
 def test_unknown_options_fail(pipeline: Pipeline) -> None:
     with pytest.raises(TypeError, match="stepz"):
         pipeline(PROMPT, **SMALL, stepz=3)
+
+
+def test_frames_are_written_while_the_next_are_decoded(
+    pipeline: Pipeline, watch: Watch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first frame is held back until the second call of the decoder has come."""
+    decoding, write = threading.Event(), VideoWriter.write
+
+    def held_back(self: VideoWriter, frames: NDArray[np.uint8]) -> None:
+        assert decoding.wait(60), "nothing was decoded meanwhile"
+        write(self, frames)
+
+    def decoded(component: str, count: int, outputs: dict[str, Any]) -> dict[str, Any]:
+        if component == "vae_decoder_up_rest":
+            decoding.set()
+        return outputs
+
+    watch.replace = decoded
+    monkeypatch.setattr(VideoWriter, "write", held_back)
+    result = pipeline(PROMPT, **SMALL, output=tmp_path / "a.mp4")
+    assert result.path is not None
+    with av.open(str(result.path)) as container:
+        assert len(list(container.decode(video=0))) == 5
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_an_error_of_the_writer(
+    call: int, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends the run, and its thread and file are gone."""
+    calls = [0]
+
+    def full(self: VideoWriter, frames: NDArray[np.uint8]) -> None:
+        calls[0] += 1
+        if calls[0] == call:
+            raise WanxError("the disk is full")
+
+    monkeypatch.setattr(VideoWriter, "write", full)
+    with pytest.raises(WanxError, match="the disk is full"):
+        pipeline(PROMPT, **SMALL, output=tmp_path / "a.mp4")
+    assert list(tmp_path.iterdir()) == []
+    assert not [t for t in threading.enumerate() if t.name.startswith("wanx-writer")]
+
+
+def test_ctrl_c_twice_while_a_frame_is_written(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is closed when its writer is done, and is gone."""
+    done, write, leave = threading.Event(), VideoWriter.write, VideoWriter.__exit__
+    interrupts = [KeyboardInterrupt, KeyboardInterrupt]
+
+    def slowly(self: VideoWriter, frames: NDArray[np.uint8]) -> None:
+        assert done.wait(60)
+        write(self, frames)
+
+    def interrupted(futures: Any, seconds: float) -> None:
+        if interrupts:
+            raise interrupts.pop()
+        done.set()
+
+    def closed(self: VideoWriter, *error: Any) -> None:
+        assert done.is_set(), "it was closed under its writer"
+        leave(self, *error)
+
+    monkeypatch.setattr(VideoWriter, "write", slowly)
+    monkeypatch.setattr(VideoWriter, "__exit__", closed)
+    monkeypatch.setattr(pipeline_module, "wait", interrupted)
+    monkeypatch.setattr(pipeline_module, "result_of", lambda future: interrupted([future], 1))
+    with pytest.raises(KeyboardInterrupt):
+        pipeline(PROMPT, **SMALL, output=tmp_path / "a.mp4")
+    assert not interrupts
+    assert list(tmp_path.iterdir()) == []

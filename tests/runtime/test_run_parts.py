@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +12,7 @@ import wanx
 from wanx.runtime.denoise import NonFiniteLatentError
 from wanx.runtime.inputs.reading import Inputs
 from wanx.runtime.options import ResolvedRun, RunOptions
-from wanx.runtime.output.frame_checks import frames_to_uint8
+from wanx.runtime.output.frame_checks import FrameCheck
 from wanx.runtime.pipeline import Pipeline
 from wanx.runtime.resolve import resolve
 from wanx.runtime.run_parts import RunParts
@@ -49,11 +49,14 @@ def test_networks_serve_one_run_after_the_other(
     ]  # fmt: skip
     with parts.session("dit") as session:
         latents = [parts.denoise(session, run.start()) for run in encoded]
-    with parts.session("vae_decoder_first") as first, parts.session("vae_decoder_rest") as rest:
-        decoders = {"vae_decoder_first": first, "vae_decoder_rest": rest}
-        opened = RunParts(bundle=pipeline.bundle, open=lambda name: nullcontext(decoders[name]))
+    names = [f"vae_decoder_{part}" for part in ("mid_first", "mid_rest", "up_first", "up_rest")]
+    with ExitStack() as stack:
+        decoders = {name: stack.enter_context(parts.session(name)) for name in names}
+        opened = RunParts(
+            bundle=pipeline.bundle, open=lambda name, **_: nullcontext(decoders[name])
+        )
         for video, latent in zip(VIDEOS, latents, strict=True):
-            frames = np.concatenate(list(opened.decode(latent, frames_to_uint8)))
+            frames = np.concatenate(list(opened.decode(latent, FrameCheck.convert)))
             expected = pipeline(**video).frames  # type: ignore[arg-type]
             assert expected is not None
             assert np.array_equal(frames, expected)

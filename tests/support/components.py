@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
 from wanx.bundle.reader import Bundle
+from wanx.runtime.run_parts import RunParts
 from wanx.runtime.sessions import open_session
-from wanx.runtime.sessions.base import State
+from wanx.runtime.sizes import latent_shape
 from wanx.runtime.tokens import patchify, rope_tables, token_grid, unpatchify
+from wanx.runtime.vae.decode import floats
 
 Float32 = NDArray[np.float32]
 
@@ -46,28 +50,16 @@ def run_dit(
         return unpatchify(session.run(feeds)["velocity"][0], grid, dit.patch_size)
 
 
-def run_vae_encoder(bundle: Bundle, video: Float32) -> Float32:
+def run_vae_encoder(bundle: Bundle, video: Float32, tile_area: int | None = None) -> Float32:
     """Normalised latent [C, T, h, w] of the video [3, F, H, W], encoded chunk by chunk."""
-    chunk = bundle.manifest.config.vae.temporal_stride
-    starts = {"first": [0], "rest": range(1, video.shape[1], chunk)}
-    state: State = {}
-    parts = []
-    for name, indices in starts.items():
-        with open_session(bundle, f"vae_encoder_{name}", threads=1) as session:
-            for start in indices:
-                end = start + (1 if name == "first" else chunk)
-                frames = np.ascontiguousarray(video[None, :, start:end])
-                parts.append(session.run({"video": frames}, state)["latent"][0])
-    return np.concatenate(parts, axis=1)
+    parts = replace(RunParts.of(bundle, threads=1), tile_area=tile_area)
+    _, *size = latent_shape(video.shape[3], video.shape[2], video.shape[1], parts.config.vae)
+    clip = (lambda start, end: video[:, start:end]), video.shape[1]
+    (latent,) = parts.encode_clips([clip], size)
+    return latent
 
 
-def run_vae_decoder(bundle: Bundle, latent: Float32) -> Float32:
+def run_vae_decoder(bundle: Bundle, latent: Float32, tile_area: int | None = None) -> Float32:
     """Video [3, F, H, W] of the latent [C, T, h, w], decoded frame by frame."""
-    state: State = {}
-    parts = []
-    for name, chunks in (("first", range(1)), ("rest", range(1, latent.shape[1]))):
-        with open_session(bundle, f"vae_decoder_{name}", threads=1) as session:
-            for index in chunks:
-                chunk = np.ascontiguousarray(latent[None, :, index : index + 1])
-                parts.append(session.run({"latent": chunk}, state)["video"][0])
-    return np.concatenate(parts, axis=1)
+    parts = replace(RunParts.of(bundle, threads=1), tile_area=tile_area)
+    return np.moveaxis(np.concatenate(list(parts.decode(latent, floats))), -1, 0)

@@ -41,13 +41,15 @@ def rescheduled(bundle: Bundle, folder: Path, **update: object) -> Bundle:
 
 def text_and_frames(bundle: Bundle) -> list[np.ndarray]:
     """Features of a text, then frames of three latents, with state from each to the next."""
-    latent = np.random.default_rng(0).standard_normal((1, 16, 1, 8, 8), dtype=np.float32)
+    vae = bundle.manifest.config.vae
+    channels = vae.base_dim * vae.multipliers[-1]
+    features = np.random.default_rng(0).standard_normal((1, channels, 1, 8, 8), dtype=np.float32)
     with open_session(bundle, "text_encoder") as session:
         made = [session.run({"ids": np.array([[7, 3, 9, 1]])})["features"]]
     state: State = {}
-    with open_session(bundle, "vae_decoder_first") as session:
-        made.append(session.run({"latent": latent}, state)["video"])
-    with open_session(bundle, "vae_decoder_rest") as session:
+    with open_session(bundle, "vae_decoder_up_first") as session:
+        made.append(session.run({"features": features}, state)["video"])
+    with open_session(bundle, "vae_decoder_up_rest") as session:
         for scale in (0.5, -1):
-            made.append(session.run({"latent": latent * np.float32(scale)}, state)["video"])
+            made.append(session.run({"features": features * np.float32(scale)}, state)["video"])
     return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from wanx.runtime.options import ResolvedRun, RunOptions
 from wanx.runtime.resolve import resolve
 from wanx.runtime.run_parts import EncodedRun, RunParts
 from wanx.runtime.sessions.base import Session
+from wanx.runtime.vae.decode import floats
 
 # The default is 20; with 8 the detector sees as much, in less than half the time.
 STEPS = 8
@@ -74,14 +75,14 @@ def _sightings(bundle: Bundle, runs: list[tuple[ResolvedRun, Inputs]]) -> Iterat
     with parts.session("dit") as session:
         latents = [_denoise(parts, session, run) for run in encoded]
     # Open for all videos, because loading them takes as long as decoding one.
-    first, rest = "vae_decoder_first", "vae_decoder_rest"
-    with parts.session(first) as first_session, parts.session(rest) as rest_session:
-        opened = {first: first_session, rest: rest_session}
-        decoders = RunParts(bundle=bundle, open=lambda name: nullcontext(opened[name]))
+    names = [f"vae_decoder_{part}" for part in ("mid_first", "mid_rest", "up_first", "up_rest")]
+    with ExitStack() as stack:
+        opened = {name: stack.enter_context(parts.session(name)) for name in names}
+        decoders = RunParts(bundle=bundle, open=lambda name, **_: nullcontext(opened[name]))
         for latent in latents:
             frames = None
             if latent is not None:
-                frames, _ = to_pixels(decoders.decode(latent, lambda chunk: chunk))
+                frames, _ = to_pixels(decoders.decode(latent, floats))
             yield None if frames is None else detect(frames)
 
 

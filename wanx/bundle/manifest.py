@@ -98,11 +98,25 @@ class Quantization(Record):
     kernels: dict[Text, Count] = Field(default_factory=dict)
 
 
+class ActivationBytes(Record):
+    """Most memory that the values of a graph take at a time: ``fixed + each · size`` bytes.
+
+    ``size`` is that of its dynamic axes, multiplied: tokens, or the places of a latent frame.
+    Inputs, outputs and state are among them; weights are not.
+    """
+
+    fixed: Annotated[int, Field(ge=-(1 << 44), le=1 << 44)]
+    each: Annotated[int, Field(ge=0, le=1 << 40)]
+
+
 class Component(Record):
     """One network: its graph, the weight files that the graph may read, what is inside.
 
     ``engines`` names, per target, what runs instead of the portable graph.
     ``storage`` counts the stored tensors by dtype, ``nodes`` the nodes of the graph.
+    ``tile_border`` is how many latent rows and columns around a tile its inner part depends on;
+    None where the graph needs whole frames. ``activation_bytes`` is None in bundles of earlier
+    versions.
     """
 
     graph: BundlePath
@@ -113,6 +127,8 @@ class Component(Record):
     inputs: tuple[Text, ...]
     outputs: tuple[Text, ...]
     quantization: Quantization | None = None
+    tile_border: Annotated[int, Field(ge=0, le=256)] | None = None
+    activation_bytes: ActivationBytes | None = None
 
 
 class LoraRecord(Record):

@@ -102,9 +102,19 @@ def run(
             show_default="what is free",
         ),
     ] = None,
+    memory: Annotated[
+        str | None,
+        option(
+            help="Host memory to take, such as 8G. Frames that do not fit are computed in tiles.",
+            show_default="what is free",
+        ),
+    ] = None,
     provider: Provider = "auto",
     fallback: Fallback = False,
     threads: Threads = None,
+    dry_run: Annotated[
+        bool, option("--dry-run", help="Say what the run takes, and run nothing.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -117,11 +127,12 @@ def run(
     """
     import wanx
     from wanx.commands.display.generation import log_lines, print_generation, progress_bars
+    from wanx.commands.display.run_plan import print_run_plan, run_plan_facts
     from wanx.commands.leftovers import find_leftovers
+    from wanx.memory_size import parse_budget
     from wanx.runtime.batch import read_jobs, seeds
     from wanx.runtime.options import RunOptions
     from wanx.runtime.output.claims import claimed_name
-    from wanx.runtime.sessions.device.vram_budget import parse_vram_budget
     from wanx.runtime.sizes import parse_size
 
     named, text = _bundle_and_prompt(bundle, prompt)
@@ -135,15 +146,27 @@ def run(
     suffix = ".png" if frames == 1 else ".mp4"
     if prompts is not None and count > 1:
         raise UsageError("--count and --prompts do not go together; give each seed a line")
-    budget = None if vram_budget is None else parse_vram_budget(vram_budget)
+    if prompts is not None and dry_run:
+        raise UsageError("--dry-run and --prompts do not go together; give one prompt")
+    budget = None if vram_budget is None else parse_budget("--vram-budget", vram_budget)
+    limit = None if memory is None else parse_budget("--memory", memory)
     load = partial(
         wanx.load,
         None if named is None else local_bundle(named, quiet),
         threads=threads,
         vram_budget=budget,
+        memory=limit,
         provider=provider,
         fallback=fallback,
     )
+    if dry_run:
+        with log_lines(quiet, "wanx.runtime"):
+            plan = load().plan(options)
+        if as_json:
+            print_json(run_plan_facts(plan))
+        else:
+            print_run_plan(plan)
+        return
     find_leftovers((output or Path("out")).parent, remove=True)
     with log_lines(quiet, "wanx.runtime"):
         if prompts is not None:

@@ -20,6 +20,7 @@ from wanx.exporter.targets.base import Target
 from wanx.exporter.targets.options import DEFAULT_OPTIONS, BuilderOptions
 from wanx.exporter.targets.registry import parse_target
 from wanx.progress import Progress, no_progress
+from wanx.runtime.vae.parts import require_parts
 from wanx.version import __version__
 
 _log = logging.getLogger("wanx.exporter")
@@ -77,9 +78,10 @@ def with_engines(
         The manifest of the bundle with them; engines of the target that they replace are left out.
 
     Raises:
-        UsageError: the target's GPU lacks the precision.
+        UsageError: the target's GPU lacks the precision, or an earlier version wrote the bundle.
         WanxError: the engines cannot be built.
     """
+    require_parts(root, manifest)
     builder = target.prepare(manifest, options)
     if target.graph is not None:
         cache = GraphCache(use=options.graph_cache)

@@ -10,10 +10,15 @@ def component_groups(config: ModelConfig) -> dict[str, str]:
     names = [
         "text_encoder",
         *([] if config.image_encoder is None else ["image_encoder"]),
-        *([] if config.task == "t2v" else ["vae_encoder_first", "vae_encoder_rest"]),
-        *("dit", "vae_decoder_first", "vae_decoder_rest"),
+        *([] if config.task == "t2v" else _chunked("vae_encoder_down", "vae_encoder_mid")),
+        "dit",
+        *_chunked("vae_decoder_mid", "vae_decoder_up"),
     ]
     return {name: "vae" if name.startswith("vae_") else name for name in names}
+
+
+def _chunked(*names: str) -> list[str]:
+    return [f"{name}_{chunk}" for name in names for chunk in ("first", "rest")]
 
 
 def weight_groups(config: ModelConfig) -> dict[str, str]:

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from wanx.bundle.manifest import Component
+from wanx.bundle.manifest import ActivationBytes, Component
 from wanx.errors import WanxError
 from wanx.exporter.graph.attach import attach_weights
+from wanx.exporter.graph.liveness import ACTIVATION_BYTES
+from wanx.exporter.graph.reach import tile_border
 from wanx.exporter.targets.onnxruntime.graph import ENGINE, INTEGER_PRODUCT, optimize_for_ort
 from wanx.exporter.weights import WrittenWeights
 
@@ -18,11 +20,22 @@ if TYPE_CHECKING:
     from wanx.exporter.quantization.recipe import Recipe
 
 
-def write_graphs(name: str, model: ir.Model, weights: WrittenWeights, folder: Path) -> Component:
-    """Write the portable graph of a component and the variants of it that targets run faster."""
+def write_graphs(
+    name: str, model: ir.Model, weights: WrittenWeights, folder: Path, spatial_stride: int
+) -> Component:
+    """Write the portable graph of a component and the variants of it that targets run faster.
+
+    Args:
+        name: of the component.
+        model: its graph; it is changed.
+        weights: that the graph reads.
+        folder: of the bundle.
+        spatial_stride: rows of the video for one of the VAE's latent.
+    """
+    law = model.metadata_props.pop(ACTIVATION_BYTES)
     storage = attach_weights(model, weights.tensors, folder)
     save_graph(model, folder / "graphs" / f"{name}.onnx")
-    nodes = len(model.graph)
+    nodes, border = len(model.graph), tile_border(name, model, spatial_stride)
     engines = {}
     if optimize_for_ort(model, few_rows=name == "text_encoder"):
         path = folder / "engines" / ENGINE / f"{name}.onnx"
@@ -37,6 +50,8 @@ def write_graphs(name: str, model: ir.Model, weights: WrittenWeights, folder: Pa
         nodes=nodes,
         inputs=tuple(value.name or "" for value in model.graph.inputs),
         outputs=tuple(value.name or "" for value in model.graph.outputs),
+        tile_border=border,
+        activation_bytes=ActivationBytes.model_validate_json(law),
     )
 
 

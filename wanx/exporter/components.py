@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -99,40 +100,26 @@ class VaceDiT(WanDiT):
         )  # fmt: skip
 
 
-class EncoderFirst(WanVAE):
-    """Encode the first frame."""
+class FirstChunk(WanVAE):
+    """A part of the VAE for the first frame of a clip, or its latent."""
 
-    def forward(self, video: Tensor) -> tuple[Tensor, ...]:
-        """Return the latent frame and the past of every temporal layer."""
+    def __init__(self, config: VAEConfig, part: str) -> None:
+        super().__init__(config)
+        self._part = part
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return what the part makes, and the past of every temporal layer."""
         history = History()
-        return (self.encode(video, history), *history.kept)
+        return (getattr(self, self._part)(x, history), *history.kept)
 
 
-class EncoderRest(WanVAE):
-    """Encode the frames of one more latent frame."""
+class LaterChunk(FirstChunk):
+    """The same part for the frames of each later latent."""
 
-    def forward(self, video: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
-        """Return the latent frame and the new past of every temporal layer."""
+    def forward(self, x: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """Return what the part makes, and the new past of every temporal layer."""
         history = History(past)
-        return (self.encode(video, history), *history.kept)
-
-
-class DecoderFirst(WanVAE):
-    """Decode the first latent frame."""
-
-    def forward(self, latent: Tensor) -> tuple[Tensor, ...]:
-        """Return the frame and the past of every temporal layer."""
-        history = History()
-        return (self.decode(latent, history), *history.kept)
-
-
-class DecoderRest(WanVAE):
-    """Decode one more latent frame."""
-
-    def forward(self, latent: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
-        """Return the frames and the new past of every temporal layer."""
-        history = History(past)
-        return (self.decode(latent, history), *history.kept)
+        return (getattr(self, self._part)(x, history), *history.kept)
 
 
 def component_specs(config: ModelConfig) -> list[ComponentSpec]:
@@ -209,37 +196,47 @@ def dit_spec(config: DiTConfig) -> ComponentSpec:
 
 
 def vae_encoder_specs(config: VAEConfig) -> list[ComponentSpec]:
-    """Describe the two encoder graphs; the caches of ``rest`` are what either graph left."""
+    """Describe the encoder: what can be cut into tiles, then what sees whole frames."""
     sides = tuple(_scaled(config.spatial_stride, axis) for axis in "hw")
-    first, rest = (
+    first, later = (
         GraphInput(name="video", shape=(1, 3, frames, *sides))
         for frames in (1, config.temporal_stride)
     )
-    return _chunked_specs(
-        "vae_encoder", "latent", (first, lambda: EncoderFirst(config)),
-        (rest, lambda: EncoderRest(config)),
-    )  # fmt: skip
+    features = _features(config)
+    return [
+        *_chunked_specs(config, "vae_encoder_down", "encode_down", first, later, "features"),
+        *_chunked_specs(config, "vae_encoder_mid", "encode_mid", features, features, "latent"),
+    ]
 
 
 def vae_decoder_specs(config: VAEConfig) -> list[ComponentSpec]:
-    """Describe the two decoder graphs; the caches of ``rest`` are what either graph left."""
+    """Describe the decoder: what sees whole frames, then what can be cut into tiles."""
     latent = GraphInput(name="latent", shape=(1, config.z_dim, 1, "h", "w"))
-    return _chunked_specs(
-        "vae_decoder", "video", (latent, lambda: DecoderFirst(config)),
-        (latent, lambda: DecoderRest(config)),
-    )  # fmt: skip
+    features = _features(config)
+    return [
+        *_chunked_specs(config, "vae_decoder_mid", "decode_mid", latent, latent, "features"),
+        *_chunked_specs(config, "vae_decoder_up", "decode_up", features, features, "video"),
+    ]
 
 
-ChunkGraph = tuple[GraphInput, Callable[[], nn.Module]]
+def _features(config: VAEConfig) -> GraphInput:
+    """Features of a latent frame, between the two halves of the encoder and of the decoder."""
+    channels = config.base_dim * config.multipliers[-1]
+    return GraphInput(name="features", shape=(1, channels, 1, "h", "w"))
 
 
 def _chunked_specs(
-    name: str, output: str, first: ChunkGraph, rest: ChunkGraph
+    config: VAEConfig,
+    name: str,
+    part: str,
+    first: GraphInput,
+    later: GraphInput,
+    output: str,
 ) -> list[ComponentSpec]:
     """Describe a graph for the first chunk and one for each later chunk, with caches between."""
     axes = {"h": 6, "w": 10}
     with FakeTensorMode():
-        first_caches = first[1]()(first[0].example(axes))[1:]
+        kept = FirstChunk(config, part)(first.example(axes))[1:]
     caches = tuple(
         GraphInput(
             name=f"cache_{i}",
@@ -249,15 +246,16 @@ def _chunked_specs(
                 _scaled(past.shape[4] // axes["w"], "w"),
             ),
         )
-        for i, past in enumerate(first_caches)
+        for i, past in enumerate(kept)
     )
     outputs = (output, *(f"{cache.name}_next" for cache in caches))
+    chunks = {"first": (first, FirstChunk, ()), "rest": (later, LaterChunk, caches)}
     return [
         ComponentSpec(
-            name=f"{name}_{chunk}", weights="vae", build=build, inputs=(item,),
-            caches=past, outputs=outputs, axes=axes,
+            name=f"{name}_{chunk}", weights="vae", build=partial(module, config, part),
+            inputs=(item,), caches=past, outputs=outputs, axes=axes,
         )
-        for chunk, (item, build), past in (("first", first, ()), ("rest", rest, caches))
+        for chunk, (item, module, past) in chunks.items()
     ]  # fmt: skip
 
 

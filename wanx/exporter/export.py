@@ -253,7 +253,8 @@ class _Build:
             self._sources |= {f"{group}/{labels[f]}": d for f, d in done.source_sha256.items()}
         for name, model in traced.items():
             group = self._groups[name]
-            component = write_graphs(name, model, written[group], self._folder)
+            stride = self._resolved.checkpoint.config.vae.spatial_stride
+            component = write_graphs(name, model, written[group], self._folder, stride)
             if (recipe := recipes.get(group)) is not None:
                 from wanx.exporter.trace_component import component_spec
 

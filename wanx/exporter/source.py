@@ -82,10 +82,12 @@ def _open_bundle(path: Path, task: Task | None) -> Checkpoint:
             f"{manifest.precision} --lora …"
         )
     components = {}
-    for group, component in weight_groups(manifest.config).items():
-        if component not in manifest.components:
-            raise CorruptInputError(f"{path} has no {component}; export it again")
-        files = tuple(bundle.root / name for name in manifest.components[component].weights)
+    for group in weight_groups(manifest.config):
+        # By its files alone, as earlier versions cut networks into other graphs.
+        records = [r for name, r in manifest.components.items() if name.startswith(group)]
+        if not records:
+            raise CorruptInputError(f"{path} has no {group}; export it again from the checkpoint")
+        files = tuple(bundle.root / name for name in records[0].weights)
         refs = [ref for file in files for ref in read_header(file).entries.values()]
         components[group] = ComponentWeights(
             component=group,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import onnx
 import onnx_ir as ir
 import torch
 
 from wanx.config.models import ModelConfig
 from wanx.errors import WanxError
 from wanx.exporter.components import ComponentSpec, component_specs
+from wanx.exporter.graph.liveness import ACTIVATION_BYTES, activation_bytes
+from wanx.exporter.graph.stored_graph import graph_to_bytes
 from wanx.exporter.graph.trace import trace
 from wanx.exporter.quantization.quantized_spec import quantized_spec
 from wanx.exporter.quantization.recipe import Recipe
@@ -39,7 +42,10 @@ def trace_component(
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
-        return trace(spec if recipe is None else quantized_spec(spec, recipe))
+        model = trace(spec if recipe is None else quantized_spec(spec, recipe))
+        law = activation_bytes(onnx.ModelProto.FromString(graph_to_bytes(model)), [*spec.axes])
+        model.metadata_props[ACTIVATION_BYTES] = law.model_dump_json()
+        return model
     except Exception as error:
         if _is_out_of_memory(error):
             raise WanxError(

@@ -223,13 +223,21 @@ class Encoder(nn.Module):
         self.middle = Middle(dims[-1])
         self.head = Head(dims[-1], config.z_dim * 2)
 
-    def forward(self, x: Tensor, history: History) -> Tensor:
-        """Encode one chunk or a whole clip."""
-        x = self.conv1(x, history)
+    def down(self, x: Tensor, history: History) -> Tensor:
+        """Features ``[B, C, T, h, w]`` of pixels; every one of them sees a part of the frame."""
+        x = self.conv1(x.to(self.conv1.weight.dtype), history)
         for layer in self.downsamples:
             x = layer(x, history)
+        return x
+
+    def mid(self, x: Tensor, history: History) -> Tensor:
+        """Moments of features, by attention over whole frames."""
         out: Tensor = self.head(self.middle(x, history), history)
         return out
+
+    def forward(self, x: Tensor, history: History) -> Tensor:
+        """Encode one chunk or a whole clip."""
+        return self.mid(self.down(x, history), history)
 
 
 class Decoder(nn.Module):
@@ -251,13 +259,22 @@ class Decoder(nn.Module):
         self.upsamples = nn.ModuleList(layers)
         self.head = Head(dims[-1], 3)
 
-    def forward(self, x: Tensor, history: History) -> Tensor:
-        """Decode one chunk or a whole clip."""
-        x = self.middle(self.conv1(x, history), history)
+    def mid(self, x: Tensor, history: History) -> Tensor:
+        """Features ``[B, C, T, h, w]`` of latents, by attention over whole frames."""
+        out: Tensor = self.middle(self.conv1(x, history), history)
+        return out
+
+    def up(self, x: Tensor, history: History) -> Tensor:
+        """Pixels of features; every one of them sees a part of the frame."""
+        x = x.to(self.head["2"].weight.dtype)
         for layer in self.upsamples:
             x = layer(x, history)
         out: Tensor = self.head(x, history)
         return out
+
+    def forward(self, x: Tensor, history: History) -> Tensor:
+        """Decode one chunk or a whole clip."""
+        return self.up(self.mid(x, history), history)
 
 
 class WanVAE(nn.Module):
@@ -284,16 +301,37 @@ class WanVAE(nn.Module):
     def moments(self, video: Tensor, history: History | None = None) -> tuple[Tensor, Tensor]:
         """Encode ``video`` ``[B, 3, F, H, W]`` to means and log variances, ``[B, z, T, h, w]``."""
         history = history or History(keep=False)
-        moments = self.conv1(self.encoder(video.to(self.conv1.weight.dtype), history), history)
-        z_dim = moments.shape[1] // 2
-        return moments[:, :z_dim], moments[:, z_dim:]
+        return self._moments(self.encode_down(video, history), history)
 
     def encode(self, video: Tensor, history: History | None = None) -> Tensor:
         """Encode ``video`` ``[B, 3, F, H, W]`` to normalised mean latents ``[B, z, T, h, w]``."""
-        return (self.moments(video, history)[0] - self.latent_mean) / self.latent_std
+        history = history or History(keep=False)
+        return self.encode_mid(self.encode_down(video, history), history)
+
+    def encode_down(self, video: Tensor, history: History) -> Tensor:
+        """Encode ``video`` as far as it can be cut into tiles: features ``[B, C, T, h, w]``."""
+        return self.encoder.down(video, history)
+
+    def encode_mid(self, features: Tensor, history: History) -> Tensor:
+        """Encode the features of whole frames to normalised mean latents."""
+        mean = self._moments(features.to(self.conv1.weight.dtype), history)[0]
+        return (mean - self.latent_mean) / self.latent_std
+
+    def _moments(self, features: Tensor, history: History) -> tuple[Tensor, Tensor]:
+        moments = self.conv1(self.encoder.mid(features, history), history)
+        z_dim = moments.shape[1] // 2
+        return moments[:, :z_dim], moments[:, z_dim:]
 
     def decode(self, latent: Tensor, history: History | None = None) -> Tensor:
         """Decode a normalised ``latent`` ``[B, z, T, h, w]`` to video clamped to [-1, 1]."""
         history = history or History(keep=False)
+        return self.decode_up(self.decode_mid(latent, history), history)
+
+    def decode_mid(self, latent: Tensor, history: History) -> Tensor:
+        """Decode whole frames as far as attention takes them: features ``[B, C, T, h, w]``."""
         raw = (latent * self.latent_std + self.latent_mean).to(self.conv2.weight.dtype)
-        return self.decoder(self.conv2(raw, history), history).clamp(-1.0, 1.0)
+        return self.decoder.mid(self.conv2(raw, history), history)
+
+    def decode_up(self, features: Tensor, history: History) -> Tensor:
+        """Decode features, of frames or of tiles, to video clamped to [-1, 1]."""
+        return self.decoder.up(features, history).clamp(-1.0, 1.0)

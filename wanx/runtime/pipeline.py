@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ from wanx.builtin.prompts import prompt_warning
 from wanx.bundle.reader import Bundle
 from wanx.config.bounds import MAX_THREADS, require_between
 from wanx.errors import CancelledError
+from wanx.interruption import result_of
 from wanx.progress import Progress, no_progress, step_counter
 from wanx.runtime.denoise import DenoisingRun
 from wanx.runtime.inputs.conditioning import Conditioning
 from wanx.runtime.inputs.reading import read_inputs
+from wanx.runtime.memory.plan import RunPlan, StageMemory, plan_memory
 from wanx.runtime.options import ResolvedRun, RunOptions
 from wanx.runtime.output.checks import check_output
 from wanx.runtime.output.frame_checks import FrameCheck
@@ -31,8 +34,9 @@ from wanx.runtime.output.video import VideoWriter
 from wanx.runtime.resolve import resolve
 from wanx.runtime.run_parts import EncodedRun, RunParts, prompts_by_branch
 from wanx.runtime.sessions.onnxruntime.providers import AUTO
-from wanx.runtime.sessions.registry import require_budget, require_provider
+from wanx.runtime.sessions.registry import effective_provider, require_budget, require_provider
 from wanx.runtime.stages import Stage, StageTimer
+from wanx.runtime.vae.parts import require_parts
 
 Float32 = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
@@ -70,6 +74,7 @@ class Pipeline:
         *,
         threads: int | None = None,
         vram_budget: int | None = None,
+        memory: int | None = None,
         provider: str = AUTO,
         fallback: bool = False,
     ) -> None:
@@ -79,6 +84,7 @@ class Pipeline:
             bundle: an opened, checked bundle.
             threads: threads of the processor; None takes all cores.
             vram_budget: most bytes of the GPU's memory to take; None takes what is free.
+            memory: most bytes of the host's memory to take; None takes what is free.
             provider: of ONNX Runtime, such as ``openvino``; see
                 :func:`wanx.runtime.sessions.open_session`.
             fallback: go on on the processor where the provider fails.
@@ -96,6 +102,7 @@ class Pipeline:
         self.config = bundle.manifest.config
         self.threads = threads
         self.vram_budget = vram_budget
+        self.memory = memory
         self.provider = provider
         self.fallback = fallback
 
@@ -103,6 +110,15 @@ class Pipeline:
         """Generate a video in memory; keywords are those of :class:`RunOptions` and :meth:`run`."""
         runtime = {k: options.pop(k) for k in _RUNTIME_KEYWORDS & options.keys()}
         return self.run(RunOptions(prompt=prompt, **options), **runtime)
+
+    def plan(self, options: RunOptions) -> RunPlan:
+        """Decide the options of a run, and the memory of its stages, without running it.
+
+        Raises:
+            UsageError: an option cannot be, or the memory does not suffice.
+        """
+        run = resolve(options, self.config, read_inputs(options, self.config.task))
+        return RunPlan(options=run, stages=self._plan_memory(run))
 
     def run(
         self,
@@ -138,12 +154,14 @@ class Pipeline:
                 output, width=run.width, height=run.height, frames=run.frames, overwrite=overwrite
             )
             self._writer(path, run, {})  # refuses now what the format cannot hold
+        self._plan_memory(run)
         if warning := prompt_warning(self.bundle.manifest, run.prompt):
             _log.warning(warning)
         parts = RunParts.of(
             self.bundle,
             threads=self.threads,
             vram_budget=self.vram_budget,
+            memory=self.memory,
             provider=self.provider,
             fallback=self.fallback,
         )
@@ -177,6 +195,19 @@ class Pipeline:
         return Generation(
             options=run, stages=tuple(timer.stages), path=path, frames=pixels, cut=cut
         )
+
+    def _plan_memory(self, run: ResolvedRun) -> tuple[StageMemory, ...]:
+        """Memory of the stages of a run; refuses what does not fit."""
+        manifest = self.bundle.manifest
+        require_parts(self.bundle.root, manifest)
+        stages = plan_memory(
+            manifest,
+            run,
+            limit=self.memory,
+            vram_budget=self.vram_budget,
+            provider=effective_provider(self.provider, fallback=self.fallback),
+        )
+        return tuple(stages)
 
     def provenance(self, run: ResolvedRun) -> dict[str, str]:
         """Say in the video's metadata how to make it again."""
@@ -230,22 +261,40 @@ def _decode(
     parts: RunParts, latent: Float32, cancelled: Callable[[], bool], progress: Progress
 ) -> Iterator[Pixels]:
     check = FrameCheck()
-    count_frame = step_counter(progress, "decode", latent.shape[1])
+    plan = parts.vae_plan("vae_decoder_up", latent.shape[1:])
+    count_call = step_counter(progress, "decode", len(plan.tiling.tiles) * latent.shape[1])
 
-    def after_frame() -> None:
-        count_frame()
+    def after_call() -> None:
+        count_call()
         _stop_if(cancelled)
 
-    yield from parts.decode(latent, check.convert, after_frame)
+    for pixels in parts.decode(latent, check.convert, after_call, plan):
+        check.update(pixels)
+        yield pixels
     check.finish()
 
 
 def _write(frames: Iterator[Pixels], writer: VideoWriter, timer: StageTimer) -> None:
+    """Write frames in a thread while the next ones are decoded."""
     with ExitStack() as stack:
         with timer.writing():
             stack.enter_context(writer)
-        for chunk in frames:
+        pool = ThreadPoolExecutor(1, "wanx-writer")
+        stack.callback(pool.shutdown)
+        writing: Future[None] | None = None
+        try:
+            for chunk in frames:
+                if writing is not None:
+                    with timer.writing():
+                        result_of(writing)
+                writing = pool.submit(writer.write, chunk)
             with timer.writing():
-                writer.write(chunk)
+                if writing is not None:
+                    result_of(writing)
+        finally:
+            # However often Ctrl-C comes: the file must not be closed under its writer.
+            while writing is not None and not writing.done():
+                with suppress(KeyboardInterrupt):
+                    wait([writing], 1)
         with timer.writing():
             stack.close()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,20 +18,25 @@ from numpy.typing import NDArray
 from wanx.bundle.reader import Bundle
 from wanx.config.models import ModelConfig
 from wanx.runtime.denoise import DenoisingRun
-from wanx.runtime.inputs.conditioning import Conditioning, OpenSession, condition
+from wanx.runtime.inputs.conditioning import Conditioning, condition
 from wanx.runtime.inputs.reading import Inputs
+from wanx.runtime.memory.vae_plan import plan_vae
 from wanx.runtime.options import ResolvedRun
 from wanx.runtime.sampling.guidance import Branch, branches
 from wanx.runtime.sessions import open_session
-from wanx.runtime.sessions.base import Array, Session, State
+from wanx.runtime.sessions.base import Array, OpenSession, Session
 from wanx.runtime.sessions.onnxruntime.providers import AUTO
+from wanx.runtime.sessions.registry import effective_provider
+from wanx.runtime.sizes import latent_shape
 from wanx.runtime.stages import StageTimer
 from wanx.runtime.text import PromptTokenizer, clean_prompt, encode_prompt
+from wanx.runtime.vae.decode import Convert, decode
+from wanx.runtime.vae.encode import Clip, encode
+from wanx.runtime.vae.memory import VaePlan
 
 Float32 = NDArray[np.float32]
 Contexts = dict[Branch, Float32]
 OnStep = Callable[[Mapping[Branch, Mapping[str, Array]], Mapping[Branch, Float32]], None]
-T = TypeVar("T")
 
 _log = logging.getLogger("wanx.runtime")
 _PROMPT_OPTIONS: dict[Branch, str] = {
@@ -76,13 +81,22 @@ class RunParts:
 
     Attributes:
         bundle: names the model and has the tokenizer.
-        open: gives a component as a context manager, which frees it.
+        open: gives a component as a context manager, which frees it; keywords are those of
+            :func:`open_session`.
         timer: counts the loads, and each call of a network: a prompt, a step, a decoded chunk.
+        memory: most bytes that the process may take of the host; None is what is free.
+        vram_budget: likewise of the GPU.
+        provider: of ONNX Runtime that will run, for plans of memory.
+        tile_area: most latent places of a tile of the VAE, instead of what ``memory`` allows.
     """
 
     bundle: Bundle
     open: OpenSession
     timer: StageTimer = field(default_factory=StageTimer)
+    memory: int | None = None
+    vram_budget: int | None = None
+    provider: str = AUTO
+    tile_area: int | None = None
 
     @classmethod
     def of(
@@ -91,12 +105,16 @@ class RunParts:
         *,
         threads: int | None = None,
         vram_budget: int | None = None,
+        memory: int | None = None,
         provider: str = AUTO,
         fallback: bool = False,
     ) -> Self:
         """Take the components from a bundle; arguments as of :func:`open_session`."""
         return cls(
             bundle=bundle,
+            memory=memory,
+            vram_budget=vram_budget,
+            provider=effective_provider(provider, fallback=fallback),
             open=partial(
                 open_session,
                 bundle,
@@ -113,10 +131,10 @@ class RunParts:
         return self.bundle.manifest.config
 
     @contextmanager
-    def session(self, component: str) -> Iterator[Session]:
-        """Load a component, and free it at the end."""
+    def session(self, component: str, **options: Any) -> Iterator[Session]:
+        """Load a component, and free it at the end; options as of :func:`open_session`."""
         with self.timer.loading():
-            opened = self.open(component)
+            opened = self.open(component, **options)
         with opened as session:
             yield session
 
@@ -163,7 +181,44 @@ class RunParts:
 
     def condition(self, run: ResolvedRun, inputs: Inputs) -> Conditioning:
         """Encode the images and videos of a run."""
-        return condition(run, inputs, self.config, self.session)
+        _, *size = latent_shape(run.width, run.height, run.frames, self.config.vae)
+        return condition(
+            run, inputs, self.config, self.session, lambda clips: self.encode_clips(clips, size)
+        )
+
+    def encode_clips(self, clips: Sequence[tuple[Clip, int]], size: Sequence[int]) -> list[Float32]:
+        """Encode clips; see :func:`wanx.runtime.vae.encode.encode`.
+
+        Args:
+            clips: each with its number of frames.
+            size: of the longest's latent: frames, rows and columns.
+        """
+        beside = sum(frames > 1 for _, frames in clips)
+        plan = self.vae_plan("vae_encoder_down", size, max(beside, 1))
+        return encode(clips, plan.tiling, self.config.vae, self._vae_session(plan), plan.fits)
+
+    def vae_plan(self, part: str, size: Sequence[int], clips: int = 1) -> VaePlan:
+        """How a part of the VAE computes latents of a size: frames, rows and columns.
+
+        It is the plan for the memory that there is now; see
+        :func:`wanx.runtime.memory.plan.plan_memory` for what does not fit.
+
+        Args:
+            part: that can be cut into tiles.
+            size: of a latent.
+            clips: that are encoded beside each other.
+        """
+        return plan_vae(
+            self.bundle.manifest, part, size, clips=clips, tile_area=self.tile_area,
+            memory=self.memory, vram_budget=self.vram_budget, provider=self.provider,
+        )  # fmt: skip
+
+    def _vae_session(self, plan: VaePlan) -> OpenSession:
+        """Open sessions as a plan has them."""
+        options: dict[str, Any] = {} if plan.arena else {"arena": False}
+        if plan.leaves_preferred:
+            options["provider"] = plan.provider
+        return partial(self.session, **options)
 
     def encode(
         self, runs: Sequence[tuple[ResolvedRun, Inputs]], on_run: Callable[[], None] = _ignore
@@ -217,27 +272,20 @@ class RunParts:
     def decode(
         self,
         latent: Float32,
-        convert: Callable[[Float32], T],
-        on_frame: Callable[[], None] = _ignore,
-    ) -> Iterator[T]:
-        """Decode a latent ``[C, T, h, w]``, one of its frames at a time.
+        convert: Convert,
+        on_call: Callable[[], None] = _ignore,
+        plan: VaePlan | None = None,
+    ) -> Iterator[NDArray[Any]]:
+        """Decode a latent ``[C, T, h, w]``; see :func:`wanx.runtime.vae.decode.decode`.
 
         Args:
             latent: clean.
-            convert: applied to the video frames ``[3, n, H, W]`` of each latent frame.
-            on_frame: called once the caller is done with those of a latent frame.
-
-        Yields:
-            The results of ``convert``.
+            convert: applied to the frames of a tile.
+            on_call: called once the caller is done with what a call gave.
+            plan: of :meth:`vae_plan`, which makes one where it is left out.
         """
-        state: State = {}
-        for name, indices in (("first", range(1)), ("rest", range(1, latent.shape[1]))):
-            if not indices:
-                continue
-            with self.session(f"vae_decoder_{name}") as session:
-                for index in indices:
-                    with self.timer.call():
-                        frame = np.ascontiguousarray(latent[None, :, index : index + 1])
-                        frames = convert(session.run({"latent": frame}, state)["video"][0])
-                    yield frames
-                    on_frame()
+        plan = plan or self.vae_plan("vae_decoder_up", latent.shape[1:])
+        return decode(
+            latent, plan.tiling, self.config.vae, self._vae_session(plan), convert,
+            self.timer.call, on_call, plan.fits,
+        )  # fmt: skip

@@ -16,11 +16,13 @@ class Stage:
 
     Attributes:
         name: ``text``, ``condition`` (where there are images or videos), ``denoise``, ``decode`` or
-            ``write`` (where there is a file), which runs in turn with decoding.
+            ``write`` (where there is a file): what decoding waits for the file, which a thread
+            writes.
         load_seconds: loading the component.
         seconds: running it.
-        calls: seconds of each prompt, denoising step or decoded latent frame; of opening the file,
-            of each chunk of frames and of closing it; none of ``condition``.
+        calls: seconds of each prompt, denoising step, and latent frame (or tile of one) that is
+            decoded; of opening the file, of each wait for its writer, and of the last one with
+            closing; none of ``condition``.
         peak_bytes: peak resident memory of the process, mapped weights included.
     """
 

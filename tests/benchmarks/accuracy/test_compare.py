@@ -237,7 +237,8 @@ def test_one_network_in_memory_at_a_time(
         lambda stage, done, total, unit: told.setdefault(stage, []).append((done, total)),
     )
     assert now == []
-    decoder = ["vae_decoder_first", "vae_decoder_rest"]
+    parts = ("mid_first", "mid_rest", "up_first", "up_rest")
+    decoder = [f"vae_decoder_{part}" for part in parts]
     assert ever == ["text_encoder", "text_encoder", "dit", "dit", *decoder, *decoder]
     assert comparison.runs[0].clip is None
     steps = [(0, 2), (1, 2), (2, 2)]

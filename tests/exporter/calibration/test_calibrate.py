@@ -29,7 +29,7 @@ from wanx.exporter.calibration.state import Calibration, state_path
 from wanx.exporter.quantization.recipe import Recipe, dit_candidates, shared_input
 from wanx.exporter.quantization.recipe_cache import load_recipe, save_recipe
 from wanx.exporter.quantization.scheme import SCHEMES, QuantizeOptions
-from wanx.runtime.inputs.conditioning import condition
+from wanx.runtime.run_parts import RunParts
 from wanx.runtime.sampling.noise import randn
 from wanx.runtime.sampling.sampler import make_sampler
 from wanx.runtime.sessions import open_session
@@ -88,7 +88,7 @@ def by_hand(
                 branch: encode_prompt(session, tokenizer, prompt, config.dit.text_len)
                 for branch, prompt in prompts.items()
             }
-        given = condition(run, inputs, config, lambda name: open_session(bundle, name))
+        given = RunParts.of(bundle).condition(run, inputs)
         latent = randn(latent_shape(run.width, run.height, run.frames, config.vae), run.seed)
         grid = token_grid(latent.shape)
         cos, sin = rope_tables(grid, config.dit.rope_dims)

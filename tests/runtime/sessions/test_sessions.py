@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from diffusers import WanPipeline
 
 from tests.support.components import Float32
 from tests.support.peers import relative_error
@@ -25,8 +23,11 @@ LATENT = (16, 4, 6, 10)
 
 
 @pytest.fixture
-def latent() -> Float32:
-    return np.random.default_rng(0).standard_normal((1, *LATENT), dtype=np.float32)
+def features(bundle_fp32: Bundle) -> Float32:
+    """What the decoder's first half makes of a latent, as far as the second can tell."""
+    vae = bundle_fp32.manifest.config.vae
+    shape = (1, vae.base_dim * vae.multipliers[-1], *LATENT[1:])
+    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
 
 @pytest.fixture
@@ -43,54 +44,44 @@ def dit_feeds() -> dict[str, Float32]:
     }
 
 
-def test_carried_state_equals_one_shot(
-    latent: Float32, peer: WanPipeline, bundle_fp32: Bundle
-) -> None:
-    mean, std = (
-        torch.tensor(values).view(1, -1, 1, 1, 1)
-        for values in (peer.vae.config.latents_mean, peer.vae.config.latents_std)
-    )
-    expected = peer.vae.decode(torch.from_numpy(latent) * std + mean, return_dict=False)[0]
+def test_state_outlives_its_session(features: Float32, bundle_fp32: Bundle) -> None:
+    """It is all that the next frames need; a run leaves what it was given alone."""
     state: State = {}
-    with open_session(bundle_fp32, "vae_decoder_first", threads=1) as session:
-        outputs = session.run({"latent": latent[:, :, :1]}, state)
+    with open_session(bundle_fp32, "vae_decoder_up_first", threads=1) as session:
+        outputs = session.run({"features": features[:, :, :1]}, state)
     assert outputs.keys() == {"video"}
-    assert relative_error(outputs["video"], expected[:, :, :1]) <= 1e-5
-    component = bundle_fp32.manifest.components["vae_decoder_rest"]
-    assert {"latent", *state} == set(component.inputs)
-    # The state outlives the session that made it, and is all that the next frames need.
-    with open_session(bundle_fp32, "vae_decoder_rest", threads=1) as session:
+    component = bundle_fp32.manifest.components["vae_decoder_up_rest"]
+    assert {"features", *state} == set(component.inputs)
+    with open_session(bundle_fp32, "vae_decoder_up_rest", threads=1) as session:
         for index in range(1, LATENT[1]):
-            chunk = np.ascontiguousarray(latent[:, :, index : index + 1])
+            chunk = np.ascontiguousarray(features[:, :, index : index + 1])
             before = dict(state)
-            outputs = session.run({"latent": chunk}, state)
+            outputs = session.run({"features": chunk}, state)
             assert outputs.keys() == {"video"}
-            frames = expected[:, :, 4 * index - 3 : 4 * index + 1]
-            assert relative_error(outputs["video"], frames) <= 1e-5
             assert state.keys() == before.keys()
             assert all(state[name] is not before[name] for name in state)
 
 
-def test_a_stream_can_fork(latent: Float32, bundle_fp32: Bundle) -> None:
+def test_a_stream_can_fork(features: Float32, bundle_fp32: Bundle) -> None:
     """A run reads the state that it is given and leaves copies of it alone."""
-    chunks = [np.ascontiguousarray(latent[:, :, i : i + 1]) for i in range(3)]
+    chunks = [np.ascontiguousarray(features[:, :, i : i + 1]) for i in range(3)]
     state: State = {}
-    with open_session(bundle_fp32, "vae_decoder_first", threads=1) as session:
-        session.run({"latent": chunks[0]}, state)
+    with open_session(bundle_fp32, "vae_decoder_up_first", threads=1) as session:
+        session.run({"features": chunks[0]}, state)
     fork = dict(state)
-    with open_session(bundle_fp32, "vae_decoder_rest", threads=1) as session:
-        one = session.run({"latent": chunks[1]}, state)["video"]
-        other = session.run({"latent": chunks[2]}, fork)["video"]
+    with open_session(bundle_fp32, "vae_decoder_up_rest", threads=1) as session:
+        one = session.run({"features": chunks[1]}, state)["video"]
+        other = session.run({"features": chunks[2]}, fork)["video"]
         again: State = dict(state)
-        after_one = session.run({"latent": chunks[2]}, again)["video"]
+        after_one = session.run({"features": chunks[2]}, again)["video"]
     assert relative_error(one, other) > 1e-2
     assert relative_error(other, after_one) > 1e-3
 
 
-def test_without_state_all_outputs_are_returned(latent: Float32, bundle_fp32: Bundle) -> None:
-    with open_session(bundle_fp32, "vae_decoder_first", threads=1) as session:
-        outputs = session.run({"latent": latent[:, :, :1]})
-    assert set(outputs) == set(bundle_fp32.manifest.components["vae_decoder_first"].outputs)
+def test_without_state_all_outputs_are_returned(features: Float32, bundle_fp32: Bundle) -> None:
+    with open_session(bundle_fp32, "vae_decoder_up_first", threads=1) as session:
+        outputs = session.run({"features": features[:, :, :1]})
+    assert set(outputs) == set(bundle_fp32.manifest.components["vae_decoder_up_first"].outputs)
     assert all(isinstance(value, np.ndarray) for value in outputs.values())
 
 

@@ -56,17 +56,18 @@ class ClipComparison:
 
 
 def to_pixels(decoded: Iterable[NDArray[np.float32]]) -> tuple[Pixels | None, str | None]:
-    """Turn decoded frames ``[3, n, H, W]`` into pixels, and look at their health.
+    """Turn decoded frames ``[n, H, W, 3]`` into pixels, and look at their health.
 
     Returns:
         The frames ``[F, H, W, 3]``, None where some value is not finite; and what is wrong with
         them, None where nothing is.
     """
     check = FrameCheck()
-    frames = []
+    frames: list[Pixels] = []
     for part in decoded:
         try:
-            frames.append(check.convert(part))
+            frames.append(check.convert(part, sum(len(each) for each in frames)))
+            check.update(frames[-1])
         except WanxError as error:
             return None, _finding(error)
     try:

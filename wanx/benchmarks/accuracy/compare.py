@@ -35,6 +35,8 @@ from wanx.runtime.inputs.reading import Inputs, read_inputs
 from wanx.runtime.options import ResolvedRun, RunOptions
 from wanx.runtime.resolve import resolve
 from wanx.runtime.run_parts import EncodedRun, RunParts
+from wanx.runtime.vae.decode import floats
+from wanx.runtime.vae.parts import require_parts
 
 Float32 = NDArray[np.float32]
 
@@ -78,6 +80,8 @@ def compare(
         WanxError: the reference itself is not finite, or the machine cannot run a bundle.
     """
     _require_same_model(candidate, reference)
+    for bundle in (candidate, reference):
+        require_parts(bundle.root, bundle.manifest)
     cases = list(_cases(options, reference.manifest.config))
     theirs = RunParts.of(reference, threads=options.threads)
     ours = RunParts.of(candidate, threads=options.threads)
@@ -127,8 +131,8 @@ def _compared(
     health = [] if our_result.problem is None else [f"candidate: {our_result.problem}"]
     frames = list(_frames(theirs, their_result.latent))
     decoder = agree(
-        np.concatenate(list(_frames(ours, their_result.latent)), axis=1),
-        np.concatenate(frames, axis=1),
+        np.concatenate(list(_frames(ours, their_result.latent))),
+        np.concatenate(frames),
         component="vae_decoder",
     )
     reference, problem = to_pixels(frames)
@@ -157,8 +161,8 @@ def _compared(
 
 
 def _frames(parts: RunParts, latent: Float32) -> Iterator[Float32]:
-    """Frames ``[3, n, H, W]`` of a latent ``[C, T, h, w]``, as the decoder answers them."""
-    return parts.decode(latent, lambda frames: frames)
+    """Frames ``[n, H, W, 3]`` of a latent ``[C, T, h, w]``, as the decoder answers them."""
+    return parts.decode(latent, floats)
 
 
 def _encoders(ours: EncodedRun, theirs: EncodedRun) -> tuple[Agreement, ...]:

@@ -240,7 +240,7 @@ def _vae(diffusers: Any, bundle: Bundle, device: str) -> Any:
         )  # fmt: skip
     names = vae_key_map(len(sizes.multipliers), sizes.num_res_blocks)
     # Pipelines of diffusers keep the VAE in fp32.
-    return _with_weights(model, bundle, "vae_decoder_first", names, torch.float32, device)
+    return _with_weights(model, bundle, "vae_decoder_up_first", names, torch.float32, device)
 
 
 def _with_weights(

@@ -168,17 +168,19 @@ def _profiled_calls(
             sizes={"L": case.tokens}, feeds=feeds.constants | feeds.branches[0],
         )  # fmt: skip
     frames = _calls(trials, "decode", 1)
-    if frames:
-        latent = np.random.default_rng(0).standard_normal((1, shape[0], 1, *shape[2:]), np.float32)
+    if len(frames) == len(trials) * (shape[1] - 1) > 0:  # whole frames, not tiles
+        channels = config.vae.base_dim * config.vae.multipliers[-1]
+        size = (1, channels, 1, *shape[2:])
+        features = np.random.default_rng(0).standard_normal(size, np.float32)
         state: State = {}
         provider = results.settings.provider
         with open_session(
-            bundle, "vae_decoder_first", threads=threads, provider=provider
+            bundle, "vae_decoder_up_first", threads=threads, provider=provider
         ) as session:
-            session.run({"latent": latent}, state)
+            session.run({"features": features}, state)
         yield ProfiledCall(
-            component="vae_decoder_rest", unit="latent frame", seconds=median(frames), runs=1,
-            sizes={"h": shape[2], "w": shape[3]}, feeds={"latent": latent}, state=state,
+            component="vae_decoder_up_rest", unit="latent frame", seconds=median(frames), runs=1,
+            sizes={"h": shape[2], "w": shape[3]}, feeds={"features": features}, state=state,
         )  # fmt: skip
 
 

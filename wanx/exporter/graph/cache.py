@@ -42,7 +42,12 @@ TRACERS = ("torch", "onnx", "onnx-ir", "onnxscript")
 _SOURCES = (
     *("models/**/*.py", "kernels/**/*.py", "config/models.py", "config/number_formats.py"),
     *("exporter/graph/trace.py", "exporter/graph/repeat.py", "exporter/components.py"),
-    *("exporter/graph/stored_graph.py", "exporter/trace_component.py"),
+    *(
+        "exporter/graph/stored_graph.py",
+        "exporter/graph/liveness.py",
+        "exporter/graph/value_shapes.py",
+    ),
+    "exporter/trace_component.py",
     *(f"exporter/quantization/{name}.py" for name in ("quantized_spec", "recipe", "scheme")),
 )
 

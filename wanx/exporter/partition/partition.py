@@ -30,7 +30,7 @@ def partition(spec: ComponentSpec, dtype: torch.dtype) -> Partition:
             case ImageEncoder():
                 return _partition_image_encoder(module, spec, dtype)
             case WanVAE():
-                _drop_unused_half(module, "encoder" if "encoder" in spec.name else "decoder")
+                _drop_unused(module, spec.name.rpartition("_")[0])
     return _single_segment(module, spec, dtype)
 
 
@@ -44,11 +44,19 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _drop_unused_half(vae: WanVAE, direction: str) -> None:
-    """Leave out the weights that one direction does not read."""
-    unused = ("decoder", "conv2") if direction == "encoder" else ("encoder", "conv1")
-    for name in unused:
-        delattr(vae, name)
+_UNUSED = {
+    "vae_encoder_down": ("decoder", "conv1", "conv2", "encoder.middle", "encoder.head"),
+    "vae_encoder_mid": ("decoder", "conv2", "encoder.conv1", "encoder.downsamples"),
+    "vae_decoder_mid": ("encoder", "conv1", "decoder.upsamples", "decoder.head"),
+    "vae_decoder_up": ("encoder", "conv1", "conv2", "decoder.conv1", "decoder.middle"),
+}
+
+
+def _drop_unused(vae: WanVAE, part: str) -> None:
+    """Leave out the weights that a part does not read."""
+    for name in _UNUSED[part]:
+        owner, _, last = name.rpartition(".")
+        delattr(vae.get_submodule(owner), last)
 
 
 def _single_segment(module: nn.Module, spec: ComponentSpec, dtype: torch.dtype) -> Partition:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,13 +14,13 @@ from wanx.runtime.inputs.image import to_signed
 from wanx.runtime.inputs.reading import Inputs
 from wanx.runtime.inputs.resize import clip_pixels, cover, letterbox, resize_bicubic
 from wanx.runtime.options import ResolvedRun
-from wanx.runtime.sessions.base import Array, Session, State
+from wanx.runtime.sessions.base import Array, OpenSession
 from wanx.runtime.sizes import latent_shape
 from wanx.runtime.tokens import patchify
+from wanx.runtime.vae.encode import Clip
 
 Float32 = NDArray[np.float32]
-OpenSession = Callable[[str], AbstractContextManager[Session]]
-Clip = Callable[[int, int], Float32]  # frames from and to -> [3, frames, H, W] in [-1, 1]
+Encode = Callable[[Sequence[tuple[Clip, int]]], list[Float32]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,18 +39,34 @@ class Conditioning:
 
 
 def condition(
-    run: ResolvedRun, inputs: Inputs, config: ModelConfig, open_session: OpenSession
+    run: ResolvedRun,
+    inputs: Inputs,
+    config: ModelConfig,
+    open_session: OpenSession,
+    encode: Encode,
 ) -> Conditioning:
-    """Encode the inputs of a run, with one component in memory at a time."""
+    """Encode the inputs of a run, with one component in memory at a time.
+
+    Args:
+        run: that they are for.
+        inputs: images and videos.
+        config: of the model.
+        open_session: gives the image encoder.
+        encode: clips, each with its number of frames, to latents ``[z, T, h, w]``.
+    """
     if config.task == "vace":
-        return _control(run, inputs, config, open_session)
+        return _control(run, inputs, config, encode)
     if config.task == "t2v":
         return Conditioning()
-    return _images(run, inputs, config, open_session)
+    return _images(run, inputs, config, open_session, encode)
 
 
 def _images(
-    run: ResolvedRun, inputs: Inputs, config: ModelConfig, open_session: OpenSession
+    run: ResolvedRun,
+    inputs: Inputs,
+    config: ModelConfig,
+    open_session: OpenSession,
+    encode: Encode,
 ) -> Conditioning:
     """Condition on the first frame, and on the last one where there is one.
 
@@ -78,7 +93,7 @@ def _images(
         empty = np.zeros_like(frames[0])
         return np.stack([known.get(i, empty) for i in range(start, end)], axis=1)
 
-    (latent,) = _encode([(clip, run.frames)], config, open_session)
+    (latent,) = encode([(clip, run.frames)])
     is_known = np.isin(np.arange(run.frames), list(known)).astype(np.float32)
     stride = config.vae.temporal_stride
     mask = np.concatenate([np.repeat(is_known[:1], stride), is_known[1:]]).reshape(-1, stride).T
@@ -89,9 +104,7 @@ def _images(
     )
 
 
-def _control(
-    run: ResolvedRun, inputs: Inputs, config: ModelConfig, open_session: OpenSession
-) -> Conditioning:
+def _control(run: ResolvedRun, inputs: Inputs, config: ModelConfig, encode: Encode) -> Conditioning:
     """Condition on a control video, whose mask is 1 where to draw anew, and on references.
 
     Without a mask everything is drawn anew; without a video, on grey.
@@ -115,14 +128,12 @@ def _control(
         return control.split_by_mask(video, mask)
 
     references = [letterbox(to_signed(item), *size)[:, None] for item in inputs.references]
-    inactive, reactive, *encoded = _encode(
+    inactive, reactive, *encoded = encode(
         [
             (lambda start, end: part(start, end)[0], frames),
             (lambda start, end: part(start, end)[1], frames),
             *((lambda start, end, image=image: image, 1) for image in references),
-        ],
-        config,
-        open_session,
+        ]
     )
     mask = np.ones((frames, *size), np.float32) if masked is None else control.mask_values(masked)
     hints = control.with_references(
@@ -140,31 +151,6 @@ def _control(
         },
         references=len(references),
     )
-
-
-def _encode(
-    clips: Sequence[tuple[Clip, int]], config: ModelConfig, open_session: OpenSession
-) -> list[Float32]:
-    """Encode clips, each with its number of frames, to latents ``[z, T, h, w]``, chunk by chunk."""
-    states: list[State] = [{} for _ in clips]
-    latents: list[list[Float32]] = [[] for _ in clips]
-    stride = config.vae.temporal_stride
-    for name in ("first", "rest"):
-        if name == "rest" and all(length == 1 for _, length in clips):
-            break
-        with open_session(f"vae_encoder_{name}") as session:
-            for (clip, length), state, latent in zip(clips, states, latents, strict=True):
-                for start, end in _chunks(name, length, stride):
-                    video = np.ascontiguousarray(clip(start, end)[None])
-                    latent.append(session.run({"video": video}, state)["latent"][0])
-    return [np.concatenate(parts, axis=1) for parts in latents]
-
-
-def _chunks(name: str, length: int, stride: int) -> Iterator[tuple[int, int]]:
-    if name == "first":
-        yield 0, 1
-    else:
-        yield from ((start, start + stride) for start in range(1, length, stride))
 
 
 def noise_shape(

@@ -46,8 +46,13 @@ class FrameCheck:
         self._last: NDArray[np.uint8] | None = None
         self._moved = False
 
-    def convert(self, decoded: NDArray[np.floating]) -> NDArray[np.uint8]:
-        """Check the next decoded frames and turn them into pixels; see ``frames_to_uint8``.
+    @staticmethod
+    def convert(decoded: NDArray[np.floating], first: int) -> NDArray[np.uint8]:
+        """Check decoded frames, or parts of them, and turn them into pixels.
+
+        Args:
+            decoded: as for :func:`frames_to_uint8`.
+            first: number of the first of them.
 
         Raises:
             WanxError: A frame holds NaN or infinity.
@@ -55,15 +60,13 @@ class FrameCheck:
         axis = 0 if decoded.shape[-1] == 3 else 1
         finite = np.isfinite(decoded).all(axis=tuple(i for i in range(4) if i != axis))
         if not finite.all():
-            first = int(np.argmin(finite))
-            kind = "NaN" if np.isnan(decoded.take(first, axis=axis)).any() else "infinity"
+            number = int(np.argmin(finite))
+            kind = "NaN" if np.isnan(decoded.take(number, axis=axis)).any() else "infinity"
             raise WanxError(
-                f"the VAE produced {kind} at frame {self._frames + first}; check the bundle with "
+                f"the VAE produced {kind} at frame {first + number}; check the bundle with "
                 f"`wanx verify` or export it at a higher precision"
             )
-        pixels = frames_to_uint8(decoded)
-        self.update(pixels)
-        return pixels
+        return frames_to_uint8(decoded)
 
     def update(self, pixels: NDArray[np.uint8]) -> None:
         """Take note of the next frames, [n, H, W, 3]."""

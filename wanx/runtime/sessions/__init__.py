@@ -19,6 +19,7 @@ def open_session(
     vram_budget: int | None = None,
     provider: str = AUTO,
     fallback: bool = False,
+    arena: bool = True,
 ) -> Session:
     """Load a component of a bundle on the backend that it was exported for.
 
@@ -32,6 +33,8 @@ def open_session(
             ``auto`` is the target's own, and of a bundle for the processor what was measured to
             be faster and is installed.
         fallback: go on on the processor where the provider fails.
+        arena: keep the memory of values for the next run, which is faster; without it, ONNX
+            Runtime on the processor takes no more than they need.
 
     Raises:
         UsageError: there is no such provider.
@@ -39,6 +42,6 @@ def open_session(
         WanxError: the backend cannot load the component.
     """
     options = SessionOptions(
-        threads=threads, vram_budget=vram_budget, provider=provider, fallback=fallback
+        threads=threads, vram_budget=vram_budget, provider=provider, fallback=fallback, arena=arena
     )
     return load_component(bundle, component, options)

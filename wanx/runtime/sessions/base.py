@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self
 
@@ -32,7 +33,8 @@ class Session(ABC):
 
         Args:
             feeds: the inputs that are neither bound nor state, as numpy arrays.
-            state: read for the inputs it holds, and updated with the outputs that are state.
+            state: read for the inputs it holds, and updated with the outputs that are state, which
+                may overwrite them.
 
         Returns:
             The other outputs by name.
@@ -68,3 +70,7 @@ class Session(ABC):
     ) -> None:
         """Free the graph."""
         self.close()
+
+
+# By component, and options of its session; frees it at the end.
+OpenSession = Callable[..., AbstractContextManager[Session]]

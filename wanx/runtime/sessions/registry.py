@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -43,6 +44,7 @@ class SessionOptions:
     vram_budget: int | None = None
     provider: str = AUTO
     fallback: bool = False
+    arena: bool = True
 
     def __post_init__(self) -> None:
         require_between("threads", self.threads, 1, MAX_THREADS)
@@ -58,6 +60,8 @@ class Backend:
         warm_up_runs: first runs of a shape that are slower than the following ones.
         uses_gpu: the backend computes on a GPU, unless its engines say otherwise.
         no_vram_budget: reason why ``--vram-budget`` is refused; None where weights are streamed.
+        device_memory: bytes of the GPU's memory that a session may take, of a budget or None;
+            None where there is no GPU. Left out where the memory is the host's, or unknown.
         module: Python module that it needs beyond those of every installation, if any.
         product: name of that module for people; None is the module's own.
         extra: of wanx, which installs the module.
@@ -67,6 +71,7 @@ class Backend:
     warm_up_runs: int
     uses_gpu: bool
     no_vram_budget: str | None
+    device_memory: Callable[[int | None], int | None] | None = None
     module: str | None = None
     product: str | None = None
     extra: str | None = None
@@ -100,7 +105,9 @@ def _load_onnxruntime(bundle: Bundle, component: str, options: SessionOptions) -
         component,
         provider=provider,
         fallback=options.fallback or chosen,  # nobody asked for one that fails
-        options=ProviderOptions(threads=options.threads, vram_budget=options.vram_budget),
+        options=ProviderOptions(
+            threads=options.threads, vram_budget=options.vram_budget, arena=options.arena
+        ),
     )
 
 
@@ -116,6 +123,27 @@ def _load_tensorrt(bundle: Bundle, component: str, options: SessionOptions) -> S
     return TensorRTSession(
         bundle, component, threads=options.threads, vram_budget=options.vram_budget
     )
+
+
+def _aoti_memory(budget: int | None) -> int | None:
+    if find_spec("torch") is None:  # which loading will say
+        return None
+    from wanx.runtime.sessions.aoti.free_memory import free_memory
+
+    free = free_memory()
+    return free if free is None or budget is None else min(free, budget)
+
+
+def _tensorrt_memory(budget: int | None) -> int | None:
+    from wanx.runtime.sessions.device.cuda import CudaError, open_cuda
+
+    with suppress(EnvironmentMismatchError, CudaError):  # which loading will say
+        cuda = open_cuda("tensorrt", budget)
+        try:
+            return cuda.available_memory()
+        finally:
+            cuda.close()
+    return None
 
 
 def _onnxruntime(name: str) -> Backend:
@@ -145,6 +173,7 @@ BACKENDS: Mapping[str, Backend] = {
         uses_gpu=True,
         no_vram_budget="engines of TensorRT; PyTorch manages the memory of this bundle, whose "
         "target is aoti",
+        device_memory=_aoti_memory,
         module="torch",
         product="PyTorch",
         extra="export",
@@ -154,6 +183,7 @@ BACKENDS: Mapping[str, Backend] = {
         warm_up_runs=RUNS_BEFORE_CAPTURE + 1,
         uses_gpu=True,
         no_vram_budget=None,
+        device_memory=_tensorrt_memory,
         module=MODULES["rtx"],
         extra="rtx",
     ),
@@ -162,6 +192,7 @@ BACKENDS: Mapping[str, Backend] = {
         warm_up_runs=RUNS_BEFORE_CAPTURE + 1,
         uses_gpu=True,
         no_vram_budget=None,
+        device_memory=_tensorrt_memory,
         module=MODULES["tensorrt"],
         extra="tensorrt",
     ),
@@ -180,6 +211,12 @@ def backend_of(target: str, provider: str = AUTO) -> Backend:
     return BACKENDS.get(target, BACKENDS[CPU])
 
 
+def effective_provider(provider: str, *, fallback: bool) -> str:
+    """Provider that will run: the processor's where one that is missing may be done without."""
+    missing = provider != AUTO and not PROVIDERS[provider].is_installed
+    return CPU if missing and fallback else provider
+
+
 def provider_of(manifest: Manifest, component: str, provider: str = AUTO) -> str | None:
     """Provider of ONNX Runtime that runs a component; None where engines of another runtime do.
 
@@ -196,6 +233,19 @@ def provider_of(manifest: Manifest, component: str, provider: str = AUTO) -> str
         return None
     own = target in PROVIDERS and target != CPU
     return target if own else fastest_provider(component, manifest.config)
+
+
+def device_memory(manifest: Manifest, budget: int | None) -> int | None:
+    """Bytes of the GPU's memory that engines of a bundle may take; None where that is unknown.
+
+    Args:
+        manifest: of the bundle.
+        budget: most bytes to take; None takes what is free.
+    """
+    backend = BACKENDS.get(manifest.target)
+    if backend is None or backend.device_memory is None:
+        return None
+    return backend.device_memory(budget)
 
 
 def load_component(bundle: Bundle, component: str, options: SessionOptions) -> Session:

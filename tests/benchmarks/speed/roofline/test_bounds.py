@@ -72,7 +72,11 @@ def test_a_text_encoder_costs_what_pytorch_counts(bundle_of: Bundles) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["vae_decoder_first", "vae_decoder_rest", "vae_encoder_rest", "image_encoder"]
+    "name",
+    [
+        *("vae_decoder_mid_first", "vae_decoder_up_first", "vae_decoder_up_rest"),
+        *("vae_encoder_down_rest", "vae_encoder_mid_rest", "image_encoder"),
+    ],
 )
 def test_other_networks_cost_what_pytorch_counts(bundle_of: Bundles, name: str) -> None:
     bundle = bundle_of("i2v", "fp32")

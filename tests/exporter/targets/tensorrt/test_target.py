@@ -137,7 +137,7 @@ def test_graphs_of_encoders() -> None:
 
 def test_graphs_of_the_vae() -> None:
     config = PRESETS["tiny"].vae
-    for spec in (vae_encoder_specs(config)[0], vae_decoder_specs(config)[1]):
+    for spec in (*vae_encoder_specs(config)[::2], *vae_decoder_specs(config)[1::2]):
         parts = partition(spec, torch.float32)
         (segment,) = parts.segments.values()
         require_same(segment, parts.axes, {"h": 3, "w": 5}, 1e-4)
@@ -145,18 +145,19 @@ def test_graphs_of_the_vae() -> None:
 
 def test_the_vae_in_bf16() -> None:
     """Every convolution is one kernel in bf16, and so is what is kept from chunk to chunk."""
-    spec = vae_decoder_specs(PRESETS["tiny"].vae)[1]
-    parts = partition(spec, torch.bfloat16)
-    (segment,) = parts.segments.values()
-    assert {item.dtype for item in segment.inputs} == {torch.float32, torch.bfloat16}
-    assert parts.input_dtypes["latent"] == "F32"
-    assert {kind for name, kind in parts.input_dtypes.items() if name != "latent"} == {"BF16"}
-    _, found = layers_of(segment, parts.axes, (89,), ranges(PRESETS["tiny"]))
-    convolutions = {n: c for n, c in found.items() if n.startswith(("conv", "corr"))}
-    module = segment.module
-    layers = [m for m in module.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Conv3d)]
-    assert convolutions == {"correlation BFloat16": len(layers)}
-    assert found["gemm BFloat16"] == 2  # attention: its scores, and the sums of values
+    for spec, attends in zip(vae_decoder_specs(PRESETS["tiny"].vae)[1::2], (1, 0), strict=True):
+        parts = partition(spec, torch.bfloat16)
+        (segment,) = parts.segments.values()
+        assert {item.dtype for item in segment.inputs} == {torch.float32, torch.bfloat16}
+        (fed,) = spec.inputs
+        assert parts.input_dtypes[fed.name] == "F32"
+        assert {kind for name, kind in parts.input_dtypes.items() if name != fed.name} == {"BF16"}
+        _, found = layers_of(segment, parts.axes, (89,), ranges(PRESETS["tiny"]))
+        convolutions = {n: c for n, c in found.items() if n.startswith(("conv", "corr"))}
+        kernels = [p for _, p in segment.parameters if p.dim() > 3 and p.shape[1] > 1]
+        assert convolutions == {"correlation BFloat16": len(kernels)}
+        # Attention: its scores, and the sums of values.
+        assert found.get("gemm BFloat16", 0) == 2 * attends
 
 
 def test_the_vae_in_bf16_draws_the_same_frames() -> None:

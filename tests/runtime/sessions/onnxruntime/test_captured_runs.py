@@ -183,5 +183,5 @@ def test_components_that_run_once_are_not_captured(
 ) -> None:
     table = dict(PROVIDERS) | {"cpu": replace(PROVIDERS["cpu"], captures=True)}
     monkeypatch.setattr(session, "PROVIDERS", table)
-    with OnnxRuntimeSession(tiny, "vae_decoder_rest", options=ONE) as opened:
+    with OnnxRuntimeSession(tiny, "vae_decoder_up_rest", options=ONE) as opened:
         assert opened._captured is None

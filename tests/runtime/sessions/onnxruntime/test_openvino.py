@@ -69,7 +69,8 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
 
 COMPONENTS = [
     *("text_encoder", "image_encoder", "dit"),
-    *("vae_encoder_first", "vae_encoder_rest", "vae_decoder_first", "vae_decoder_rest"),
+    *(f"vae_encoder_{part}" for part in ("down_first", "down_rest", "mid_first", "mid_rest")),
+    *(f"vae_decoder_{part}" for part in ("mid_first", "mid_rest", "up_first", "up_rest")),
 ]
 
 

@@ -181,7 +181,7 @@ def test_where_another_provider_was_measured_to_be_faster(
     for name, provider in found.items():
         assert provider == ("openvino" if wins and name.startswith("vae_") else "cpu")
     rows["openvino"] = replace(rows["openvino"], plugin="no_such_module")
-    assert providers.fastest_provider("vae_decoder_rest", config) == "cpu"
+    assert providers.fastest_provider("vae_decoder_up_rest", config) == "cpu"
 
 
 def test_auto_takes_what_is_faster_and_installed(
@@ -248,27 +248,28 @@ def test_a_failure_while_it_runs(
     fallback: bool, tiny: Bundle, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The state of a video goes on too; the second frame fails."""
-    sizes = feeds("vae_decoder_rest")
-    latent = sizes.pop("latent")
+    sizes = feeds("vae_decoder_up_rest")
+    features = sizes.pop("features")
 
     def decode(opened: session.OnnxRuntimeSession, *, fails: bool) -> list[Any]:
-        state = {name: onnxruntime.OrtValue.ortvalue_from_numpy(v) for name, v in sizes.items()}
+        copies = {name: value.copy() for name, value in sizes.items()}  # state is overwritten
+        state = {n: onnxruntime.OrtValue.ortvalue_from_numpy(v) for n, v in copies.items()}
         videos = []
         for number in range(3):
             if fails and number == 1:
                 inner = opened._session
                 opened._session = Failing(inner)  # type: ignore[assignment]
-            videos.append(opened.run({"latent": latent}, state)["video"])
+            videos.append(opened.run({"features": features}, state)["video"])
         return videos
 
     def load(**options: Any) -> session.OnnxRuntimeSession:
         options["options"] = ProviderOptions(threads=1)
-        return session.OnnxRuntimeSession(tiny, "vae_decoder_rest", **options)
+        return session.OnnxRuntimeSession(tiny, "vae_decoder_up_rest", **options)
 
     expected = decode(load(), fails=False)
     broken = load(provider="openvino", fallback=fallback)
     if not fallback:
-        with pytest.raises(WanxError, match="openvino cannot run vae_decoder_rest: it broke; --fa"):
+        with pytest.raises(WanxError, match="cannot run vae_decoder_up_rest: it broke; --fa"):
             decode(broken, fails=True)
         return
     for actual, video in zip(decode(broken, fails=True), expected, strict=True):
@@ -307,15 +308,15 @@ def test_constants_survive_going_on(tiny: Bundle) -> None:
 def test_bound_outputs_are_the_same(tiny: Bundle) -> None:
     """As on devices, where the state stays; here on the processor's own memory."""
     opened = session.OnnxRuntimeSession(
-        tiny, "vae_decoder_rest", options=ProviderOptions(threads=1)
+        tiny, "vae_decoder_up_rest", options=ProviderOptions(threads=1)
     )
-    inputs = feeds("vae_decoder_rest")
-    latent = {"latent": inputs.pop("latent")}
+    inputs = feeds("vae_decoder_up_rest")
+    features = {"features": inputs.pop("features")}
     values = {n: onnxruntime.OrtValue.ortvalue_from_numpy(v) for n, v in inputs.items()}
     names = [value.name for value in opened._session.get_outputs()]  # type: ignore[union-attr]
-    bound = opened._run_bound(values, latent, [n for n in names if n.endswith("_next")])
+    bound = opened._run_bound(values, features, [n for n in names if n.endswith("_next")])
     state = dict(values)
-    video = opened.run(latent, state)["video"]
+    video = opened.run(features, state)["video"]
     assert np.array_equal(bound[0].numpy(), video)
     for name, value in zip(names[1:], bound[1:], strict=True):
         assert np.array_equal(value.numpy(), state[name.removesuffix("_next")].numpy())
@@ -359,3 +360,26 @@ def test_several_threads_register_it_once(tiny: Bundle) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(act, range(8))) == ["openvino"] * 8
+
+
+@pytest.mark.parametrize(
+    ("component", "order"), [("dit", "DEFAULT"), ("vae_decoder_up_rest", "PRIORITY_BASED")]
+)
+def test_order_of_nodes(
+    component: str, order: str, tiny: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a graph's own order ONNX Runtime would widen all weights in 16 bits first."""
+    taken = []
+    create = onnxruntime.InferenceSession
+
+    def created(data: bytes, options: onnxruntime.SessionOptions, **others: Any) -> Any:
+        taken.append(options)
+        return create(data, options, **others)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", created)
+    with open_session(tiny, component, provider="cpu", arena=False):
+        pass
+    (options,) = taken
+    assert options.execution_order == getattr(onnxruntime.ExecutionOrder, order)
+    assert not options.enable_cpu_mem_arena
+    assert not options.enable_mem_pattern

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import random
 import sys
 from collections.abc import Callable
@@ -23,7 +22,6 @@ from wanx.errors import UsageError, WanxError
 from wanx.files.safetensors import SafetensorsWriter
 from wanx.runtime.sessions import open_session
 from wanx.runtime.sessions.device import weights
-from wanx.runtime.sessions.device.vram_budget import parse_vram_budget
 from wanx.runtime.sessions.registry import require_budget
 from wanx.runtime.sessions.tensorrt.session import TensorRTSession
 
@@ -298,7 +296,7 @@ def test_the_host_has_too_little_memory(
         return pin(size) if size != room else (OUT_OF_MEMORY, None)
 
     left: list[int | None] = [3 * UNIT - 1 if known else None]
-    monkeypatch.setattr(weights, "available_host_memory", lambda: left[0])
+    monkeypatch.setattr(weights, "available_memory", lambda: left[0])
     with open_dit(bundle, WEIGHTS + beside - 1) as session:
         cuda.cudaMallocHost = pins  # type: ignore[method-assign]
         with pytest.raises(WanxError, match="are available; end" if known else "out of memory"):
@@ -307,13 +305,6 @@ def test_the_host_has_too_little_memory(
         left[0] = 3 * UNIT
         check(session, 20)
     nothing_left(cuda)
-
-
-def test_available_host_memory() -> None:
-    available = weights.available_host_memory()
-    if sys.platform == "linux":
-        assert available is not None
-        assert 1 << 20 < available <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.parametrize("call", ["cudaEventCreate", "cudaMallocHost", "cudaMalloc"])
@@ -343,20 +334,6 @@ def test_scratch_that_is_as_large_for_every_shape(bundle: Any, cuda: FakeCuda) -
             found = session.run({"x": given})["y"]
             np.testing.assert_array_equal(found, np.tile(given, (8, 1)))
     nothing_left(cuda)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("12G", 12 << 30), ("512m", 512 << 20), ("12884901888", 12 << 30), (" 1G ", 1 << 30)],
-)
-def test_budgets(text: str, size: int) -> None:
-    assert parse_vram_budget(text) == size
-
-
-@pytest.mark.parametrize("text", ["12", "", "G", "0G", "-1G", "1.5G", "12GB", "12 G", "1e9", "٣G"])
-def test_what_is_no_budget(text: str) -> None:
-    with pytest.raises(UsageError, match="is not a size; give one such as 12G"):
-        parse_vram_budget(text)
 
 
 def test_targets_without_streaming() -> None:

@@ -16,15 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanx.benchmarks.speed.roofline.parts import (
-    WeightTracer,
-    dimensions,
-    label_in,
-    name_nodes,
-    parts_of,
-)
-from wanx.benchmarks.speed.roofline.shapes import Shapes, inferred
+from wanx.benchmarks.speed.roofline.parts import WeightTracer, label_in, name_nodes, parts_of
 from wanx.config.number_formats import QUANTIZED
+from wanx.exporter.graph.value_shapes import Shapes, dimensions, inferred
 
 if TYPE_CHECKING:
     from onnx import NodeProto

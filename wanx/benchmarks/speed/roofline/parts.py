@@ -7,7 +7,7 @@ reads. Attention reads none, and belongs to the weights that its inputs come fro
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -120,9 +120,3 @@ def _attention(node: NodeProto, tracer: WeightTracer) -> str:
         if "cross_attn." in weight:
             return CROSS_ATTENTION
     return ATTENTION
-
-
-def dimensions(symbols: Mapping[str, int], text: str) -> int:
-    """The size of an axis such as ``8*h``."""
-    factor, _, symbol = text.rpartition("*")
-    return symbols[symbol] * int(factor or 1)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
 
 from wanx.errors import WanxError
+from wanx.runtime.available_memory import available_memory
 from wanx.runtime.sessions.device.cuda import Cuda, CudaError
 from wanx.runtime.sessions.device.weight_files import StepWeights, copy_to_device, copy_to_host
 from wanx.runtime.sessions.device.weight_ring import SLOTS, WeightRing
@@ -145,7 +145,7 @@ class DeviceWeights:
             WanxError: says what is needed, and what there is.
         """
         needed = self._block_bytes * len(set(streamed) - self._pinned.keys())
-        available = available_host_memory()
+        available = available_memory()
         if available is not None and needed > available:
             raise WanxError(
                 f"{needed / GIB:.2f} GiB of weights do not fit the GPU, and of this machine's "
@@ -160,12 +160,3 @@ class DeviceWeights:
             with suppress(CudaError):
                 self._cuda.synchronize()
             ring.close()
-
-
-def available_host_memory() -> int | None:
-    """Read the bytes of free host memory, caches included; None where unknown."""
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-        return int(kib) << 10
-    return None

@@ -38,11 +38,13 @@ class ProviderOptions:
         threads: of the processor; None takes all cores.
         vram_budget: most bytes of the GPU's memory; None takes what is needed.
         captures: runs of a repeated shape shall become CUDA graphs.
+        arena: the memory of values is kept for the next run.
     """
 
     threads: int | None = None
     vram_budget: int | None = None
     captures: bool = False
+    arena: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,9 +153,9 @@ PROVIDERS: Mapping[str, Provider] = {
 # of Intel and at the widths of the official networks (docs/performance.md). Narrower ones run for
 # less time than it takes to load.
 FASTER: Mapping[str, str] = {
-    f"vae_{half}_{part}": "openvino"
-    for half in ("encoder", "decoder")
-    for part in ("first", "rest")
+    f"vae_{part}_{chunk}": "openvino"
+    for part in ("encoder_down", "encoder_mid", "decoder_mid", "decoder_up")
+    for chunk in ("first", "rest")
 }
 _LEAST_WIDTH = 96  # of the VAE's first level
 # Providers that `wanx build --target` makes graphs for, beside those of the processor.

@@ -165,12 +165,14 @@ class OnnxRuntimeSession(Session):
         self._bound = {name: self._on_device(value) for name, value in self._constants.items()}
 
     def _create(self, engine: str, captures: bool) -> onnxruntime.InferenceSession:
+        record = self._bundle.manifest.components[self._component]
         return create_session(
             self._bundle.held(engine),
             self._bundle.held(""),
             threads=self._options.threads,
             # Folding would widen weights that others read as they are stored.
-            fold=self._provider == CPU and folds(self._bundle.manifest.components[self._component]),
+            fold=self._provider == CPU and folds(record),
+            in_order=any(name.endswith(NEXT) for name in record.outputs),
             provider=self._provider,
             options=replace(self._options, captures=captures),
         )
@@ -186,7 +188,9 @@ class OnnxRuntimeSession(Session):
             values |= {name: value for name, value in state.items() if name in self._inputs}
         kept = {name for name in self._outputs if state is not None and name.endswith(NEXT)}
         with self._explained():
-            if self._device == "cpu":
+            if self._provider == CPU and kept and kept <= {f"{name}{NEXT}" for name in values}:
+                results = self._run_bound(values, feeds, kept, in_place=True)
+            elif self._device == "cpu":
                 for name, array in feeds.items():
                     values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
                 results = self._session.run_with_ort_values(self._outputs, values)
@@ -227,8 +231,14 @@ class OnnxRuntimeSession(Session):
         values: Mapping[str, onnxruntime.OrtValue],
         feeds: Mapping[str, Array],
         kept: Collection[str],
+        *,
+        in_place: bool = False,
     ) -> list[onnxruntime.OrtValue]:
-        """Run with outputs in ``kept`` left on the device, and the others in host memory."""
+        """Run with outputs in ``kept`` left on the device, and the others in host memory.
+
+        With ``in_place`` they overwrite what they follow: a graph takes them from what it joined
+        the state before with, so it has read that by then.
+        """
         assert self._session is not None, "the session is closed"
         arrays = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
         binding = self._session.io_binding()
@@ -237,7 +247,10 @@ class OnnxRuntimeSession(Session):
         for name, array in arrays.items():
             binding.bind_cpu_input(name, array)
         for name in self._outputs:
-            binding.bind_output(name, self._device if name in kept else "cpu")
+            if in_place and name in kept:
+                binding.bind_ortvalue_output(name, values[name.removesuffix(NEXT)])
+            else:
+                binding.bind_output(name, self._device if name in kept else "cpu")
         options = None if self._captured is None else run_options(None)
         self._session.run_with_iobinding(binding, options)
         results: list[onnxruntime.OrtValue] = binding.get_outputs()

@@ -109,10 +109,10 @@ def test_transformers_lack_nothing_in_16_bits(
 @pytest.mark.parametrize(
     ("name", "missing"),
     [
-        ("vae_encoder_first", {"Pad": "T"}),
-        ("vae_encoder_rest", {"Pad": "T"}),
-        ("vae_decoder_first", {"Pad": "T", "Resize": "T1"}),
-        ("vae_decoder_rest", {"Resize": "T1"}),
+        ("vae_encoder_down_first", {"Pad": "T"}),
+        ("vae_encoder_down_rest", {"Pad": "T"}),
+        ("vae_decoder_up_first", {"Pad": "T", "Resize": "T1"}),
+        ("vae_decoder_up_rest", {"Resize": "T1"}),
     ],
 )
 def test_what_the_vae_lacks_in_bfloat16(name: str, missing: dict[str, str], tmp_path: Path) -> None:
@@ -122,9 +122,9 @@ def test_what_the_vae_lacks_in_bfloat16(name: str, missing: dict[str, str], tmp_
 
 
 def test_the_vae_lacks_nothing_in_float16(tmp_path: Path) -> None:
-    assert (
-        unsupported_nodes(trace_in(torch.float16, small_spec("vae_decoder_first"), tmp_path)) == []
-    )
+    for part in ("mid_first", "up_first"):
+        spec = small_spec(f"vae_decoder_{part}")
+        assert unsupported_nodes(trace_in(torch.float16, spec, tmp_path)) == []
 
 
 def test_what_int8_lacks(int8: Bundle) -> None:
@@ -137,8 +137,8 @@ def test_what_int8_lacks(int8: Bundle) -> None:
     assert {name: counts(int8.root / path) for name, path in engines.items()} == {
         "dit": {("MatMulIntegerToFloat", ""): layers["dit"]},
         "text_encoder": {("MatMulInteger", "uint8"): layers["text_encoder"] - table},
-        "vae_decoder_first": {},
-        "vae_decoder_rest": {},
+        "vae_decoder_mid_first": {},
+        "vae_decoder_mid_rest": {},
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from wanx.errors import WanxError
@@ -55,6 +56,12 @@ class Shapes:
     def bytes(self, name: str) -> float:
         """The size of a value as it is stored."""
         return math.prod(self[name]) * self._widths[name]
+
+
+def dimensions(symbols: Mapping[str, int], text: str) -> int:
+    """The size of an axis such as ``8*h``."""
+    factor, _, symbol = text.rpartition("*")
+    return symbols[symbol] * int(factor or 1)
 
 
 def inferred(model: ModelProto) -> ModelProto:
