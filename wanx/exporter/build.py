@@ -39,10 +39,12 @@ def build(
     Engines that were built elsewhere, or all with ``force``, are built anew.
 
     Raises:
-        UsageError: there is no such target, or its GPU lacks the precision.
+        UsageError: there is no such target, its GPU lacks the precision, or an earlier version of
+            wanx wrote the bundle.
         WanxError: the engines cannot be built, or the bundle cannot be written.
     """
     parsed = parse_target(target)
+    require_parts(bundle.root, bundle.manifest)
     with add_engines(bundle) as (folder, commit):
         if read_bundle(bundle.root).hash != bundle.hash:
             raise WanxError(f"{bundle.root} was changed by another command: run this one again")
@@ -78,10 +80,9 @@ def with_engines(
         The manifest of the bundle with them; engines of the target that they replace are left out.
 
     Raises:
-        UsageError: the target's GPU lacks the precision, or an earlier version wrote the bundle.
+        UsageError: the target's GPU lacks the precision.
         WanxError: the engines cannot be built.
     """
-    require_parts(root, manifest)
     builder = target.prepare(manifest, options)
     if target.graph is not None:
         cache = GraphCache(use=options.graph_cache)

@@ -16,8 +16,7 @@ from tests.support.fake_gpu import FakeCuda
 from wanx.benchmarks.accuracy.compare import CompareOptions, compare
 from wanx.bundle.reader import Bundle
 from wanx.errors import UsageError, WanxError
-from wanx.exporter.build import with_engines
-from wanx.exporter.targets.registry import parse_target
+from wanx.exporter.build import build
 from wanx.runtime.options import RunOptions
 from wanx.runtime.pipeline import Pipeline
 from wanx.runtime.sessions import registry
@@ -170,7 +169,7 @@ def test_a_bundle_without_parts(bundle_fp32: Bundle) -> None:
     with pytest.raises(UsageError, match=said):
         compare(bundle_fp32, older, CompareOptions())
     with pytest.raises(UsageError, match=said):
-        with_engines(older.root, older.manifest, parse_target("openvino"), older.root)
+        build(older, "openvino")
     quantized = older.manifest.model_copy(update={"precision": "int8"})
     with pytest.raises(UsageError, match=r"anew from .*, its checkpoint, with `wanx export CHECK"):
         require_parts(older.root, quantized)
