@@ -80,7 +80,7 @@ FAULTS: Mapping[str, Mapping[str, str]] = {
         "quantisation that did nothing": "read back from the graph; the export fails",
     },
     "Runs": {
-        "a budget of memory": "what does not fit is refused before it runs, with what would",
+        "a budget of memory": "refused before anything runs, with the least that would do",
         "memory that others take": "the next tiles are smaller, or one line",
         "a bundle of an earlier version": "the command that makes it anew",
         "out of GPU memory": "one line with what to do, and no file",

@@ -6,8 +6,9 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import onnx_ir as ir
 import pytest
@@ -17,8 +18,8 @@ from torch import Tensor
 
 import wanx.exporter.component_writer as component_writer
 import wanx.exporter.export as exporter
+from tests.support.command_line import Wanx
 from wanx.builtin import builtin_bundle
-from wanx.cli import main
 from wanx.exporter.calibration.blockwise_dit import BlockwiseDiT
 from wanx.exporter.graph.cache import GraphCache
 from wanx.exporter.graph.liveness import ACTIVATION_BYTES
@@ -29,22 +30,7 @@ FEW = ["--quantize", "dit", "--calibration-prompts", "1", "--calibration-steps",
 PROMPT = '{"prompt": "a red circle"}'
 
 
-class Outcome(NamedTuple):
-    """What a command printed and returned."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The one line that a failed command prints."""
-        assert self.out == ""
-        (line,) = self.err.strip().splitlines()
-        return line
-
-
-Export = Callable[..., Outcome]
+Export = Wanx
 
 
 @pytest.fixture
@@ -62,19 +48,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def export(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path, cache: Path
-) -> Export:
+def export(wanx: Wanx, monkeypatch: pytest.MonkeyPatch, folder: Path, cache: Path) -> Export:
     """Run ``wanx export`` in this process, in an empty folder."""
     monkeypatch.chdir(folder)
-
-    def run(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["wanx", "export", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        return Outcome(int(exit_info.value.code or 0), *capsys.readouterr())
-
-    return run
+    return partial(wanx, "export")
 
 
 @pytest.fixture

@@ -25,13 +25,13 @@ def available_memory() -> int | None:
 
 
 def usable_memory() -> int | None:
-    """What is free less a margin; None where the system does not tell."""
+    """Free bytes less a margin; None where the system does not tell."""
     free = available_memory()
     return None if free is None else max(free - max(int(_MARGIN * free), _LEAST_MARGIN), 0)
 
 
 def _limits() -> Iterator[int]:
-    """What the control groups of this process leave."""
+    """Free bytes within each limit of the control groups of this process."""
     with suppress(OSError, ValueError):
         for line in (_PROC / "self" / "cgroup").read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)

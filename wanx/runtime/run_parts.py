@@ -198,7 +198,7 @@ class RunParts:
         return encode(clips, plan.tiling, self.config.vae, self._vae_session(plan), plan.fits)
 
     def vae_plan(self, part: str, size: Sequence[int], clips: int = 1) -> VaePlan:
-        """How a part of the VAE computes latents of a size: frames, rows and columns.
+        """Plan of a part of the VAE for latents of a size: frames, rows and columns.
 
         It is the plan for the memory that there is now; see
         :func:`wanx.runtime.memory.plan.plan_memory` for what does not fit.

@@ -1,4 +1,4 @@
-"""What ``wanx run --dry-run`` says."""
+"""Output of ``wanx run --dry-run``."""
 
 from __future__ import annotations
 

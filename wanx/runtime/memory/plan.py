@@ -34,7 +34,7 @@ class StageMemory:
         name: as of :class:`wanx.runtime.stages.Stage`.
         weights: bytes that are mapped from files.
         other: all other bytes.
-        vae: how the VAE computes in this stage, if it does.
+        vae: plan of the VAE in this stage, if it has a part in it.
         least: bytes of the stage where the VAE takes as little as it can, weights included.
         least_other: likewise, without them.
         on_gpu: whether this is memory of a GPU.
@@ -151,9 +151,8 @@ def _stages(
     config = manifest.config
     _, *latent = latent_shape(run.width, run.height, run.frames, config.vae)
     times, height, width = latent
-    tokens = times * height * width // math.prod(config.dit.patch_size)
-    if run.references:
-        tokens += len(run.references) * height * width // math.prod(config.dit.patch_size)
+    frames = times + len(run.references or ())
+    tokens = frames * height * width // math.prod(config.dit.patch_size)
     text, dit = config.text_encoder, config.dit
     # Of the table of words a prompt reads a few rows.
     table = text.vocab_size * text.dim * (4 if manifest.precision == "fp32" else 2)
@@ -200,8 +199,7 @@ def _network(
 def _vae(stage: str, memory: VaeMemory, budget: int | None) -> Iterator[StageMemory]:
     if not memory.known or (memory.on_gpu and budget is None):
         return
-    smallest = memory.smallest()
-    plan = (memory.whole() if budget is None else memory.fitting(budget)) or smallest
+    plan, smallest = memory.plan(budget), memory.smallest()
     assert plan.bytes is not None
     assert smallest.bytes is not None
     yield StageMemory(

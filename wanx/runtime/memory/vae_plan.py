@@ -1,4 +1,4 @@
-"""How a part of the VAE computes in the memory that there is now."""
+"""Plan of a part of the VAE for the memory that there is now."""
 
 from __future__ import annotations
 
@@ -48,15 +48,13 @@ def plan_vae(
         budget = device_memory(manifest, vram_budget)
     else:
         budget = usable_memory() if memory is None else memory
-    if budget is None or not needs.known:
-        return needs.whole()
-    plan = needs.fitting(budget) or needs.smallest()
-    if plan.in_tiles:
+    plan = needs.plan(budget)
+    if budget is not None and plan.in_tiles:
         _log.info(
             "the VAE runs in %d tiles, %.2f times the work of whole frames, to fit into %.1f GB",
             len(plan.tiling.tiles), plan.tiling.overhead, budget / 1e9,
         )  # fmt: skip
-    if needs.on_gpu or memory is not None:
+    if needs.on_gpu or memory is not None or not needs.known:
         return plan
 
     def fits(tile: Tile) -> bool:

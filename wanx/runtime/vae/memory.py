@@ -20,7 +20,7 @@ PROCESS = 200 << 20  # Python, the libraries, and the threads' stacks
 
 @dataclass(frozen=True)
 class _Takes:
-    """What a provider takes: a multiple of the weights' files, and of the values."""
+    """Memory of a provider: a multiple of the weights' files, and one of the values."""
 
     weights: float
     values: float
@@ -36,7 +36,7 @@ _TILES = {CPU: _Takes(2, 1.08), "openvino": _Takes(8, 4.5), _GPU: _Takes(2, 2.4)
 
 @dataclass(frozen=True, kw_only=True)
 class VaePlan:
-    """How a part of the VAE computes.
+    """Plan of a part of the VAE.
 
     Attributes:
         tiling: of the frames.
@@ -143,6 +143,12 @@ class VaeMemory:
             arena=False,
             leaves_preferred=provider != self._providers[0],
         )
+
+    def plan(self, budget: int | None) -> VaePlan:
+        """Plan that fits a budget of bytes, or takes the least; whole frames without a budget."""
+        if budget is None or not self.known:
+            return self.whole()
+        return self.fitting(budget) or self.smallest()
 
     def smallest(self) -> VaePlan:
         """Plan that takes the least memory."""
