@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.support.command_line import Wanx
+from wanx.runtime import run_plan
 from wanx.runtime.memory import plan
 
 PROMPT = "a red circle moving right on a blue background"
@@ -19,9 +21,10 @@ def test_a_dry_run(wanx: Wanx, tmp_path: Path) -> None:
     assert (code, err) == (0, "")
     first, head, *rows = out.splitlines()
     assert first == "640x640, 9 frames, 20 steps, guidance scale 2.5"
-    assert head.split() == ["stage", "memory", "of", "it", "mapped", "files", "tiles"]
+    assert head.split() == ["stage", "time", "memory", "of", "it", "mapped", "tiles"]
     assert [row.split()[0] for row in rows] == ["text", "denoise", "decode"]
-    assert "times the work of whole frames" in rows[-1]
+    assert all("about" in row for row in rows)
+    assert "times the work" in rows[-1]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -35,14 +38,25 @@ def test_a_dry_run_for_programs(wanx: Wanx) -> None:
         0 <= stage["mapped_bytes"] < stage["bytes"] <= 500 << 20 for stage in facts["stages"]
     )
     assert facts["stages"][-1]["tiles"] > 1 < facts["stages"][-1]["work"]
+    assert all(stage["seconds"] > 0 for stage in facts["stages"])
+
+
+def test_a_stage_of_two_networks_is_one_row(wanx: Wanx, tmp_path: Path) -> None:
+    image = tmp_path / "red.png"
+    Image.new("RGB", (64, 64), "red").save(image)
+    code, out, _ = wanx("run", "tiny-i2v", PROMPT, "--image", str(image), "--dry-run", "--json")
+    assert code == 0
+    names = [stage["name"] for stage in json.loads(out)["stages"]]
+    assert names == ["text", "condition", "denoise", "decode"]
 
 
 def test_networks_that_run_elsewhere(wanx: Wanx, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is said of their memory."""
+    """Nothing is said of their memory and time."""
     monkeypatch.setattr(plan, "_stages", lambda *arguments: iter(()))
+    monkeypatch.setattr(run_plan, "stage_seconds", lambda *arguments: {})
     code, out, _ = wanx("run", PROMPT, "--dry-run")
     assert code == 0
-    assert "whose memory is not predicted" in out
+    assert "whose memory and time are not predicted" in out
 
 
 @pytest.mark.fault("a budget of memory")

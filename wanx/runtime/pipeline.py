@@ -26,13 +26,14 @@ from wanx.progress import Progress, no_progress, step_counter
 from wanx.runtime.denoise import DenoisingRun
 from wanx.runtime.inputs.conditioning import Conditioning
 from wanx.runtime.inputs.reading import read_inputs
-from wanx.runtime.memory.plan import RunPlan, StageMemory, plan_memory
+from wanx.runtime.memory.plan import StageMemory, plan_memory
 from wanx.runtime.options import ResolvedRun, RunOptions
 from wanx.runtime.output.checks import check_output
 from wanx.runtime.output.frame_checks import FrameCheck
 from wanx.runtime.output.video import VideoWriter
 from wanx.runtime.resolve import resolve
 from wanx.runtime.run_parts import EncodedRun, RunParts, prompts_by_branch
+from wanx.runtime.run_plan import RunPlan, plan_run
 from wanx.runtime.sessions.onnxruntime.providers import AUTO
 from wanx.runtime.sessions.registry import effective_provider, require_budget, require_provider
 from wanx.runtime.stages import Stage, StageTimer
@@ -112,13 +113,14 @@ class Pipeline:
         return self.run(RunOptions(prompt=prompt, **options), **runtime)
 
     def plan(self, options: RunOptions) -> RunPlan:
-        """Decide the options of a run, and the memory of its stages, without running it.
+        """Decide the options of a run, memory and time of its stages, without running it.
 
         Raises:
             UsageError: an option cannot be, or the memory does not suffice.
         """
         run = resolve(options, self.config, read_inputs(options, self.config.task))
-        return RunPlan(options=run, stages=self._plan_memory(run))
+        provider = effective_provider(self.provider, fallback=self.fallback)
+        return plan_run(self.bundle, run, self._plan_memory(run), provider)
 
     def run(
         self,

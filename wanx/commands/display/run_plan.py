@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from wanx.commands.display.generation import STDOUT
-from wanx.commands.display.lines import format_bytes
+from wanx.commands.display.lines import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from wanx.runtime.memory.plan import RunPlan, StageMemory
+    from wanx.runtime.memory.plan import StageMemory
+    from wanx.runtime.run_plan import RunPlan
+
+
+_STAGES = ("text", "condition", "denoise", "decode")
 
 
 def print_run_plan(plan: RunPlan) -> None:
@@ -21,28 +25,44 @@ def print_run_plan(plan: RunPlan) -> None:
         f"{run.width}x{run.height}, {run.frames} frames, {run.steps} steps, "
         f"guidance scale {run.guide_scale:g}"
     )
-    if not plan.stages:
-        STDOUT.print("The networks run on another provider, whose memory is not predicted.")
+    if not plan.stages and not plan.seconds:
+        STDOUT.print(
+            "The networks run on another provider, whose memory and time are not predicted."
+        )
         return
-    table = Table("stage", "memory", "of it mapped files", "tiles", box=None, pad_edge=False)
-    for stage in plan.stages:
-        table.add_row(
-            stage.name, format_bytes(stage.total) + (" of the GPU" if stage.on_gpu else ""),
-            format_bytes(stage.weights), _tiles(stage),
-        )  # fmt: skip
+    columns = ("stage", "time", "memory", "of it mapped", "tiles")
+    table = Table(*columns, box=None, pad_edge=False)
+    for name, stage in _largest(plan).items():
+        time = f"about {format_seconds(plan.seconds[name])}" if name in plan.seconds else ""
+        memory, mapped, tiles = "", "", ""
+        if stage is not None:
+            memory = format_bytes(stage.total) + (" of the GPU" if stage.on_gpu else "")
+            mapped, tiles = format_bytes(stage.weights), _tiles(stage)
+        table.add_row(name, time, memory, mapped, tiles)
     STDOUT.print(table)
 
 
 def run_plan_facts(plan: RunPlan) -> dict[str, Any]:
     """The same for ``--json``."""
-    stages = [
-        {"name": stage.name, "gpu": stage.on_gpu}
-        | {"bytes": stage.total, "mapped_bytes": stage.weights}
-        | ({"tiles": len(stage.vae.tiling.tiles), "work": stage.vae.tiling.overhead}
-           if stage.vae else {})
-        for stage in plan.stages
-    ]  # fmt: skip
+    stages = []
+    for name, stage in _largest(plan).items():
+        facts: dict[str, Any] = {"name": name, "seconds": plan.seconds.get(name)}
+        if stage is not None:
+            facts |= {"gpu": stage.on_gpu, "bytes": stage.total, "mapped_bytes": stage.weights}
+            if stage.vae:
+                facts |= {"tiles": len(stage.vae.tiling.tiles), "work": stage.vae.tiling.overhead}
+        stages.append(facts)
     return {"options": asdict(plan.options), "stages": stages}
+
+
+def _largest(plan: RunPlan) -> dict[str, StageMemory | None]:
+    """The stages by name in the order of a run, each with what takes most memory in it."""
+    found: dict[str, StageMemory | None] = {}
+    for name in _STAGES:
+        parts = [stage for stage in plan.stages if stage.name == name]
+        if parts or name in plan.seconds:
+            found[name] = max(parts, key=lambda stage: stage.total, default=None)
+    return found
 
 
 def _tiles(stage: StageMemory) -> str:
@@ -51,4 +71,4 @@ def _tiles(stage: StageMemory) -> str:
     tiling = stage.vae.tiling
     if not stage.vae.in_tiles:
         return "none: whole frames"
-    return f"{len(tiling.tiles)}, {tiling.overhead:.2f} times the work of whole frames"
+    return f"{len(tiling.tiles)}, {tiling.overhead:.2f} times the work"

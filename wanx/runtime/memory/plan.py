@@ -54,19 +54,6 @@ class StageMemory:
         return self.weights + self.other
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunPlan:
-    """A run that was not run.
-
-    Attributes:
-        options: every option.
-        stages: memory of each stage, of those where it is known.
-    """
-
-    options: ResolvedRun
-    stages: tuple[StageMemory, ...]
-
-
 def plan_memory(
     manifest: Manifest,
     run: ResolvedRun,
