@@ -92,6 +92,10 @@ FAULTS: Mapping[str, Mapping[str, str]] = {
         "prompt that is cut": "said once, and kept in the video's metadata",
         "output named like an option or a URL": "a file, or refused; no protocol is opened",
         "bad size, frames or steps": "the nearest valid values are offered",
+        "steps and guidance that cannot be": "lists that do not fall, shares that overlap, unknown "
+        "presets: one line with what can be",
+        "a saving that cannot be": "refused before anything runs, with the most that can be saved",
+        "a table of a step cache that is not one": "refused, and one of another bundle too",
         "number without bounds": "refused with the bound, before anything is allocated",
         "wrong type from Python": "one validation for all ways in; the name and the value are said",
         "two runs on one bundle": "do not disturb each other",

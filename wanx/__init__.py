@@ -134,6 +134,8 @@ def export(
     quantize: QuantizeOptions | None = None,
     calibration: CalibrationOptions | None = None,
     graph_cache: bool = True,
+    preset: str | None = None,
+    calibrate_cache: bool = False,
     progress: Progress = no_progress,
 ) -> Bundle:
     """Export a checkpoint to a bundle; see :class:`wanx.exporter.options.ExportOptions`.
@@ -165,6 +167,8 @@ def export(
         quantize=quantize or QuantizeOptions(),
         calibration=calibration or CalibrationOptions(),
         graph_cache=graph_cache,
+        preset=preset,
+        calibrate_cache=calibrate_cache,
     )
     return run_export(options, progress)
 
@@ -237,8 +241,9 @@ def verify(
 def build(
     bundle: str | Path,
     *,
-    target: str = "aoti",
+    target: str | None = "aoti",
     force: bool = False,
+    calibrate_cache: CalibrationOptions | None = None,
     progress: Progress = no_progress,
     **options: Any,
 ) -> Bundle:
@@ -248,8 +253,10 @@ def build(
         bundle: folder made by :func:`export`.
         target: ``aoti``, ``rtx:sm89`` (and other GPUs, with commas), ``tensorrt``,
             ``tensorrt:sm80+``; ``cuda`` or ``openvino``, which are graphs for providers of ONNX
-            Runtime; or ``cpu``, which needs none.
+            Runtime; or ``cpu``, which needs none. None leaves the bundle's own.
         force: build engines that are there too; those of another machine are built anew anyway.
+        calibrate_cache: measure what skipping steps costs, with such prompts, and put the table
+            into the bundle, for :attr:`~wanx.runtime.options.RunOptions.speedup`.
         progress: told how far each stage is.
         options: of the build, such as TensorRT's ``plugins`` and ``sizes``; see
             :class:`wanx.exporter.targets.options.BuilderOptions`.
@@ -285,7 +292,14 @@ def build(
             f"{bundle} is in the hub's cache and stays as it is; make a copy and build that: "
             f"cp -RL {shlex.quote(str(folder))} NEW"
         )
-    return run_build(open_bundle(folder), target, progress, settings, force=force)
+    opened = open_bundle(folder)
+    if target is not None:
+        opened = run_build(opened, target, progress, settings, force=force)
+    if calibrate_cache is not None:
+        from wanx.exporter.calibration.step_table import add_step_table
+
+        opened = add_step_table(opened, calibrate_cache, progress)
+    return opened
 
 
 def compare(

@@ -16,7 +16,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-import wanx.runtime.denoise as denoise_module
 from wanx.builtin import builtin_bundle
 from wanx.bundle.manifest import TOKENIZER
 from wanx.config.models import PRESETS, ModelConfig
@@ -25,7 +24,7 @@ from wanx.runtime.denoise import DenoisingRun
 from wanx.runtime.inputs.conditioning import Conditioning
 from wanx.runtime.options import ResolvedRun
 from wanx.runtime.sampling.guidance import Branch
-from wanx.runtime.sampling.sampler import make_sampler
+from wanx.runtime.sampling.solvers import make_sampler
 from wanx.runtime.sessions.base import Session
 from wanx.runtime.text import PromptTokenizer, encode_prompt
 
@@ -309,13 +308,9 @@ def test_a_batch_of_one_or_none() -> None:
     np.testing.assert_array_equal(videos[0].advance(batched), videos[1].advance(flat))
 
 
-def test_noise_levels_of_another_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its noise levels and number of steps take the place of the run's."""
-    sigmas = np.array([0.9, 0.5, 0.2, 0.0])
-    monkeypatch.setattr(
-        denoise_module, "make_sampler", lambda *_: make_sampler("dpm++", 3, 1.0, sigmas)
-    )
-    video = DenoisingRun(RUN, CONTEXTS, NOTHING, CONFIG)
+def test_noise_levels_of_a_list() -> None:
+    run = replace(RUN, solver="dpm++", steps=3, sigmas=(0.9, 0.5, 0.2))
+    video = DenoisingRun(run, CONTEXTS, NOTHING, CONFIG)
     assert (video.steps, video.timestep) == (3, 900)
     start, velocity = video.latent.copy(), random(*SHAPE)
     # A first step of order 1 moves along a straight line.
@@ -348,7 +343,7 @@ def test_misuse() -> None:
     with pytest.raises(ValueError, match=r"initial latent has shape \(16, 3, 6, 10\)"):
         DenoisingRun(RUN, CONTEXTS, NOTHING, CONFIG, latent=random(16, 3, 6, 10))
     with pytest.raises(UsageError, match="unknown solver"):
-        DenoisingRun(replace(RUN, solver="euler"), CONTEXTS, NOTHING, CONFIG)
+        DenoisingRun(replace(RUN, solver="heun"), CONTEXTS, NOTHING, CONFIG)
     with pytest.raises(KeyError, match="unconditional"):
         DenoisingRun(RUN, {"conditional": CONTEXTS["conditional"]}, NOTHING, CONFIG)
     video = DenoisingRun(replace(RUN, steps=1), CONTEXTS, NOTHING, CONFIG)

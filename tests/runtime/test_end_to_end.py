@@ -17,12 +17,11 @@ from diffusers import DPMSolverMultistepScheduler, WanPipeline
 from numpy.typing import NDArray
 
 import wanx
-import wanx.runtime.denoise as denoise_module
 from tests.support.peers import SHIFT
 from tests.support.videos import assert_same_video, levels_of, psnr
 from wanx.bundle.reader import Bundle
 from wanx.runtime.pipeline import Pipeline
-from wanx.runtime.sampling.sampler import Sampler, make_sampler
+from wanx.runtime.sampling.solvers import make_sampler
 
 PROMPT = "A red  circle moving &amp;amp; the blue square, on the left."
 NEGATIVE = "the right"
@@ -78,7 +77,9 @@ def run_peer(
 
 def run_ours(pipeline: Pipeline, **options: Any) -> tuple[Pixels, list[NDArray[np.float32]]]:
     latents: list[NDArray[np.float32]] = []
-    options = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "shift": SHIFT} | options
+    options = {"prompt": PROMPT, "negative_prompt": NEGATIVE} | options
+    if "sigmas" not in options:
+        options["shift"] = SHIFT
     result = pipeline(**options, on_step=lambda step, steps, latent: latents.append(latent.copy()))
     assert result.frames is not None
     return result.frames, latents
@@ -104,19 +105,15 @@ def test_video_equals_diffusers(
 
 @pytest.mark.parametrize("steps", [1, 7])
 def test_video_on_the_levels_of_diffusers(
-    steps: int, peer: WanPipeline, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+    steps: int, peer: WanPipeline, pipeline: Pipeline
 ) -> None:
     """diffusers as it comes; our sampler takes its noise levels."""
-
-    def make_theirs(solver: str, steps: int, shift: float) -> Sampler:
-        return make_sampler(solver, steps, shift, sigmas=their_sigmas(steps))
-
     options = {"width": 48, "height": 32, "frames": 5, "seed": 7, "guide_scale": 5.0}
     theirs = run_peer(peer, steps=steps, **options)
-    sampler = make_theirs("unipc", steps, SHIFT)
+    sigmas = their_sigmas(steps)
+    sampler = make_sampler("unipc", steps, SHIFT, sigmas=sigmas)
     assert sampler.timesteps == tuple(peer.scheduler.timesteps.tolist())
-    monkeypatch.setattr(denoise_module, "make_sampler", make_theirs)
-    assert_same_video(run_ours(pipeline, steps=steps, **options), theirs)
+    assert_same_video(run_ours(pipeline, sigmas=tuple(sigmas[:-1].tolist()), **options), theirs)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -15,14 +15,18 @@ from wanx.errors import UsageError
 from wanx.runtime.options import RunOptions
 
 WHOLE = ("width", "height", "frames", "fps", "steps", "seed")
-REAL = ("guide_scale", "shift", "vace_scale")
-TEXT = ("prompt", "negative_prompt", "solver")
+REAL = ("guide_scale", "shift", "guidance_rescale", "speedup", "vace_scale")
+TEXT = ("prompt", "negative_prompt", "solver", "preset", "cache")
+FLAGS = ("warp", "cfg_zero", "apg")
+LISTS = ("timesteps", "sigmas")
 FILES = ("image", "last_image", "video", "mask")
 
 
 @pytest.mark.fault("wrong type from Python")
 def test_every_option_is_checked() -> None:
-    assert {*WHOLE, *REAL, *TEXT, *FILES, "references"} == {f.name for f in fields(RunOptions)}
+    assert {*WHOLE, *REAL, *TEXT, *FLAGS, *LISTS, *FILES, "references"} == {
+        f.name for f in fields(RunOptions)
+    }
     for option in fields(RunOptions):
         with pytest.raises(UsageError, match=f"{option.name} is {{'a': 1}}; give "):
             RunOptions(**{option.name: {"a": 1}})  # type: ignore[arg-type]
@@ -96,3 +100,19 @@ def test_the_pipeline_takes_what_the_options_take() -> None:
     assert video.options.steps == 1
     with pytest.raises(UsageError, match="steps is '4'"):
         pipeline("a red circle", steps="4")
+
+
+@pytest.mark.parametrize("name", LISTS)
+@pytest.mark.parametrize(
+    "value", ["1,0.5", " 1 , .5", [1, 0.5], (1, np.float32(0.5)), np.array([1, 0.5])]
+)
+def test_lists_of_numbers(name: str, value: Any) -> None:
+    assert getattr(RunOptions(**{name: value}), name) == (1.0, 0.5)
+
+
+@pytest.mark.fault("wrong type from Python")
+@pytest.mark.parametrize("name", LISTS)
+@pytest.mark.parametrize("value", ["1,,2", "a", [1, "b"], [None], 5])
+def test_no_lists_of_numbers(name: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=name):
+        RunOptions(**{name: value})

@@ -283,7 +283,7 @@ def test_a_broken_video(
         ({"width": 50}, "video.mp4", "use 48 or 64"),
         ({"frames": 6}, "video.mp4", "use 5 or 9"),
         ({"steps": 0}, "video.mp4", "steps is 0"),
-        ({"solver": "euler"}, "video.mp4", "unipc or dpm"),
+        ({"solver": "heun"}, "video.mp4", "choose unipc, dpm"),
         ({"shift": 0.0}, "video.mp4", "shift is 0"),
         ({"guide_scale": math.nan}, "video.mp4", "guide scale is nan"),
         ({"seed": -2}, "video.mp4", "seed is -2"),

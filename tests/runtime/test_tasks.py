@@ -24,7 +24,7 @@ from wanx.runtime.inputs.image import to_signed
 from wanx.runtime.inputs.resize import clip_pixels
 from wanx.runtime.inputs.video_input import open_video
 from wanx.runtime.output.video import VideoWriter
-from wanx.runtime.sampling.sampler import make_sampler
+from wanx.runtime.sampling.solvers import make_sampler
 
 Pixels = NDArray[np.uint8]
 PROMPT, NEGATIVE = "a red circle moving right", "the left"

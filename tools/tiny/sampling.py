@@ -12,7 +12,7 @@ from vocabulary import build_tokenizer
 
 from wanx.models.vae import WanVAE
 from wanx.runtime.sampling.guidance import guide
-from wanx.runtime.sampling.sampler import make_sampler
+from wanx.runtime.sampling.solvers import make_sampler
 from wanx.runtime.tokens import patchify, unpatchify
 
 LATENT_SHAPE = (16, 5, 8, 8)

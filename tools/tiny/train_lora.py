@@ -10,7 +10,6 @@ the growth: it comes with the LoRA.
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from pathlib import Path
 
@@ -18,35 +17,18 @@ import numpy as np
 import torch
 from data import BACKGROUNDS, COLOURS, FRAMES, Scene, as_input, coverage, split_scenes, trajectory
 from latents import tokens_of
+from lora import built_in, save_lora, with_lora
 from numpy.typing import NDArray
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from train_dit import CAPTION_LEN, TextToVelocity, build, caption_ids, draw, stand_for_all_pads
+from train_dit import CAPTION_LEN, caption_ids, draw, stand_for_all_pads
 
-from tools.repackage import tensors_of
-from wanx.exporter.source import open_source
 from wanx.models.vae import WanVAE
 
-RANK, ALPHA = 4, 8
+RANK, ALPHA = 4, 8.0
 STEPS, WARMUP, RATE = 900, 50, 2e-3
 CLIPS, ENCODED_AT_ONCE = 705, 15
 GROWTH = (0.7, 1.15)  # of the radius, in the first frame and in the last
-TARGETS = ("q", "k", "v", "o", "0", "2")  # of attentions and of the feed-forward network
-
-
-class LoraLinear(nn.Module):
-    """A linear with a product of two small matrices beside it."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.linear = linear.requires_grad_(False)
-        self.down = nn.Parameter(torch.randn(RANK, linear.in_features) / math.sqrt(RANK))
-        self.up = nn.Parameter(torch.zeros(linear.out_features, RANK))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Output with the product of strength 1."""
-        return self.linear(x) + ALPHA / RANK * F.linear(F.linear(x, self.down), self.up)
 
 
 def render_growing(scene: Scene, seed: int) -> NDArray[np.uint8]:
@@ -78,37 +60,17 @@ def encode(vae: WanVAE) -> tuple[Tensor, Tensor]:
     return torch.cat(tokens), torch.tensor(numbers)
 
 
-def with_lora(model: TextToVelocity) -> dict[str, LoraLinear]:
-    """Put a LoRA beside every linear of the blocks; returns them by the names of the linears."""
-    found = {}
-    for name, module in list(model.dit.named_modules()):
-        for child, linear in module.named_children():
-            inside = name.startswith("blocks.") and child in TARGETS
-            if inside and isinstance(linear, nn.Linear):
-                found[f"{name}.{child}"] = LoraLinear(linear)
-                setattr(module, child, found[f"{name}.{child}"])
-    return found
-
-
 def main() -> None:
-    """Train and write the file, with names as ComfyUI has them."""
+    """Train and write the file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    source = open_source("tiny")
-    vae, model = WanVAE(source.config.vae), build("tiny")
-    vae.load_state_dict(tensors_of(source.components["vae"]))
-    for module, component in ((model.dit, "dit"), (model.text_encoder, "text_encoder")):
-        weights = tensors_of(source.components[component])
-        if component == "dit":
-            weights["patch_embedding.weight"] = weights["patch_embedding.weight"].flatten(1)
-        module.load_state_dict(weights)
-    model.requires_grad_(False)
-    loras = with_lora(model)
+    model, vae = built_in()
+    loras = with_lora(model, RANK, ALPHA)
     stand_for_all_pads(model)
     began = time.monotonic()
-    tokens, scene = encode(vae.eval())
+    tokens, scene = encode(vae)
     print(f"{len(tokens)} clips of {len(loras)} linears' LoRAs, {time.monotonic() - began:.0f} s")
     parameters = [p for lora in loras.values() for p in (lora.down, lora.up)]
     optimizer = torch.optim.AdamW(parameters, RATE, (0.9, 0.99), weight_decay=0.0, fused=True)
@@ -129,12 +91,7 @@ def main() -> None:
         if (step + 1) % 50 == 0:
             seconds = (time.monotonic() - began) / (step + 1)
             print(f"{step + 1},{np.mean(losses[-50:]):.5f},{seconds:.3f}", flush=True)
-    file = {}
-    for name, lora in loras.items():
-        file[f"diffusion_model.{name}.lora_down.weight"] = lora.down.detach().bfloat16()
-        file[f"diffusion_model.{name}.lora_up.weight"] = lora.up.detach().bfloat16()
-        file[f"diffusion_model.{name}.alpha"] = torch.tensor(float(ALPHA))
-    save_file(file, arguments.output)
+    save_lora(loras, arguments.output)
 
 
 if __name__ == "__main__":

@@ -163,9 +163,16 @@ def record_files(
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
         if name != MANIFEST:
-            digest = known.get(name) or sha256_file(path, on_bytes)
-            records[name] = FileRecord(sha256=digest, size=path.stat().st_size)
+            records[name] = record_file(path, known.get(name), on_bytes)
     return records
+
+
+def record_file(
+    path: Path, known: str | None = None, on_bytes: Callable[[int], None] | None = None
+) -> FileRecord:
+    """Describe one file; see :func:`record_files`."""
+    digest = known or sha256_file(path, on_bytes)
+    return FileRecord(sha256=digest, size=path.stat().st_size)
 
 
 def _require_writable(target: Path) -> None:

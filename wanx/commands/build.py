@@ -17,7 +17,7 @@ def build(
         option(
             help="As for export: aoti, rtx:sm89, tensorrt, cuda, openvino, cpu.",
             autocompletion=complete_target,
-            show_default="aoti; with --lora the bundle's own",
+            show_default="aoti; with --lora or --calibrate-cache the bundle's own",
         ),
     ] = None,
     lora: Annotated[
@@ -61,6 +61,21 @@ def build(
         int | None,
         option(help="TensorRT: 0 to 5; more tries more kernels.", show_default="TensorRT's own"),
     ] = None,
+    calibrate_cache: Annotated[
+        bool,
+        option(
+            "--calibrate-cache", help="Measure what skipping steps costs, for wanx run --speedup."
+        ),
+    ] = False,
+    calibration: Annotated[
+        Path | None,
+        option(help="For that: JSON Lines of prompts.", show_default="a shipped set"),
+    ] = None,
+    calibration_prompts: Annotated[int, option(help="How many of them.")] = 4,
+    calibration_size: Annotated[
+        str | None, option(help="Width x height.", show_default="small")
+    ] = None,
+    calibration_frames: Annotated[int | None, option(help="Frames.", show_default="few")] = None,
     no_graph_cache: Annotated[
         bool, option("--no-graph-cache", help="cuda: trace every graph anew, and keep none.")
     ] = False,
@@ -73,6 +88,7 @@ def build(
     from wanx.commands.display.generation import log_lines, print_bundle, progress_bars
     from wanx.commands.leftovers import find_leftovers
     from wanx.errors import UsageError
+    from wanx.exporter.calibration.options import CalibrationOptions
     from wanx.exporter.targets.options import parse_workspace
     from wanx.runtime.sizes import parse_size
 
@@ -80,8 +96,9 @@ def build(
         raise UsageError("--lora makes a new bundle, which --output names: give both, or neither")
     if lora:
         others = {
-            "--plugins": plugins != "auto", "--sizes": sizes, "--frames": frames,
-            "--workspace": workspace, "--opt-level": opt_level,
+            "--calibrate-cache": calibrate_cache, "--plugins": plugins != "auto",
+            "--sizes": sizes, "--frames": frames, "--workspace": workspace,
+            "--opt-level": opt_level,
         }  # fmt: skip
         if refused := [name for name, given in others.items() if given]:
             raise UsageError(
@@ -101,10 +118,16 @@ def build(
             print_bundle(made)
         return
     find_leftovers(Path(bundle).parent, remove=True)
+    width, height = (None, None) if calibration_size is None else parse_size(calibration_size)
+    measured = CalibrationOptions(
+        file=calibration, prompts=calibration_prompts, width=width, height=height,
+        frames=calibration_frames,
+    )  # fmt: skip
     with exit_on_sigint(), progress_bars(quiet) as progress, log_lines(quiet, "wanx.exporter"):
         built = wanx.build(
             bundle,
-            target=target or "aoti",
+            target=target or (None if calibrate_cache else "aoti"),
+            calibrate_cache=measured if calibrate_cache else None,
             force=force,
             progress=progress,
             plugins=plugins,

@@ -41,9 +41,16 @@ def complete_provider(incomplete: str) -> list[str]:
 
 def complete_solver(incomplete: str) -> list[str]:
     """List the solvers."""
-    from wanx.runtime.sampling.sampler import SOLVERS
+    from wanx.runtime.sampling.solvers import SOLVERS
 
     return _starting_with(incomplete, tuple(SOLVERS))
+
+
+def complete_preset(incomplete: str) -> list[str]:
+    """List the presets of runs."""
+    from wanx.config.presets import RUN_PRESETS
+
+    return _starting_with(incomplete, (*RUN_PRESETS, "none"))
 
 
 def complete_target(incomplete: str) -> list[str]:

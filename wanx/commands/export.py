@@ -12,6 +12,7 @@ import typer
 from wanx.commands.completion import (
     complete_bundle,
     complete_precision,
+    complete_preset,
     complete_target,
     complete_task,
 )
@@ -160,6 +161,20 @@ def export(
     gate: Annotated[
         bool, option("--gate", help="Run the golden steps; exit 3 if they are not close enough.")
     ] = False,
+    preset: Annotated[
+        str | None,
+        option(
+            help="Solver, steps and guidance that the bundle runs by, such as lightx2v-4step.",
+            show_default="the source's",
+            autocompletion=complete_preset,
+        ),
+    ] = None,
+    calibrate_cache: Annotated[
+        bool,
+        option(
+            "--calibrate-cache", help="Measure what skipping steps costs, for wanx run --speedup."
+        ),
+    ] = False,
     no_graph_cache: Annotated[
         bool, option("--no-graph-cache", help="Trace every graph anew, and keep none.")
     ] = False,
@@ -206,6 +221,7 @@ def export(
         "loras": tuple(Lora.parse(text) for text in lora or ()),
         "output": output, "precision": precision, "target": target,
         "task": task, "force": force, "gate": gate, "graph_cache": not no_graph_cache,
+        "preset": preset, "calibrate_cache": calibrate_cache,
         "quantize": QuantizeOptions(
             components=tuple(quantize or QUANTIZED),
             skip_layers=(*(skip_layers or ()), *(keep_high or ())),

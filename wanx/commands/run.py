@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wanx.commands.completion import complete_bundle, complete_solver
+from wanx.commands.completion import complete_bundle, complete_preset, complete_solver
 from wanx.commands.options import (
     Fallback,
     Json,
@@ -71,15 +71,59 @@ def run(
     ] = None,
     frames: Annotated[int | None, option(help="Frames: a multiple of 4, plus 1.")] = None,
     steps: Annotated[int | None, option(help="Denoising steps.")] = None,
+    preset: Annotated[
+        str | None,
+        option(
+            help="Solver, steps and guidance of a distilled model, such as lightx2v-4step.",
+            show_default="the bundle's own; none switches it off",
+            autocompletion=complete_preset,
+        ),
+    ] = None,
     guide_scale: Annotated[
-        float | None, option(help="Weight of the prompt; 1 switches guidance off.")
+        str | None,
+        option(
+            help="Weight of the prompt; 1 switches guidance off, 5@0-40% gives it to a part "
+            "of the run."
+        ),
+    ] = None,
+    cfg_zero: Annotated[
+        bool, option("--cfg-zero", help="CFG-Zero*: scaled guidance, and first steps of zero.")
+    ] = False,
+    apg: Annotated[
+        bool, option("--apg", help="Guidance without what is parallel to the prompt's prediction.")
+    ] = False,
+    guidance_rescale: Annotated[
+        float | None,
+        option(help="Share of the guided prediction that keeps the prompt's deviation, 0 to 1."),
+    ] = None,
+    cache: Annotated[
+        str | None,
+        option(
+            help="Predict some steps from others: a speedup such as 2x, easy[:threshold], or off.",
+            show_default="off",
+        ),
+    ] = None,
+    speedup: Annotated[
+        float | None, option(help="The same as --cache with an x.", show_default="1")
     ] = None,
     shift: Annotated[
         float | None, option(help="Shift of the noise schedule; lower at 480P for i2v.")
     ] = None,
-    solver: Annotated[str, option(help="unipc or dpm++.", autocompletion=complete_solver)] = (
-        "unipc"
-    ),
+    solver: Annotated[
+        str | None,
+        option(
+            help="unipc, dpm++, euler, lcm, rcm or rcm-ode.",
+            show_default="unipc",
+            autocompletion=complete_solver,
+        ),
+    ] = None,
+    timesteps: Annotated[
+        str | None, option(help="What the model is fed, such as 1000,750,500,250.")
+    ] = None,
+    warp: Annotated[bool, option("--warp", help="Apply the shift to --timesteps.")] = False,
+    sigmas: Annotated[
+        str | None, option(help="Noise levels of the steps, such as 1,0.9375,0.8333,0.625.")
+    ] = None,
     seed: Annotated[int, option(help="Seed of the noise; -1 draws one.")] = -1,
     negative_prompt: Annotated[
         str | None, option(help='What the video should not show; "" is nothing, not the default.')
@@ -131,7 +175,7 @@ def run(
     from wanx.commands.leftovers import find_leftovers
     from wanx.memory_size import parse_budget
     from wanx.runtime.batch import read_jobs, seeds
-    from wanx.runtime.options import RunOptions
+    from wanx.runtime.options import RunOptions, parse_numbers
     from wanx.runtime.output.claims import claimed_name
     from wanx.runtime.sizes import parse_size
 
@@ -139,7 +183,10 @@ def run(
     width, height = (None, None) if size is None else parse_size(size)
     options = RunOptions(
         prompt=text, negative_prompt=negative_prompt, width=width, height=height, frames=frames,
-        fps=fps, steps=steps, guide_scale=guide_scale, shift=shift, solver=solver, seed=seed,
+        fps=fps, steps=steps, preset=preset, guide_scale=guide_scale, cfg_zero=cfg_zero, apg=apg,
+        guidance_rescale=guidance_rescale, shift=shift, solver=solver, warp=warp,
+        timesteps=parse_numbers("timesteps", timesteps or ()),
+        sigmas=parse_numbers("sigmas", sigmas or ()), cache=cache, speedup=speedup, seed=seed,
         image=image, last_image=last_image, video=video, mask=mask,
         references=tuple(reference or ()), vace_scale=vace_scale,
     )  # fmt: skip
@@ -241,12 +288,20 @@ def _run_jobs(
 
 
 def _generation_facts(result: Generation, pipeline: Pipeline) -> dict[str, Any]:
-    cut = {"cut": result.cut} if result.cut else {}
+    cut: dict[str, Any] = {"cut": result.cut} if result.cut else {}
+    if result.cache is not None:
+        cut["cache"] = {
+            "source": result.cache.source,
+            "forwards_without": result.cache.all_forwards,
+            "predicted_error": result.cache.error,
+        }
     return (
         {"output": str(result.path), "bundle": pipeline.bundle.hash}
         | cut
         | {
             "options": asdict(result.options),
+            "forwards": result.forwards,
+            "predicted_steps": result.predicted,
             "stages": [asdict(stage) for stage in result.stages],
         }
     )

@@ -154,7 +154,10 @@ class VAEConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunDefaults:
-    """Defaults of a run, for the options that the user leaves out."""
+    """Defaults of a run, for the options that the user leaves out.
+
+    ``preset`` is a row of :data:`wanx.config.presets.RUN_PRESETS`, which comes before the others.
+    """
 
     width: int = 832
     height: int = 480
@@ -165,6 +168,7 @@ class RunDefaults:
     shift: float = 5.0
     negative_prompt: str = NEGATIVE_PROMPT
     prompt: str | None = None
+    preset: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ from wanx.exporter.component_groups import component_groups
 from wanx.exporter.golden import known_golden
 from wanx.exporter.graph.cache import GraphCache
 from wanx.exporter.options import ResolvedExport
-from wanx.runtime.sampling.guidance import branches
 from wanx.runtime.sizes import latent_shape
 
 if TYPE_CHECKING:
@@ -130,6 +129,6 @@ def _operations(resolved: ResolvedExport) -> int:
     for run, _ in resolved.runs:
         _, times, rows, columns = latent_shape(run.width, run.height, run.frames, config.vae)
         length = times * rows * columns // config.dit.patch_volume
-        tokens += length * run.steps * len(branches(run.guide_scale))
+        tokens += length * run.forwards
     tensors = resolved.checkpoint.components["dit"].tensors.values()
     return 2 * tokens * sum(math.prod(tensor.shape) for tensor in tensors)

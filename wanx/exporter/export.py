@@ -31,6 +31,7 @@ from wanx.checkpoints.tokenizer_source import write_tokenizer
 from wanx.config.models import ModelConfig
 from wanx.errors import CancelledError
 from wanx.exporter.build import with_engines
+from wanx.exporter.calibration.step_table import measure_step_table, store_step_table
 from wanx.exporter.component_groups import component_groups, weight_groups
 from wanx.exporter.component_writer import verified_component, write_graphs
 from wanx.exporter.estimate import Estimate, estimate
@@ -202,11 +203,14 @@ def _build(resolved: ResolvedExport, folder: Path, progress: Progress) -> None:
     target = parse_target(options.target)
     building = BuilderOptions(graph_cache=options.graph_cache)
     manifest = with_engines(folder, plain.manifest, target, folder, progress, building)
+    # Engines for a GPU that is not here cannot run; their numbers can, on the processor.
     if options.gate:
-        # Engines for a GPU that is not here cannot run; their numbers can, on the processor.
-        runs = _runs_here(target)
-        built = replace(plain, manifest=manifest) if runs else plain
+        built = replace(plain, manifest=manifest) if _runs_here(target) else plain
         require_golden(check_golden(built, progress=progress), Gates())
+    if options.calibrate_cache:
+        built = replace(plain, manifest=manifest) if _runs_here(target) else plain
+        table = measure_step_table(built, options.calibration, progress)
+        manifest = store_step_table(table, folder, manifest)
     write_manifest(folder, manifest)
 
 

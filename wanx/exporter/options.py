@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from wanx.checkpoints.checkpoint import NO_PARTS, Checkpoint, PartPaths
@@ -21,6 +21,7 @@ from wanx.exporter.calibration.options import (
 from wanx.exporter.packages import require_packages
 from wanx.exporter.quantization.scheme import SCHEMES, WEIGHT_ONLY, QuantizeOptions, Scheme
 from wanx.exporter.targets.registry import parse_target
+from wanx.runtime.resolve_sampling import find_preset
 
 PRECISIONS = tuple(row.name for row in number_formats.PRECISIONS)
 STORED_TYPES = {row.name: row.safetensors for row in FLOATS}
@@ -49,6 +50,9 @@ class ExportOptions:
         calibration: what they, and the golden steps of any precision, are found with.
         graph_cache: take graphs that were traced before, and keep new ones.
         gate: run the golden steps before the bundle is published, and fail below the gate.
+        preset: of :data:`wanx.config.presets.RUN_PRESETS` that the bundle runs by; None keeps the
+            source's, ``none`` leaves it out.
+        calibrate_cache: measure what skipping steps costs, and put the table into the bundle.
     """
 
     source: str | Path | None = None
@@ -64,6 +68,8 @@ class ExportOptions:
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     gate: bool = False
     graph_cache: bool = True
+    preset: str | None = None
+    calibrate_cache: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values that no export has.
@@ -137,9 +143,15 @@ def resolve(options: ExportOptions, checkpoint: Checkpoint) -> ResolvedExport:
     """Decide what ``auto`` stands for, which tensors can be 8-bit, and what calibrates.
 
     Raises:
-        UsageError: a pattern of ``--skip-layers`` matches no layer, or all of them.
+        UsageError: a pattern of ``--skip-layers`` matches no layer, or all of them; or the preset
+            is not for this model.
         WanxError: as :func:`~wanx.exporter.calibration.options.planned_runs`.
     """
+    if options.preset is not None:
+        config = checkpoint.config
+        preset = find_preset(options.preset, config)
+        defaults = replace(config.defaults, preset=None if preset is None else preset.name)
+        checkpoint = replace(checkpoint, config=replace(config, defaults=defaults))
     scheme = SCHEMES.get(options.precision)
     if scheme is not None:
         stored: str | None = None

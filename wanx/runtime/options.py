@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wanx.errors import UsageError
+from wanx.runtime.sampling.guidance import Guidance, parse_guide_scale, scales_of
 
 ImageInput = str | os.PathLike[str] | NDArray[np.uint8]
 
@@ -43,6 +44,30 @@ def _number(name: str, value: object) -> float:
         raise UsageError(f"{name} is over 1e308; give a smaller number") from None
 
 
+def parse_numbers(name: str, value: object) -> tuple[float, ...]:
+    """A list of numbers, or a text of them with commas between."""
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple, np.ndarray)):
+        raise _wrong_type(name, value, "numbers with commas between, such as 1000,750,500,250")
+    numbers = []
+    for item in items:
+        try:
+            numbers.append(float(item) if isinstance(item, str) else _number(name, item))
+        except ValueError:
+            raise _wrong_type(name, value, "numbers with commas between") from None
+    return tuple(numbers)
+
+
+def _guide_scale(name: str, value: object) -> float | str:
+    return parse_guide_scale(value) if isinstance(value, str) else _number(name, value)
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise _wrong_type(name, value, "true or false")
+    return bool(value)
+
+
 def _file(name: str, value: object) -> str | os.PathLike[str]:
     if isinstance(value, (str, os.PathLike)) and isinstance(os.fspath(value), str):
         return value
@@ -66,9 +91,12 @@ def _wrong_type(name: str, value: object, expected: str) -> UsageError:
 
 # The check of each option's type; it gives the value that is kept.
 _CHECKS: dict[str, Callable[[str, object], Any]] = (
-    dict.fromkeys(("prompt", "negative_prompt", "solver"), _text)
+    dict.fromkeys(("prompt", "negative_prompt", "solver", "preset", "cache"), _text)
     | dict.fromkeys(("width", "height", "frames", "fps", "steps", "seed"), _whole_number)
-    | dict.fromkeys(("guide_scale", "shift", "vace_scale"), _number)
+    | dict.fromkeys(("shift", "guidance_rescale", "speedup", "vace_scale"), _number)
+    | dict.fromkeys(("timesteps", "sigmas"), parse_numbers)
+    | dict.fromkeys(("warp", "cfg_zero", "apg"), _flag)
+    | {"guide_scale": _guide_scale}
     | dict.fromkeys(("image", "last_image"), _image)
     | dict.fromkeys(("video", "mask"), _file)
     | {"references": _images}
@@ -95,9 +123,23 @@ class RunOptions:
         frames: a multiple of 4, plus 1; of a control video, as many at most.
         fps: frames per second of the file; the model itself has no notion of time.
         steps: denoising steps.
-        guide_scale: weight of the prompt; 0 ignores it, 1 does without the negative prompt.
+        preset: solver, steps, shift and guidance that a distilled model was made for, such as
+            ``lightx2v-4step``; ``none`` leaves out the bundle's own.
+        guide_scale: weight of the prompt; 0 ignores it, 1 does without the negative prompt. Or
+            intervals of the run, such as ``5@0-40%``, outside of which it is 1.
+        cfg_zero: CFG-Zero*: scale the unconditional prediction, and begin with steps of zero.
+        apg: leave out of the guidance what is parallel to the prompt's prediction.
+        guidance_rescale: share of the guided prediction that is brought to the standard deviation
+            of the prompt's, 0 to 1.
         shift: how far the noise schedule leans to high noise.
-        solver: ``unipc`` or ``dpm++``.
+        solver: ``unipc``, ``dpm++``, ``euler``, ``lcm``, ``rcm`` or ``rcm-ode``.
+        timesteps: what the model is fed at each step, from at most 1000 down, instead of the
+            solver's own.
+        warp: apply the shift to ``timesteps``.
+        sigmas: noise levels of the steps, from at most 1 down, instead of ``timesteps``.
+        cache: ``off``, ``easy`` or ``easy:0.05``, or a speedup such as ``2x``: predict velocities
+            of some steps from those before.
+        speedup: the same as ``cache`` with an ``x``.
         seed: of the initial noise; -1 draws one.
         image: file or pixels ``[H, W, 3]`` of the first frame (i2v, flf2v).
         last_image: likewise of the last frame (flf2v).
@@ -117,9 +159,18 @@ class RunOptions:
     frames: int | None = None
     fps: int | None = None
     steps: int | None = None
-    guide_scale: float | None = None
+    preset: str | None = None
+    guide_scale: float | str | None = None
+    cfg_zero: bool | None = None
+    apg: bool | None = None
+    guidance_rescale: float | None = None
     shift: float | None = None
-    solver: str = "unipc"
+    solver: str | None = None
+    timesteps: tuple[float, ...] = ()
+    warp: bool | None = None
+    sigmas: tuple[float, ...] = ()
+    cache: str | None = None
+    speedup: float | None = None
     seed: int = -1
     image: ImageInput | None = field(default=None, metadata=_FILE)
     last_image: ImageInput | None = field(default=None, metadata=_FILE)
@@ -151,7 +202,8 @@ class ResolvedRun:
     """A run with every option decided and checked; see :class:`RunOptions`.
 
     Files are named here, and None where there are none; their pixels are in
-    :class:`wanx.runtime.inputs.reading.Inputs`.
+    :class:`wanx.runtime.inputs.reading.Inputs`. ``sigmas`` and ``timesteps`` are None where they
+    are the solver's own; ``cfg_zero`` counts the steps of zero.
     """
 
     prompt: str
@@ -161,13 +213,37 @@ class ResolvedRun:
     frames: int
     fps: int
     steps: int
-    guide_scale: float
+    guide_scale: float | str
     shift: float
     solver: str
     seed: int
+    preset: str | None = None
+    sigmas: tuple[float, ...] | None = None
+    timesteps: tuple[float, ...] | None = None
+    cfg_zero: int | None = None
+    apg: bool | None = None
+    guidance_rescale: float | None = None
+    cache: str | None = None
     image: str | None = None
     last_image: str | None = None
     video: str | None = None
     mask: str | None = None
     references: tuple[str, ...] | None = None
     vace_scale: float | None = None
+
+    @property
+    def forwards(self) -> int:
+        """Forwards of the denoiser without a step cache: one for each branch of a step."""
+        guidance = self.guidance
+        return sum(len(guidance.branches_at(step)) for step in range(self.steps))
+
+    @property
+    def guidance(self) -> Guidance:
+        """Guidance of each step."""
+        return Guidance(
+            scales=scales_of(self.guide_scale, self.steps),
+            zero_steps=self.cfg_zero or 0,
+            zero_star=self.cfg_zero is not None,
+            projected=bool(self.apg),
+            rescale=self.guidance_rescale or 0.0,
+        )

@@ -37,6 +37,7 @@ from wanx.runtime.run_plan import RunPlan, plan_run
 from wanx.runtime.sessions.onnxruntime.providers import AUTO
 from wanx.runtime.sessions.registry import effective_provider, require_budget, require_provider
 from wanx.runtime.stages import Stage, StageTimer
+from wanx.runtime.step_cache import CachePlan, forward_facts, plan_cache
 from wanx.runtime.vae.parts import require_parts
 
 Float32 = NDArray[np.float32]
@@ -57,6 +58,9 @@ class Generation:
         frames: the pixels ``[F, H, W, 3]``, when no file was asked for.
         cut: of each prompt that is longer than the model reads, by the name of its option, how
             many of its tokens were kept, such as ``512 of 1305``.
+        forwards: of the denoiser.
+        predicted: steps, from 1, whose velocities a step cache predicted.
+        cache: plan of the step cache.
     """
 
     options: ResolvedRun
@@ -64,6 +68,9 @@ class Generation:
     path: Path | None
     frames: Pixels | None
     cut: dict[str, str] = field(default_factory=dict)
+    forwards: int = 0
+    predicted: tuple[int, ...] = ()
+    cache: CachePlan | None = None
 
 
 class Pipeline:
@@ -173,6 +180,9 @@ class Pipeline:
         def on_cut(option: str, kept: int, tokens: int) -> None:
             cut[option] = f"{kept} of {tokens}"
 
+        cache = plan_cache(self.bundle, run)
+        if cache is not None:
+            _log.info(cache.summary)
         with timer.stage("text"):
             on_prompt = step_counter(progress, "encode text", len(prompts_by_branch(run)))
             (contexts,) = parts.encode_prompts([run], on_prompt, on_cut=on_cut)
@@ -184,19 +194,25 @@ class Pipeline:
             _stop_if(cancelled)
         with timer.stage("denoise"):
             encoded = EncodedRun(
-                run=run, config=self.config, contexts=contexts, conditioning=conditioning
-            )
-            latent = _denoise(parts, encoded.start(), on_step, cancelled, progress)
+                run=run, config=self.config, contexts=contexts, conditioning=conditioning,
+                cache=cache,
+            )  # fmt: skip
+            denoising = encoded.start()
+            latent = _denoise(parts, denoising, cache, on_step, cancelled, progress)
+        steps = forward_facts(denoising, cache)
         with timer.stage("decode"):
             frames = _decode(parts, latent, cancelled, progress)
             if path is None:
                 pixels = np.concatenate(list(frames))
             else:
                 pixels = None
-                _write(frames, self._writer(path, run, cut), timer)
+                kept = {f"{option}_tokens": text for option, text in cut.items()}
+                _write(frames, self._writer(path, run, kept | steps), timer)
         return Generation(
-            options=run, stages=tuple(timer.stages), path=path, frames=pixels, cut=cut
-        )
+            options=run, stages=tuple(timer.stages), path=path, frames=pixels, cut=cut,
+            forwards=denoising.forwards, cache=cache,
+            predicted=tuple(step + 1 for step in denoising.predicted),
+        )  # fmt: skip
 
     def _plan_memory(self, run: ResolvedRun) -> tuple[StageMemory, ...]:
         """Memory of the stages of a run; refuses what does not fit."""
@@ -225,10 +241,9 @@ class Pipeline:
         options = {name: value for name, value in asdict(run).items() if value is not None}
         return facts | {name: str(value) for name, value in options.items()}
 
-    def _writer(self, path: Path, run: ResolvedRun, cut: Mapping[str, str]) -> VideoWriter:
+    def _writer(self, path: Path, run: ResolvedRun, facts: Mapping[str, str]) -> VideoWriter:
         """Prepare to write a run's video; refuses what the format cannot hold, opens nothing."""
-        kept = {f"{option}_tokens": text for option, text in cut.items()}
-        metadata = self.provenance(run) | kept
+        metadata = {**self.provenance(run), **facts}
         return VideoWriter(path, run.width, run.height, fps=run.fps, metadata=metadata)
 
 
@@ -243,11 +258,13 @@ def _stop_if(cancelled: Callable[[], bool]) -> None:
 def _denoise(
     parts: RunParts,
     denoising: DenoisingRun,
+    cache: CachePlan | None,
     on_step: OnStep | None,
     cancelled: Callable[[], bool],
     progress: Progress,
 ) -> Float32:
-    count_step = step_counter(progress, "denoise", denoising.steps)
+    stage = "denoise" if cache is None else f"denoise, {cache.label}"
+    count_step = step_counter(progress, stage, denoising.steps)
 
     def after_step(*_: object) -> None:
         count_step()

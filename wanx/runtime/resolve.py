@@ -11,7 +11,7 @@ from wanx.config.models import ModelConfig
 from wanx.errors import UsageError
 from wanx.runtime.inputs.reading import Inputs
 from wanx.runtime.options import ImageInput, ResolvedRun, RunOptions
-from wanx.runtime.sampling.sampler import SOLVERS
+from wanx.runtime.resolve_sampling import resolve_sampling
 from wanx.runtime.sizes import check_size, control_shape, latent_shape, size_for_image
 from wanx.runtime.text import check_prompt
 
@@ -38,6 +38,7 @@ def resolve(options: RunOptions, config: ModelConfig, inputs: Inputs) -> Resolve
     default_shift = config.default_shift(
         _default(options.width, defaults.width), _default(options.height, defaults.height)
     )
+    sampling = resolve_sampling(options, config, default_shift)
     run = ResolvedRun(
         prompt=prompt,
         negative_prompt=_default(options.negative_prompt, defaults.negative_prompt),
@@ -45,10 +46,6 @@ def resolve(options: RunOptions, config: ModelConfig, inputs: Inputs) -> Resolve
         height=height,
         frames=frames,
         fps=_default(options.fps, defaults.fps),
-        steps=_default(options.steps, defaults.steps),
-        guide_scale=_default(options.guide_scale, defaults.guide_scale),
-        shift=_default(options.shift, default_shift),
-        solver=options.solver,
         seed=secrets.randbelow(2**32) if options.seed == -1 else options.seed,
         image=_name(options.image),
         last_image=_name(options.last_image),
@@ -56,23 +53,13 @@ def resolve(options: RunOptions, config: ModelConfig, inputs: Inputs) -> Resolve
         mask=_name(options.mask),
         references=tuple(str(_name(item)) for item in options.references) or None,
         vace_scale=_default(options.vace_scale, 1.0) if config.task == "vace" else None,
+        **vars(sampling),
     )
     check_prompt(run.prompt)
     check_prompt(run.negative_prompt)
     check_size(run.width, run.height, run.frames, config)
-    if run.solver not in SOLVERS:
-        raise UsageError(f"solver is {run.solver!r}; choose {' or '.join(SOLVERS)}")
-    if not 1 <= run.steps <= 1000:
-        raise UsageError(f"steps is {run.steps}; choose 1 to 1000, such as {defaults.steps}")
     if not 1 <= run.fps <= 240:
         raise UsageError(f"fps is {run.fps}; choose 1 to 240, such as {defaults.fps}")
-    if not (math.isfinite(run.shift) and run.shift > 0):
-        raise UsageError(f"shift is {run.shift}; choose a positive number, such as {default_shift}")
-    if not math.isfinite(run.guide_scale):
-        raise UsageError(
-            f"guide scale is {run.guide_scale}; choose a finite number, such as "
-            f"{defaults.guide_scale}"
-        )
     if run.vace_scale is not None and not math.isfinite(run.vace_scale):
         raise UsageError(f"vace scale is {run.vace_scale}; choose a finite number, such as 1")
     if not 0 <= run.seed < 2**63:

@@ -22,13 +22,15 @@ from wanx.runtime.inputs.conditioning import Conditioning, condition
 from wanx.runtime.inputs.reading import Inputs
 from wanx.runtime.memory.vae_plan import plan_vae
 from wanx.runtime.options import ResolvedRun
-from wanx.runtime.sampling.guidance import Branch, branches
+from wanx.runtime.sampling.cache.base import StepCache
+from wanx.runtime.sampling.guidance import Branch
 from wanx.runtime.sessions import open_session
 from wanx.runtime.sessions.base import Array, OpenSession, Session
 from wanx.runtime.sessions.onnxruntime.providers import AUTO
 from wanx.runtime.sessions.registry import effective_provider
 from wanx.runtime.sizes import latent_shape
 from wanx.runtime.stages import StageTimer
+from wanx.runtime.step_cache import CachePlan, plan_cache
 from wanx.runtime.text import PromptTokenizer, clean_prompt, encode_prompt
 from wanx.runtime.vae.decode import Convert, decode
 from wanx.runtime.vae.encode import Clip, encode
@@ -49,11 +51,11 @@ def _ignore(*_: Any) -> None:
 
 
 def prompts_by_branch(run: ResolvedRun) -> dict[Branch, str]:
-    """Prompts of the branches that the run's guidance scale needs."""
+    """Prompts of the branches that the run's guidance needs."""
     prompts: dict[Branch, str] = {
         "conditional": run.prompt, "unconditional": run.negative_prompt
     }  # fmt: skip
-    return {branch: prompts[branch] for branch in branches(run.guide_scale)}
+    return {branch: prompts[branch] for branch in run.guidance.branches}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,16 +65,29 @@ class EncodedRun:
     Attributes:
         contexts: text features ``[1, text_len, text_dim]`` by branch.
         conditioning: the encoded images and videos.
+        cache: plan of the step cache.
     """
 
     run: ResolvedRun
     config: ModelConfig
     contexts: Mapping[Branch, Float32]
     conditioning: Conditioning
+    cache: CachePlan | None = None
 
-    def start(self, latent: Float32 | None = None) -> DenoisingRun:
-        """Start denoising from the run's noise, or from ``latent`` ``[C, T, h, w]``."""
-        return DenoisingRun(self.run, self.contexts, self.conditioning, self.config, latent=latent)
+    def start(
+        self, latent: Float32 | None = None, *, cache: StepCache | None = None
+    ) -> DenoisingRun:
+        """Start denoising from the run's noise, or from ``latent`` ``[C, T, h, w]``.
+
+        Args:
+            latent: to start from.
+            cache: instead of the run's own.
+        """
+        if cache is None and self.cache is not None:
+            cache = self.cache.start()
+        return DenoisingRun(
+            self.run, self.contexts, self.conditioning, self.config, latent=latent, cache=cache
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -229,6 +244,7 @@ class RunParts:
             runs: each with the images and videos that it names.
             on_run: called when the prompts of a run are done.
         """
+        plans = [plan_cache(self.bundle, run) for run, _ in runs]
         contexts = self.encode_prompts([run for run, _ in runs], on_run=on_run)
         return [
             EncodedRun(
@@ -236,8 +252,9 @@ class RunParts:
                 config=self.config,
                 contexts=context,
                 conditioning=self.condition(run, inputs),
+                cache=plan,
             )
-            for (run, inputs), context in zip(runs, contexts, strict=True)
+            for (run, inputs), context, plan in zip(runs, contexts, plans, strict=True)
         ]
 
     def denoise(
@@ -260,7 +277,7 @@ class RunParts:
         while not denoising.done:
             with self.timer.call():
                 feeds = denoising.feeds()
-                outputs = session.run_each(list(feeds.values()))
+                outputs = session.run_each(list(feeds.values())) if feeds else []
                 velocities: Contexts = {
                     branch: output["velocity"]
                     for branch, output in zip(feeds, outputs, strict=True)

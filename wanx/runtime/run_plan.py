@@ -10,6 +10,7 @@ from wanx.runtime.duration.estimate import Durations, stage_seconds
 from wanx.runtime.memory.plan import StageMemory
 from wanx.runtime.options import ResolvedRun
 from wanx.runtime.run_parts import prompts_by_branch
+from wanx.runtime.step_cache import CachePlan, plan_cache
 from wanx.runtime.text import PromptTokenizer, clean_prompt
 
 
@@ -21,11 +22,13 @@ class RunPlan:
         options: every option.
         stages: memory of each stage, of those where it is known.
         seconds: likewise its time, by the name of the stage; good to a factor of two.
+        cache: plan of the step cache.
     """
 
     options: ResolvedRun
     stages: tuple[StageMemory, ...]
     seconds: Mapping[str, float]
+    cache: CachePlan | None = None
 
 
 def plan_run(
@@ -46,8 +49,10 @@ def plan_run(
         min(tokenizer.count(clean_prompt(prompt)), longest)
         for prompt in prompts_by_branch(run).values()
     ]
+    cache = plan_cache(bundle, run)
     seconds = stage_seconds(
         bundle.manifest, run, tokens, Durations(bundle.manifest, provider),
         {stage.name: stage.vae for stage in stages if stage.vae is not None},
+        None if cache is None else cache.forwards,
     )  # fmt: skip
-    return RunPlan(options=run, stages=tuple(stages), seconds=seconds)
+    return RunPlan(options=run, stages=tuple(stages), seconds=seconds, cache=cache)

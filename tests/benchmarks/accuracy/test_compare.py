@@ -37,7 +37,7 @@ from wanx.runtime.options import RunOptions
 from wanx.runtime.pipeline import Pipeline
 from wanx.runtime.run_parts import EncodedRun
 from wanx.runtime.sampling.noise import randn
-from wanx.runtime.sampling.sampler import make_sampler
+from wanx.runtime.sampling.solvers import make_sampler
 from wanx.runtime.sessions.onnxruntime.providers import AUTO
 from wanx.runtime.tokens import patchify
 

@@ -31,7 +31,7 @@ from wanx.exporter.quantization.recipe_cache import load_recipe, save_recipe
 from wanx.exporter.quantization.scheme import SCHEMES, QuantizeOptions
 from wanx.runtime.run_parts import RunParts
 from wanx.runtime.sampling.noise import randn
-from wanx.runtime.sampling.sampler import make_sampler
+from wanx.runtime.sampling.solvers import make_sampler
 from wanx.runtime.sessions import open_session
 from wanx.runtime.sizes import check_size, latent_shape
 from wanx.runtime.text import PromptTokenizer, encode_prompt

@@ -18,10 +18,11 @@ from wanx.benchmarks.peers.requirements import require_peer
 from wanx.benchmarks.peers.weights import plain_weights
 from wanx.bundle.reader import Bundle
 from wanx.checkpoints.key_maps import DIT, TEXT_ENCODER, KeyMap, vae_key_map
+from wanx.errors import UsageError
 from wanx.runtime.options import ResolvedRun
 from wanx.runtime.output.video import VideoWriter
 from wanx.runtime.sampling.noise import randn
-from wanx.runtime.sampling.sampler import make_sampler
+from wanx.runtime.sampling.solvers import make_sampler
 from wanx.runtime.sizes import latent_shape
 from wanx.runtime.stages import Stage, StageTimer
 
@@ -92,7 +93,8 @@ def generate(
             texts = pipeline(
                 tokenizer=_tokenizer(bundle), text_encoder=_text_encoder(bundle, dtype, device)
             )
-        guided = run.guide_scale > 1
+        scale = max(run.guidance.scales)
+        guided = scale > 1
         length = config.dit.text_len
         prompts = [run.prompt, *([run.negative_prompt] if guided else [])]
         contexts = []
@@ -119,7 +121,7 @@ def generate(
                 prompt_embeds=contexts[0],
                 negative_prompt_embeds=contexts[1] if guided else None,
                 height=run.height, width=run.width, num_frames=run.frames,
-                num_inference_steps=run.steps, guidance_scale=run.guide_scale,
+                num_inference_steps=run.steps, guidance_scale=scale,
                 latents=noise, output_type="latent",
             )  # fmt: skip
             if compiled:
@@ -174,6 +176,11 @@ class _Strides:
 
 
 def _scheduler(diffusers: Any, run: ResolvedRun) -> Any:
+    if run.solver not in _SCHEDULERS or run.sigmas is not None:
+        raise UsageError(
+            f"Diffusers is measured with {' and '.join(_SCHEDULERS)} and their own noise levels; "
+            "leave the peer out, or --preset"
+        )
     scheduler = getattr(diffusers, _SCHEDULERS[run.solver])(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=run.shift
     )

@@ -257,7 +257,7 @@ def _case(options: RunOptions, config: ModelConfig) -> Case:
         tokens=math.prod(token_grid(whole, config.dit.patch_size)),
         steps=run.steps,
         prompt=run.prompt,
-        guide_scale=run.guide_scale,
+        guide_scale=max(run.guidance.scales),
         shift=run.shift,
         solver=run.solver,
         seed=run.seed,

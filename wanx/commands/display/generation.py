@@ -147,7 +147,12 @@ def print_bundle(bundle: Bundle) -> None:
     STDOUT.print(table)
     STDOUT.print(
         f"defaults: {defaults.width}x{defaults.height}, {defaults.frames} frames, "
-        f"{defaults.steps} steps, guide scale {defaults.guide_scale:g}, shift {defaults.shift:g}"
+        + (
+            f"preset {defaults.preset}"
+            if defaults.preset
+            else f"{defaults.steps} steps, "
+            f"guide scale {defaults.guide_scale:g}, shift {defaults.shift:g}"
+        )
     )
     if hint := prompt_hint(manifest):
         STDOUT.print(f"prompts: {hint}")

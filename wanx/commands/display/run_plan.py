@@ -23,8 +23,10 @@ def print_run_plan(plan: RunPlan) -> None:
     run = plan.options
     STDOUT.print(
         f"{run.width}x{run.height}, {run.frames} frames, {run.steps} steps, "
-        f"guidance scale {run.guide_scale:g}"
+        f"guidance scale {run.guide_scale}"
     )
+    if plan.cache is not None:
+        STDOUT.print(plan.cache.summary)
     if not plan.stages and not plan.seconds:
         STDOUT.print(
             "The networks run on another provider, whose memory and time are not predicted."

@@ -74,7 +74,7 @@ def calibrate(
         for velocity in velocities:
             trajectory.step(velocity)
     dit = BlockwiseDiT(config.dit, checkpoint.components["dit"].tensors)
-    recorded_steps = golden_numbers(options.steps, options.golden_steps)
+    recorded_steps = golden_numbers(trajectories[0].steps, options.golden_steps)
     blocks = config.dit.num_layers + len(config.dit.vace_layers)
     hooks = observer_hooks(state.observers, observed)
     first = trajectories[0]

@@ -102,7 +102,8 @@ def _with_size(run: RunOptions, options: CalibrationOptions, config: ModelConfig
         width=_first_set(options.width, run.width, width),
         height=_first_set(options.height, run.height, height),
         frames=_first_set(options.frames, run.frames, frames),
-        steps=options.steps,
+        # A distilled model's steps are those of its preset.
+        steps=None if defaults.preset else options.steps,
     )
 
 

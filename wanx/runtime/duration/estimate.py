@@ -15,7 +15,6 @@ from wanx.bundle.manifest import Manifest
 from wanx.runtime.duration import operations
 from wanx.runtime.duration.operations import MultiplyAdds
 from wanx.runtime.options import ResolvedRun
-from wanx.runtime.sampling.guidance import branches
 from wanx.runtime.sessions.onnxruntime.providers import CPU
 from wanx.runtime.sessions.registry import provider_of
 from wanx.runtime.sizes import latent_shape
@@ -85,6 +84,7 @@ def stage_seconds(
     prompt_tokens: Sequence[int],
     durations: Durations,
     plans: dict[str, VaePlan],
+    forwards: int | None = None,
 ) -> dict[str, float]:
     """Seconds of the stages of a run, by name, of those that the processor computes.
 
@@ -94,9 +94,11 @@ def stage_seconds(
         prompt_tokens: of each prompt that is encoded.
         durations: of this machine.
         plans: of the VAE, by stage.
+        forwards: of the denoiser, where a step cache leaves some out.
     """
+    forwards = run.forwards if forwards is None else forwards
     seconds: dict[str, float | None] = {}
-    for name, taken in _parts(manifest, run, prompt_tokens, durations, plans):
+    for name, taken in _parts(manifest, run, prompt_tokens, durations, plans, forwards):
         before = seconds.get(name, 0.0)
         seconds[name] = None if before is None or taken is None else before + taken
     return {name: taken for name, taken in seconds.items() if taken is not None}
@@ -108,6 +110,7 @@ def _parts(
     prompt_tokens: Sequence[int],
     durations: Durations,
     plans: dict[str, VaePlan],
+    forwards: int,
 ) -> Iterator[tuple[str, float | None]]:
     """Stages by name, some of them in several parts."""
     config = manifest.config
@@ -124,7 +127,6 @@ def _parts(
         yield "condition", durations.vae("vae_encoder_down_rest", clip * clips, plan)
     frames = times + len(run.references or ())
     tokens = frames * height * width // config.dit.patch_volume
-    forwards = run.steps * len(branches(run.guide_scale))
     step = operations.denoiser(config.dit, tokens)
     yield "denoise", durations.network("dit", step * forwards, forwards)
     video = operations.vae_decoder(config.vae, times, height, width)

@@ -1,67 +1,71 @@
-"""Flow-matching samplers: UniPC (bh2, order 2) and DPM-Solver++ 2M (midpoint).
+"""Base of the solvers of a denoising run.
 
 A latent at noise level σ is ``x = (1 - σ)·clean + σ·noise``; the model predicts the velocity
-``noise - clean``, so its clean prediction is ``m = x - σ·velocity``. Both samplers integrate
-``dx/dσ = velocity`` in ``λ = ln((1 - σ)/σ)`` and take the same predictor; UniPC also corrects each
-latent once the prediction at it is known, from the previous corrected latent, without asking the
-model again. Every update is a weighted sum of a latent and of clean predictions whose weights
-follow from the noise levels alone, so they are tabulated up front.
-
-Sources: Zhao et al. 2023, "UniPC"; Lu et al. 2022, "DPM-Solver++"; the reference implementation of
-Wan2.1 for the grids. The peers' pipelines start from a slightly different grid (recent diffusers:
-``linspace(1, .001, N + 1)``): pass ``sigmas`` to follow them.
+``noise - clean``.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wanx.errors import UsageError
-
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class LinearUpdate:
-    """``x' = latent·x + Σ predictions[k]·m[k]``, with the newest clean prediction first."""
-
-    latent: float
-    predictions: tuple[float, ...]
-
-    def __call__(self, latent: Float32, predictions: tuple[Float32, ...]) -> Float32:
-        """Apply the update; weights are rounded to the arrays' precision."""
-        result = self.latent * latent
-        # A young run has fewer predictions than weights; the weights of the missing ones are 0.
-        for weight, prediction in zip(self.predictions, predictions, strict=False):
-            result += weight * prediction
-        return result
+Draw = Callable[[Sequence[int]], Float32]
 
 
 class Sampler(ABC):
     """One denoising run: call `step` once per timestep, in order; then build a new sampler.
 
     Attributes:
-        sigmas: Noise levels, float64 [steps + 1], strictly decreasing from at most 1 to 0.
-        timesteps: What the model is fed at each step, ``trunc(1000·σ)``; values may repeat.
+        sigmas: noise levels, float64 ``[steps + 1]``, strictly decreasing from at most 1 to 0.
+        timesteps: what the model is fed at each step; values may repeat.
+        stochastic: whether steps draw noise.
     """
 
-    def __init__(self, sigmas: Float64) -> None:
+    stochastic = False
+
+    def __init__(
+        self,
+        sigmas: Float64,
+        timesteps: tuple[float, ...] | None = None,
+        draw: Draw | None = None,
+    ) -> None:
+        """Prepare the steps.
+
+        Args:
+            sigmas: as of the attribute.
+            timesteps: where they are not the solver's own function of the noise levels.
+            draw: gives standard normal noise, float32, of a shape.
+        """
         self.sigmas = sigmas
-        self.timesteps = tuple(int(1000 * sigma) for sigma in sigmas[:-1])
-        self._predictors = [_predictor(sigmas, i) for i in range(len(self.timesteps))]
+        own = tuple(self.timestep(float(sigma)) for sigma in sigmas[:-1])
+        self.timesteps = own if timesteps is None else timesteps
         self._position = 0
-        self._history: tuple[Float32, ...] = ()
+        self._draw = draw
+
+    @property
+    def noise_scale(self) -> float:
+        """What the run's first noise is multiplied by."""
+        return 1.0
 
     @staticmethod
-    @abstractmethod
     def grid(steps: int) -> Float64:
-        """The solver's own noise levels before the shift, float64 [steps], decreasing."""
+        """Noise levels before the shift, float64 ``[steps]``, decreasing."""
+        return np.linspace(1, 0, steps + 1)[:-1]
+
+    @classmethod
+    def levels(cls, steps: int, shift: float) -> Float64:
+        """Noise levels after the shift s, ``s·σ / (1 + (s - 1)·σ)``, float64 ``[steps]``."""
+        return warp(cls.grid(steps), shift)
+
+    @staticmethod
+    def timestep(sigma: float) -> float:
+        """What the model is fed at a noise level: 1000·σ."""
+        return 1000 * sigma
 
     def step(self, velocity: Float32, latent: Float32) -> Float32:
         """Advance by one step.
@@ -82,126 +86,21 @@ class Sampler(ABC):
         position = self._position
         if position == len(self.timesteps):
             raise ValueError(f"all {position} steps are done; make a new sampler for another run")
-        prediction = latent - float(self.sigmas[position]) * velocity
-        history = (prediction, *self._history)
-        latent = self._refine(position, latent, history)
+        after = self._advance(position, velocity, latent)
         self._position += 1
-        self._history = history[:2]
-        return self._predictors[position](latent, history)
+        return after
 
-    def _refine(self, position: int, latent: Float32, history: tuple[Float32, ...]) -> Float32:
-        """Improve the latent at ``position`` now that the prediction at it is known."""
-        return latent
+    @abstractmethod
+    def _advance(self, position: int, velocity: Float32, latent: Float32) -> Float32:
+        """The latent after the step at ``position``."""
 
-
-class DPMPlusPlus(Sampler):
-    """DPM-Solver++ 2M, midpoint; the first and the last step are of order 1."""
-
-    @staticmethod
-    def grid(steps: int) -> Float64:
-        """Noise levels from 1, where λ is -∞."""
-        return np.linspace(1, 0, steps + 1)[:-1]
+    def _noise(self, shape: Sequence[int]) -> Float32:
+        if self._draw is None:
+            raise ValueError(f"{type(self).__name__} draws noise; pass `draw`")
+        return self._draw(shape)
 
 
-class UniPC(Sampler):
-    """UniPC with B(h) = exp(-h) - 1; the first and the last predictor step are of order 1."""
-
-    def __init__(self, sigmas: Float64) -> None:
-        super().__init__(sigmas)
-        self._correctors = [_corrector(sigmas, i) for i in range(1, len(self.timesteps))]
-        self._corrected: Float32 | None = None
-
-    @staticmethod
-    def grid(steps: int) -> Float64:
-        """Noise levels from 0.999, rounded as the reference does."""
-        return np.linspace(float(np.float32(0.999)), 0, steps + 1)[:-1]
-
-    def _refine(self, position: int, latent: Float32, history: tuple[Float32, ...]) -> Float32:
-        if self._corrected is not None:
-            latent = self._correctors[position - 1](self._corrected, history)
-        self._corrected = latent
-        return latent
-
-
-SOLVERS: dict[str, type[Sampler]] = {"unipc": UniPC, "dpm++": DPMPlusPlus}
-
-
-def make_sampler(solver: str, steps: int, shift: float, sigmas: Float64 | None = None) -> Sampler:
-    """Build the sampler of one run.
-
-    Args:
-        solver: A key of `SOLVERS`.
-        steps: Number of model evaluations (per guidance branch), at least 1.
-        shift: Timestep shift s > 0; the grid becomes ``s·σ / (1 + (s - 1)·σ)``.
-        sigmas: Noise levels after the shift, float64 [steps + 1], strictly decreasing from at most
-            1 to exactly 0. They replace the solver's grid, and ``shift`` is then unused. Levels
-            rounded to float32 may move a timestep by one.
-
-    Raises:
-        UsageError: An argument is outside these limits.
-    """
-    if solver not in SOLVERS:
-        raise UsageError(f"unknown solver {solver!r}; choose one of: {', '.join(SOLVERS)}")
-    if steps < 1:
-        raise UsageError(f"steps is {steps}; it must be at least 1")
-    if not (math.isfinite(shift) and shift > 0):
-        raise UsageError(f"shift is {shift}; it must be a finite number above 0, such as 5")
-    if sigmas is None:
-        grid = SOLVERS[solver].grid(steps)
-        # Rounding may lift the level 1 above itself, where λ does not exist.
-        sigmas = np.append(np.minimum(shift * grid / (1 + (shift - 1) * grid), 1.0), 0.0)
-        if not _decreasing(sigmas):
-            raise UsageError(
-                f"shift {shift} with {steps} steps leaves noise levels that cannot be told apart; "
-                "use a shift between 0.1 and 100 or fewer steps"
-            )
-    else:
-        sigmas = np.array(sigmas, np.float64)
-        if sigmas.shape != (steps + 1,):
-            raise UsageError(f"sigmas has shape {sigmas.shape}; {steps} steps need {(steps + 1,)}")
-        if not (_decreasing(sigmas) and sigmas[0] <= 1 and sigmas[-1] == 0):
-            raise UsageError(f"sigmas must decrease strictly from at most 1 to 0, got {sigmas}")
-    return SOLVERS[solver](sigmas)
-
-
-def _decreasing(sigmas: Float64) -> bool:
-    return bool(np.isfinite(sigmas).all() and (np.diff(sigmas) < 0).all())
-
-
-def _log_snr(sigma: float) -> float:
-    """λ = ln(1 - σ) - ln σ, infinite at the two ends."""
-    if sigma in (0, 1):
-        return math.inf if sigma == 0 else -math.inf
-    return math.log1p(-sigma) - math.log(sigma)
-
-
-def _order(position: int, steps: int) -> int:
-    return min(2, position + 1, steps - position)
-
-
-def _predictor(sigmas: Float64, i: int) -> LinearUpdate:
-    """Weights of x_i, m_i, m_{i-1} that give x_{i+1}."""
-    now, after = float(sigmas[i]), float(sigmas[i + 1])
-    h = _log_snr(after) - _log_snr(now)
-    gain = -(1 - after) * math.expm1(-h)
-    slope = 0.0
-    if _order(i, len(sigmas) - 1) == 2:
-        slope = 0.5 * h / (_log_snr(now) - _log_snr(float(sigmas[i - 1])))
-    return LinearUpdate(after / now, (gain * (1 + slope), -gain * slope))
-
-
-def _corrector(sigmas: Float64, i: int) -> LinearUpdate:
-    """Weights of the corrected x_{i-1} and of m_i, m_{i-1}, m_{i-2} that give the corrected x_i."""
-    before, now = float(sigmas[i - 1]), float(sigmas[i])
-    h = _log_snr(now) - _log_snr(before)
-    base = math.expm1(-h)
-    gain = -(1 - now) * base
-    older, newer = 0.0, 0.5
-    if _order(i - 1, len(sigmas) - 1) == 2:
-        ratio = (_log_snr(float(sigmas[i - 2])) - _log_snr(before)) / h
-        phi1 = -base / h - 1
-        phi2 = -phi1 / h - 0.5
-        # The solution of [[1, 1], [ratio, 1]] · weights = [phi1, 2·phi2] / base.
-        weight = (2 * phi2 - phi1) / base / (ratio - 1)
-        older, newer = weight / ratio, phi1 / base - weight
-    return LinearUpdate(now / before, (gain * newer, gain * (1 - older - newer), gain * older))
+def warp(levels: Float64, shift: float) -> Float64:
+    """Noise levels leaned to high noise by a shift s: ``s·σ / (1 + (s - 1)·σ)``, at most 1."""
+    # Rounding may lift the level 1 above itself.
+    return np.minimum(shift * levels / (1 + (shift - 1) * levels), 1.0)
