@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from wanx.config.models import PRESETS
-from wanx.config.presets import RUN_PRESETS
+from wanx.config.presets import RUN_PRESETS, suggest_preset
 from wanx.errors import UsageError
 from wanx.runtime.inputs.reading import Inputs
 from wanx.runtime.options import ResolvedRun, RunOptions
@@ -164,3 +164,28 @@ def test_refused(options: dict[str, Any], message: str) -> None:
 def test_a_preset_for_another_task() -> None:
     with pytest.raises(UsageError, match="preset fastwan is for t2v, and this is a model for i2v"):
         resolved(I2V, preset="fastwan")
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "preset"),
+    [
+        (
+            "Wan21_T2V_14B_lightx2v_cfg_step_distill_lora_rank32.safetensors",
+            "t2v",
+            "lightx2v-4step",
+        ),
+        ("Wan2.2-Lightning_I2V-A14B-4steps-lora.safetensors", "i2v", "lightx2v-4step"),
+        ("Wan21_CausVid_14B_T2V_lora_rank32.safetensors", "t2v", "causvid"),
+        ("Wan21_AccVid_T2V_14B_lora_rank32_fp16.safetensors", "t2v", "accvid"),
+        ("Wan14BT2VFusioniX_fp16_.safetensors", "t2v", "fusionx"),
+        ("Wan2.1_T2V_14B_FusionX_LoRA.safetensors", "t2v", "fusionx"),
+        ("FastWan2.1-T2V-1.3B-Diffusers", "t2v", "fastwan"),
+        ("FastWan2.1-T2V-1.3B-Diffusers", "i2v", None),
+        ("rCM_Wan2.1_T2V_1.3B_480p.pt", "t2v", "rcm-4"),
+        ("growing.safetensors", "t2v", None),
+        ("wan2.1_t2v_14B_bf16.safetensors", "t2v", None),
+    ],
+)
+def test_names_of_distilled_models(name: str, task: Any, preset: str | None) -> None:
+    found = suggest_preset(["other.safetensors", name], task)
+    assert (None if found is None else (found[0], found[1].name)) == (preset and (name, preset))

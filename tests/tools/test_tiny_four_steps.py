@@ -5,6 +5,7 @@ It goes through LoRA fusion, presets and both solvers of few steps.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -70,3 +71,20 @@ def test_the_command_line(wanx: Wanx, tmp_path: Path) -> None:
     assert refused.code == 2
     assert "did you mean tiny-4step" in refused.error
     assert not (tmp_path / "five").exists()
+
+
+def test_a_name_that_tells(wanx: Wanx, tmp_path: Path) -> None:
+    """Without a preset, export and run suggest it in one line."""
+    shutil.copy(LORA, tmp_path / "tiny-4step.safetensors")
+    exported = wanx(
+        "export", "tiny", "--lora", "tiny-4step.safetensors", "--golden-steps", "0", "-o", "plain"
+    )
+    assert exported.code == 0
+    assert (
+        "tiny-4step.safetensors looks distilled to few steps: --preset tiny-4step" in exported.err
+    )
+    prompt = "a red circle moving up on a black background"
+    assert "try --preset tiny-4step" in wanx("run", "plain", prompt, "--frames", "5").err
+    chosen = wanx("run", "plain", prompt, "--frames", "5", "--preset", "tiny-4step")
+    assert chosen.code == 0
+    assert "looks distilled" not in chosen.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from wanx.config.models import Task
@@ -80,7 +81,7 @@ RUN_PRESETS: dict[str, RunPreset] = {
             source="aejion/AccVideo: shift 5; the number of steps is users'",
         ),
         RunPreset(
-            name="fusionx", solver="unipc", steps=8, shift=2.0, marks=("fusionx", "fusion_x"),
+            name="fusionx", solver="unipc", steps=8, shift=2.0, marks=("fusionx", "fusionix"),
             source="deepbeepmeep/Wan2GP, profiles of FusionX",
         ),
         RunPreset(
@@ -103,3 +104,17 @@ RUN_PRESETS: dict[str, RunPreset] = {
         ),
     )
 }  # fmt: skip
+
+
+def suggest_preset(names: Iterable[str], task: Task) -> tuple[str, RunPreset] | None:
+    """Give the first name that looks like that of a distilled model, and its preset.
+
+    Args:
+        names: of files of weights and LoRAs, or of the source.
+        task: of the model.
+    """
+    for name in names:
+        for preset in RUN_PRESETS.values():
+            if task in preset.tasks and any(mark in name.lower() for mark in preset.marks):
+                return name, preset
+    return None

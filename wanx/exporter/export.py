@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import platform
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ from wanx.checkpoints.checkpoint import Checkpoint
 from wanx.checkpoints.lora.fuse import parse_loras
 from wanx.checkpoints.tokenizer_source import write_tokenizer
 from wanx.config.models import ModelConfig
+from wanx.config.presets import suggest_preset
 from wanx.errors import CancelledError
 from wanx.exporter.build import with_engines
 from wanx.exporter.calibration.step_table import measure_step_table, store_step_table
@@ -55,6 +57,7 @@ from wanx.version import __version__
 if TYPE_CHECKING:
     from wanx.exporter.quantization.recipe import Recipe
 
+_log = logging.getLogger("wanx.exporter")
 TOOLS = (
     "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors", "tokenizers", "numpy",
 )  # fmt: skip
@@ -110,7 +113,25 @@ def _plan(options: ExportOptions, checkpoint: Checkpoint | None = None) -> Expor
     # First, because "auto" follows the types that the tensors are stored in.
     check(checkpoint, cache)
     resolved = resolve(options, checkpoint)
+    _suggest_preset(options, checkpoint)
     return ExportPlan(resolved=resolved, estimate=estimate(resolved, cache))
+
+
+def _suggest_preset(options: ExportOptions, checkpoint: Checkpoint) -> None:
+    """Say in one line where the weights look distilled and no preset was named."""
+    if options.preset is not None or checkpoint.config.defaults.preset is not None:
+        return
+    names = [
+        *(lora.file for lora in checkpoint.loras),
+        *(file.name for file in checkpoint.components["dit"].files),
+        checkpoint.source.name,
+    ]
+    if found := suggest_preset(names, checkpoint.config.task):
+        name, preset = found
+        _log.info(
+            "%s looks distilled to few steps: --preset %s makes those the bundle's own",
+            name, preset.name,
+        )  # fmt: skip
 
 
 def export(options: ExportOptions, progress: Progress = no_progress) -> Bundle:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from wanx.builtin.prompts import prompt_warning
 from wanx.bundle.reader import Bundle
 from wanx.config.bounds import MAX_THREADS, require_between
+from wanx.config.presets import suggest_preset
 from wanx.errors import CancelledError
 from wanx.interruption import result_of
 from wanx.progress import Progress, no_progress, step_counter
@@ -166,6 +167,7 @@ class Pipeline:
         self._plan_memory(run)
         if warning := prompt_warning(self.bundle.manifest, run.prompt):
             _log.warning(warning)
+        self._suggest_preset(run)
         parts = RunParts.of(
             self.bundle,
             threads=self.threads,
@@ -213,6 +215,16 @@ class Pipeline:
             forwards=denoising.forwards, cache=cache,
             predicted=tuple(step + 1 for step in denoising.predicted),
         )  # fmt: skip
+
+    def _suggest_preset(self, run: ResolvedRun) -> None:
+        """Say in one line where the weights look distilled and the run is not that of few steps."""
+        if run.preset is not None or run.sigmas is not None:
+            return
+        source = self.bundle.manifest.provenance
+        names = [*(lora.file for lora in source.loras), source.source]
+        if found := suggest_preset(names, self.config.task):
+            name, preset = found
+            _log.info("%s looks distilled to few steps; try --preset %s", name, preset.name)
 
     def _plan_memory(self, run: ResolvedRun) -> tuple[StageMemory, ...]:
         """Memory of the stages of a run; refuses what does not fit."""

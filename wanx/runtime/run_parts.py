@@ -30,7 +30,7 @@ from wanx.runtime.sessions.onnxruntime.providers import AUTO
 from wanx.runtime.sessions.registry import effective_provider
 from wanx.runtime.sizes import latent_shape
 from wanx.runtime.stages import StageTimer
-from wanx.runtime.step_cache import CachePlan, plan_cache
+from wanx.runtime.step_cache import CachePlan
 from wanx.runtime.text import PromptTokenizer, clean_prompt, encode_prompt
 from wanx.runtime.vae.decode import Convert, decode
 from wanx.runtime.vae.encode import Clip, encode
@@ -244,7 +244,6 @@ class RunParts:
             runs: each with the images and videos that it names.
             on_run: called when the prompts of a run are done.
         """
-        plans = [plan_cache(self.bundle, run) for run, _ in runs]
         contexts = self.encode_prompts([run for run, _ in runs], on_run=on_run)
         return [
             EncodedRun(
@@ -252,9 +251,8 @@ class RunParts:
                 config=self.config,
                 contexts=context,
                 conditioning=self.condition(run, inputs),
-                cache=plan,
             )
-            for (run, inputs), context, plan in zip(runs, contexts, plans, strict=True)
+            for (run, inputs), context in zip(runs, contexts, strict=True)
         ]
 
     def denoise(

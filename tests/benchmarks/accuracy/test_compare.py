@@ -181,6 +181,17 @@ def test_clips_are_those_of_the_pipeline(
     assert np.array_equal(worst.ulp_baseline, floor[worst.index])
 
 
+def test_guidance_that_changes_within_a_run(noisy: Bundle, tiny: Bundle) -> None:
+    """Of each step those branches are compared that it needs."""
+    run = RunOptions(
+        prompt=PROMPT, seed=0, frames=1, steps=4, guide_scale="5@0-60%", cfg_zero=True, cache="2x"
+    )
+    found = compare(noisy, tiny, CompareOptions(run=run, clips=False, threads=1))
+    steps = [(one.step, one.branch) for one in found.runs[0].steps]
+    both = ("conditional", "unconditional")
+    assert steps == [*[(2, b) for b in both], *[(3, b) for b in both], (4, "conditional")]
+
+
 def test_a_bundle_equals_itself(tiny: Bundle) -> None:
     comparison = compare(tiny, tiny, options(guide_scale=1.0))
     (run,) = comparison.runs
@@ -449,16 +460,18 @@ def test_a_recording_gives_back_what_it_was_given(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     recording = StepRecording(tmp_path / "steps")
     given = []
+    recording.append({}, {})  # a step that needs no network
     for _ in range(3):
         tokens, first, second = generator.standard_normal((3, 1, 5, 4)).astype(np.float32)
         shared = {"tokens": tokens, "timestep": np.array([7.0], np.float32)}
         velocities = {"unconditional": first, "conditional": second}
         recording.append(dict.fromkeys(BRANCHES, shared), velocities)  # type: ignore[arg-type]
         given.append((shared, velocities))
-    for (feeds, velocities), (shared, answers) in zip(recording, given, strict=True):
+    assert [number for number, _, _ in recording] == [2, 3, 4]
+    for (_, feeds, velocities), (shared, answers) in zip(recording, given, strict=True):
         assert [*velocities] == [*answers]
         for name, array in (feeds | dict(velocities)).items():  # type: ignore[operator]
             assert np.array_equal(array, (shared | answers)[name])
     shutil.rmtree(tmp_path / "steps")
-    with pytest.raises(WanxError, match=r"step 4 .* set TMPDIR"):
+    with pytest.raises(WanxError, match=r"step 5 .* set TMPDIR"):
         recording.append(dict.fromkeys(BRANCHES, shared), velocities)  # type: ignore[arg-type]

@@ -29,18 +29,22 @@ class StepRecording:
         folder.mkdir()
         self._folder = folder
         self._steps = 0
-        self._branches: tuple[Branch, ...] = ()
+        self._branches: dict[int, tuple[Branch, ...]] = {}
 
     def append(self, feeds: Feeds, velocities: Velocities) -> None:
         """Record a step.
 
         Args:
-            feeds: of each branch: ``tokens`` and ``timestep``, which the branches share.
+            feeds: of each branch: ``tokens`` and ``timestep``, which the branches share; none where
+                the network did not run.
             velocities: of each branch, ``[1, L, D]``.
 
         Raises:
             WanxError: the disk is full.
         """
+        self._steps += 1
+        if not feeds:
+            return
         shared = next(iter(feeds.values()))
         try:
             with self._path(self._steps).open("wb") as file:
@@ -48,18 +52,17 @@ class StepRecording:
                     np.save(file, array, allow_pickle=False)
         except OSError as error:
             raise WanxError(
-                f"step {self._steps + 1} of the reference cannot be kept in {self._folder}: "
+                f"step {self._steps} of the reference cannot be kept in {self._folder}: "
                 f"{error.strerror}; set TMPDIR to a folder with more space"
             ) from None
-        self._branches = tuple(velocities)
-        self._steps += 1
+        self._branches[self._steps] = tuple(velocities)
 
-    def __iter__(self) -> Iterator[tuple[dict[str, Array], Velocities]]:
-        """Yield ``tokens`` and ``timestep`` of each step, and the velocities by branch."""
-        for step in range(self._steps):
+    def __iter__(self) -> Iterator[tuple[int, dict[str, Array], Velocities]]:
+        """Yield each step of the network: its number, from 1, feeds, and velocities by branch."""
+        for step, branches in self._branches.items():
             with self._path(step).open("rb") as file:
                 feeds = {name: np.load(file) for name in ("tokens", "timestep")}
-                yield feeds, {branch: np.load(file) for branch in self._branches}
+                yield step, feeds, {branch: np.load(file) for branch in branches}
 
     def _path(self, step: int) -> Path:
         return self._folder / f"{step}.npy"

@@ -145,7 +145,7 @@ def _teacher_forced(
 ) -> tuple[Agreement, ...]:
     session.bind(teacher.start().constants)
     agreements = []
-    for number, (feeds, velocities) in enumerate(recording, 1):
+    for number, feeds, velocities in recording:
         for branch, velocity in velocities.items():
             answer = session.run(feeds | {"context": teacher.contexts[branch]})["velocity"]
             agreements.append(

@@ -104,6 +104,11 @@ def _with_size(run: RunOptions, options: CalibrationOptions, config: ModelConfig
         frames=_first_set(options.frames, run.frames, frames),
         # A distilled model's steps are those of its preset.
         steps=None if defaults.preset else options.steps,
+        # Every step is computed, with the same branches.
+        guide_scale=None if isinstance(run.guide_scale, str) else run.guide_scale,
+        cfg_zero=None,
+        cache=None,
+        speedup=None,
     )
 
 
