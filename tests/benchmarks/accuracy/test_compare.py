@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from wanx.runtime.inputs.conditioning import Conditioning
 from wanx.runtime.options import RunOptions
 from wanx.runtime.pipeline import Pipeline
 from wanx.runtime.run_parts import EncodedRun
-from wanx.runtime.sampling.noise import randn
+from wanx.runtime.sampling.noise import TorchGenerator
 from wanx.runtime.sampling.solvers import make_sampler
 from wanx.runtime.sessions.onnxruntime.providers import AUTO
 from wanx.runtime.tokens import patchify
@@ -160,10 +160,12 @@ def test_clips_are_those_of_the_pipeline(
         return made
 
     candidate, reference = frames(noisy), frames(tiny)
-    up = np.float32(np.inf)
-    monkeypatch.setattr(
-        denoise_module, "randn", lambda shape, seed: np.nextafter(randn(shape, seed), up)
-    )
+
+    class OneUlpUp(TorchGenerator):
+        def randn(self, shape: Sequence[int]) -> NDArray[np.float32]:
+            return np.nextafter(super().randn(shape), np.float32(np.inf))
+
+    monkeypatch.setattr(denoise_module, "TorchGenerator", OneUlpUp)
     floor = frames(tiny)
     clip = found.runs[0].clip
     assert clip is not None
