@@ -15,7 +15,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,8 +29,7 @@ from wanx.runtime.sampling.cache import teacache
 from wanx.runtime.sampling.cache.base import ScheduledCache, StepCache
 from wanx.runtime.sampling.cache.easy import EasyCache
 from wanx.runtime.sampling.cache.search import MAX_GAP, best_steps
-from wanx.runtime.sampling.cache.table import SkipCosts
-from wanx.runtime.sampling.solvers import make_sampler
+from wanx.runtime.sampling.cache.table import skipped_steps
 from wanx.runtime.sessions.base import Session
 from wanx.runtime.step_cache import step_table
 from wanx.runtime.time_embedding import embed_timesteps
@@ -84,19 +83,6 @@ def easy_with(session: Session, encoded: EncodedRun, steps: int, most: int) -> T
     return found
 
 
-def slopes(costs: SkipCosts, computed: Sequence[int], count: int) -> dict[int, float]:
-    """Weights of the predictions of a schedule."""
-    return {step: costs.slope(step, last, before) for step, last, before in gaps(computed, count)}
-
-
-def gaps(computed: Sequence[int], count: int) -> Iterator[tuple[int, int, int | None]]:
-    """Skipped steps, each with the last two computed ones."""
-    for step in range(count):
-        if step not in computed:
-            *others, last = [known for known in computed if known < step]
-            yield step, last, others[-1] if others else None
-
-
 def random_schedules(steps: int, length: int, seed: int) -> list[tuple[int, ...]]:
     """Twenty schedules of so many computed steps, without longer gaps than are searched."""
     draw, found = random.Random(seed), []
@@ -130,7 +116,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     encoded = parts.encode(runs)
     first = runs[0][0]
     steps, scales = first.steps, first.guidance.scales
-    sampler = make_sampler(first.solver, steps, first.shift)
+    sampler = first.sampler()
     sigmas = [float(sigma) for sigma in sampler.sigmas[:-1]]
     costs, forwards = table.costs(sigmas, scales), [first.forwards // steps] * steps
     polynomial = teacache.coefficients(
@@ -148,7 +134,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             ours, _ = best_steps(costs.cost, forwards, budget)
             even = sorted({round(i * steps / length) for i in range(length)})
             caches: dict[str, Any] = {
-                "wanx": lambda c=ours: ScheduledCache(sigmas, c, slopes(costs, c, steps)),
+                "wanx": lambda c=ours: ScheduledCache(sigmas, c, costs.slopes(c)),
                 "even steps": lambda c=even: ScheduledCache(sigmas, c),
                 "EasyCache": None,
             }
@@ -174,13 +160,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
             predicted, latents, velocities = [], [], []
             for chosen in random_schedules(steps, length, 0):
-                predicted.append(sum(costs.cost(*gap) for gap in gaps(chosen, steps)))
+                predicted.append(sum(costs.cost(*gap) for gap in skipped_steps(chosen, steps)))
                 pairs = [
                     errors(
                         run(
                             session,
                             one,
-                            ScheduledCache(sigmas, chosen, slopes(costs, chosen, steps)),
+                            ScheduledCache(sigmas, chosen, costs.slopes(chosen)),
                         ),
                         right,
                     )

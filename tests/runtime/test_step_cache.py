@@ -85,6 +85,7 @@ def test_more_is_saved_at_a_price(measured: Path) -> None:
     [
         {"steps": 30}, {"steps": 9, "solver": "dpm++"}, {"shift": 8.0}, {"solver": "euler"},
         {"guide_scale": 1.0}, {"guide_scale": "5@0-40%"}, {"cfg_zero": True},
+        {"guide_scale": "1@0-40%,5@40-100%"}, {"guide_scale": "5@0-20%,5@60-100%"},
         {"guidance_rescale": 0.5, "apg": True}, {"sigmas": (1.0, 0.9, 0.7, 0.4, 0.2, 0.1)},
     ],
 )  # fmt: skip
@@ -114,6 +115,14 @@ def test_the_speed(measured: Path) -> None:
     assert seconds[0] > 1.3 * seconds[1]  # 1.9 to 2.1 where nothing else runs
 
 
+@pytest.mark.parametrize("guide_scale", ["1@0-50%,5@50-100%", "5@0-20%,5@60-100%", 2.5])
+def test_easy_cache_with_branches_that_come_and_go(guide_scale: Any) -> None:
+    result = wanx.load("tiny")(PROMPT, seed=0, frames=5, cache="easy:2", guide_scale=guide_scale)
+    assert result.predicted
+    assert result.forwards < result.options.forwards
+    assert not set(result.predicted) & {step + 1 for step in result.options.guidance.required_steps}
+
+
 @pytest.mark.fault("a saving that cannot be")
 def test_too_much(measured: Path) -> None:
     bundle = open_named(str(measured), verify="size")
@@ -125,8 +134,17 @@ def test_too_much(measured: Path) -> None:
 def test_no_table(tmp_path: Path) -> None:
     bundle = open_named("tiny-i2v", verify="size")
     run = replace(resolved(open_named("tiny", verify="size"), speedup=2))
-    with pytest.raises(UsageError, match="nothing says what skipping steps of tiny-i2v costs"):
+    with pytest.raises(UsageError, match="`wanx export tiny-i2v -o NEW --calibrate-cache`"):
         plan_cache(bundle, run)
+
+
+def test_lines_with_noise_levels_of_their_own(measured: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": PROMPT}, {"prompt": PROMPT, "solver": "euler"}]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    bundle = open_named(str(measured), verify="size")
+    with pytest.raises(UsageError, match="different noise levels; leave out solver"):
+        measure_step_table(bundle, CalibrationOptions(file=path))
 
 
 def test_published_coefficients_without_a_table() -> None:

@@ -27,11 +27,12 @@ from train_dit import CAPTION_LEN, TextToVelocity, caption_ids, stand_for_all_pa
 from train_vae import save
 
 from wanx.runtime.sampling.multistep import UniPC
+from wanx.runtime.sampling.sampler import warp
 from wanx.runtime.sampling.solvers import make_sampler
 
 RANK, ALPHA = 24, 24.0
 GUIDE_SCALE, SHIFT, TEACHER_STEPS = 2.5, 3.0, 20
-LEVELS = tuple(SHIFT * u / (1 + (SHIFT - 1) * u) for u in (1.0, 0.75, 0.5, 0.25))
+LEVELS = tuple(warp(np.array([1.0, 0.75, 0.5, 0.25]), SHIFT).tolist())
 ROUNDS, ROWS = 80, 32  # of a process: batches of the teacher, and clips in each
 STEPS, WARMUP, RATE, BATCH = 5000, 100, 2e-3, 24
 AVERAGING = 0.998
@@ -53,8 +54,7 @@ def teach(model: TextToVelocity, noisy: Tensor, sigma: float, context: Tensor) -
         sigma: their noise level.
         context: of the prompts, then as many of the empty prompt.
     """
-    grid = UniPC.grid(TEACHER_STEPS)
-    sigmas = SHIFT * grid / (1 + (SHIFT - 1) * grid)
+    sigmas = UniPC.levels(TEACHER_STEPS, SHIFT)
     sigmas = np.concatenate([[min(sigma, sigmas[0])], sigmas[sigmas < sigma - 1e-3], [0.0]])
     if sigma == 1.0:
         sigmas = np.unique(sigmas)[::-1]
@@ -94,7 +94,7 @@ def examples(model: TextToVelocity, work: Path, rank: int) -> dict[str, Tensor]:
                 "scene": torch.cat([known["scene"], scene]),
             }
         known = made | {"rounds": torch.tensor(number + 1)}
-        if number % 10 == 9 or number < 1:
+        if number % 10 == 9:
             save(path, known)
             print(f"{rank}: {number + 1} of {ROUNDS} rounds of the teacher", flush=True)
     assert known is not None

@@ -18,7 +18,6 @@ from wanx.runtime.options import ResolvedRun
 from wanx.runtime.sampling.cache.base import StepCache
 from wanx.runtime.sampling.guidance import Branch
 from wanx.runtime.sampling.noise import TorchGenerator
-from wanx.runtime.sampling.solvers import make_sampler
 from wanx.runtime.sessions.base import Array
 from wanx.runtime.tokens import patchify, rope_tables, token_grid, unpatchify
 
@@ -77,11 +76,7 @@ class DenoisingRun:
         self._grid = token_grid(shape, self._patch)
         noise = TorchGenerator(run.seed)
         first = noise.randn(shape)
-        self._sampler = make_sampler(
-            run.solver, run.steps, run.shift,
-            None if run.sigmas is None else np.append(run.sigmas, 0.0),
-            timesteps=run.timesteps, draw=noise.randn,
-        )  # fmt: skip
+        self._sampler = run.sampler(noise.randn)
         self._guidance = run.guidance
         self._contexts = {branch: contexts[branch] for branch in self._guidance.branches}
         self._cache = cache
@@ -201,9 +196,12 @@ class DenoisingRun:
         return self._guidance.combine(step, by_branch)
 
     def _is_predicted(self) -> bool:
-        """Whether the step cache predicts the coming step; it is asked once."""
+        """True where the step cache predicts the coming step; it is asked once.
+
+        A branch that the step before did without is computed.
+        """
         step = self.steps_done
-        if self._cache is None or step < self._guidance.zero_steps:
+        if self._cache is None or step in self._guidance.required_steps:
             return False
         if self._predicts[0] != step:
             self._predicts = step, self._cache.skips(step, self.latent)

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from wanx.errors import UsageError
 from wanx.runtime.sampling.guidance import Guidance, parse_guide_scale, scales_of
+from wanx.runtime.sampling.sampler import Draw, Sampler
+from wanx.runtime.sampling.solvers import make_sampler
 
 ImageInput = str | os.PathLike[str] | NDArray[np.uint8]
 
@@ -230,6 +232,20 @@ class ResolvedRun:
     mask: str | None = None
     references: tuple[str, ...] | None = None
     vace_scale: float | None = None
+
+    def sampler(self, draw: Draw | None = None) -> Sampler:
+        """Build the sampler of the run.
+
+        Args:
+            draw: gives standard normal noise of a shape, for solvers that draw.
+
+        Raises:
+            UsageError: there is no sampler for these options.
+        """
+        sigmas = None if self.sigmas is None else np.append(self.sigmas, 0.0)
+        return make_sampler(
+            self.solver, self.steps, self.shift, sigmas, timesteps=self.timesteps, draw=draw
+        )
 
     @property
     def forwards(self) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from wanx.builtin import is_builtin
 from wanx.bundle.reader import Bundle
 from wanx.bundle.step_table import STEP_TABLE, read_step_table, weights_digest
 from wanx.errors import UsageError
@@ -17,9 +20,7 @@ from wanx.runtime.sampling.cache.base import ScheduledCache, StepCache
 from wanx.runtime.sampling.cache.easy import EasyCache
 from wanx.runtime.sampling.cache.option import parse_cache
 from wanx.runtime.sampling.cache.search import best_steps, fewest_forwards
-from wanx.runtime.sampling.cache.table import SkipCosts, StepTable
-from wanx.runtime.sampling.sampler import Float32
-from wanx.runtime.sampling.solvers import make_sampler
+from wanx.runtime.sampling.cache.table import StepTable
 from wanx.runtime.time_embedding import embed_timesteps
 
 
@@ -85,10 +86,7 @@ def plan_cache(bundle: Bundle, run: ResolvedRun) -> CachePlan | None:
     option = parse_cache(run.cache)
     if option is None:
         return None
-    sampler = make_sampler(
-        run.solver, run.steps, run.shift,
-        None if run.sigmas is None else np.append(run.sigmas, 0.0), timesteps=run.timesteps,
-    )  # fmt: skip
+    sampler = run.sampler()
     sigmas = tuple(float(sigma) for sigma in sampler.sigmas[:-1])
     guidance = run.guidance
     forwards = [len(guidance.branches_at(step)) for step in range(run.steps)]
@@ -100,7 +98,8 @@ def plan_cache(bundle: Bundle, run: ResolvedRun) -> CachePlan | None:
     # Steps of zero need no network, and nothing can be extrapolated from them.
     first = guidance.zero_steps
     budget = int(total / option.speedup + 1e-9)
-    least = fewest_forwards(forwards[first:])
+    required = {step - first for step in guidance.required_steps}
+    least = fewest_forwards(forwards[first:], required)
     if budget < least:
         raise UsageError(
             f"speedup is {option.speedup:g}; this run allows {total / least:.3g} at most"
@@ -109,26 +108,27 @@ def plan_cache(bundle: Bundle, run: ResolvedRun) -> CachePlan | None:
     error, slopes = None, None
     if table is not None:
         costs = table.costs(sigmas[first:], guidance.scales[first:])
-        steps, squares = best_steps(costs.cost, forwards[first:], budget)
+
+        def cost(step: int, last: int, before: int | None) -> float:
+            return math.inf if step in required else costs.cost(step, last, before)
+
+        steps, squares = best_steps(cost, forwards[first:], budget)
         error = float(np.sqrt(squares))
-        slopes = {first + step: slope for step, slope in _slopes(costs, steps, run.steps - first)}
+        slopes = {first + step: slope for step, slope in costs.slopes(steps).items()}
     else:
         predicted = _published_changes(bundle, run, sampler.timesteps)[first:]
-        steps = teacache.steps_within(predicted, forwards[first:], budget) or ()
+        found = teacache.steps_within(predicted, forwards[first:], budget, required)
+        if found is None:
+            raise UsageError(
+                f"speedup is {option.speedup:g}, more than TeaCache's rule saves in this run"
+            )
+        steps = found
     computed = tuple(first + step for step in steps)
     return CachePlan(
         source="teacache" if table is None else "table", sigmas=sigmas, computed=computed,
         forwards=sum(forwards[step] for step in computed), all_forwards=total, error=error,
         slopes=slopes,
     )  # fmt: skip
-
-
-def _slopes(costs: SkipCosts, computed: Sequence[int], steps: int) -> Iterator[tuple[int, float]]:
-    """Weights of the predictions of the steps that are skipped."""
-    for step in range(steps):
-        if step not in computed:
-            *others, last = [known for known in computed if known < step]
-            yield step, costs.slope(step, last, others[-1] if others else None)
 
 
 def forward_facts(denoising: DenoisingRun, cache: CachePlan | None) -> dict[str, str]:
@@ -160,9 +160,11 @@ def _published_changes(bundle: Bundle, run: ResolvedRun, timesteps: Sequence[flo
     manifest = bundle.manifest
     polynomial = teacache.coefficients(manifest.name, run.width * run.height)
     if polynomial is None:
+        measure = f"wanx build {shlex.quote(str(bundle.root))}"
+        if is_builtin(bundle.root):
+            measure = f"wanx export {manifest.name} -o NEW"
         raise UsageError(
             f"nothing says what skipping steps of {manifest.name} costs; measure it with "
-            f"`wanx build {bundle.root} --calibrate-cache`, or take --cache easy"
+            f"`{measure} --calibrate-cache`, or take --cache easy"
         )
-    embedded: Float32 = embed_timesteps(bundle, timesteps)
-    return teacache.changes(embedded, polynomial)
+    return teacache.changes(embed_timesteps(bundle, timesteps), polynomial)

@@ -1,7 +1,7 @@
 """Measuring of what skipping steps costs, on trajectories of a bundle's own networks.
 
-Of each trajectory the inner products of its predictions are kept; of two, some steps are skipped
-alone, and the run goes on to its end, to see what an error of the velocity does to the result.
+Of each trajectory the inner products of its predictions are kept; of the first, some steps are
+skipped alone, and the run goes on to its end, to see what an error does to the result.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from wanx.runtime.sampling.cache.base import ScheduledCache, StepCache, Velociti
 from wanx.runtime.sampling.cache.table import StepTable, TableRecorder, Trajectory
 from wanx.runtime.sampling.guidance import Branch
 from wanx.runtime.sampling.sampler import Float32, Float64
-from wanx.runtime.sampling.solvers import make_sampler
 
 _PROBES = 10  # steps that are skipped alone
-_PROBED = 4
+_PROBED = 4  # trajectories in which they are
 _LEAST_GROWTH = 1e-3
+_LEAST_ERROR = 1e-6
 
 
 def measure_step_table(
@@ -43,7 +43,8 @@ def measure_step_table(
         progress: told how many steps are done.
 
     Raises:
-        UsageError: the model was distilled to few steps.
+        UsageError: the model was distilled to few steps, or lines of the file have noise levels of
+            their own.
         WanxError: as a run.
     """
     config = bundle.manifest.config
@@ -54,9 +55,14 @@ def measure_step_table(
         )
     runs = planned_runs(replace(options, steps=config.defaults.steps), config)
     first, _ = runs[0]
-    sampler = make_sampler(first.solver, first.steps, first.shift)
+    sampler = first.sampler()
+    if any(not np.array_equal(run.sampler().sigmas, sampler.sigmas) for run, _ in runs):
+        raise UsageError(
+            "the prompts of the calibration have different noise levels; leave out solver, shift, "
+            "preset, timesteps and sigmas"
+        )
     sigmas = sampler.sigmas[:-1]
-    recorder = TableRecorder([float(sigma) for sigma in sigmas])
+    recorder = TableRecorder(sigmas.tolist())
     parts = RunParts.of(bundle)
     encoded = parts.encode(runs)
     probes = _probes(first.steps)
@@ -74,7 +80,7 @@ def measure_step_table(
                 skipped, error = recording.without(step, sigmas)
                 after = parts.denoise(session, skipped, lambda *_: count())
                 change = sigmas[step] - sampler.sigmas[step + 1]
-                column.append(_relative(after, result) / error / change)
+                column.append(_relative(after, result) / max(error, _LEAST_ERROR) / change)
             growth = np.column_stack([growth, column])
     return recorder.table(_growth_by_step(sigmas, probes, growth))
 

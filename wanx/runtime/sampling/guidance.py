@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -83,6 +84,21 @@ class Guidance:
         """Branches that any of the steps needs."""
         needed = {branch for step in range(len(self.scales)) for branch in self.branches_at(step)}
         return tuple(branch for branch in _BRANCHES if branch in needed)
+
+    @cached_property
+    def required_steps(self) -> frozenset[int]:
+        """Steps whose predictions cannot come from those before.
+
+        They are those of zero, and those that need a branch which the step before did without.
+        """
+        known: set[Branch] = set()
+        required = set()
+        for step in range(len(self.scales)):
+            needed = set(self.branches_at(step))
+            if not needed or not needed <= known:
+                required.add(step)
+            known = needed
+        return frozenset(required)
 
     def branches_at(self, step: int) -> tuple[Branch, ...]:
         """Branches that a step needs, from 0."""

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from wanx.runtime.sampling.sampler import Draw, Float32, Float64, Sampler
+from wanx.runtime.sampling.sampler import Float32, Float64, Sampler
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,11 @@ class LinearUpdate:
 class Multistep(Sampler):
     """Base of both solvers: keeps the clean predictions of the two steps before."""
 
-    def __init__(
-        self,
-        sigmas: Float64,
-        timesteps: tuple[float, ...] | None = None,
-        draw: Draw | None = None,
-    ) -> None:
-        super().__init__(sigmas, timesteps, draw)
-        self._predictors = [_predictor(sigmas, i) for i in range(len(self.timesteps))]
-        self._history: tuple[Float32, ...] = ()
+    _history: tuple[Float32, ...] = ()
+
+    @cached_property
+    def _predictors(self) -> list[LinearUpdate]:
+        return [_predictor(self.sigmas, i) for i in range(len(self.timesteps))]
 
     @staticmethod
     def timestep(sigma: float) -> float:
@@ -69,23 +66,17 @@ class Multistep(Sampler):
 
 
 class DPMPlusPlus(Multistep):
-    """DPM-Solver++ 2M, midpoint; the first and the last step are of order 1."""
-
-    # The grid begins at 1, where λ is -∞.
+    """DPM-Solver++ 2M, midpoint, from level 1; the first and the last step are of order 1."""
 
 
 class UniPC(Multistep):
     """UniPC with B(h) = exp(-h) - 1; the first and the last predictor step are of order 1."""
 
-    def __init__(
-        self,
-        sigmas: Float64,
-        timesteps: tuple[float, ...] | None = None,
-        draw: Draw | None = None,
-    ) -> None:
-        super().__init__(sigmas, timesteps, draw)
-        self._correctors = [_corrector(sigmas, i) for i in range(1, len(self.timesteps))]
-        self._corrected: Float32 | None = None
+    _corrected: Float32 | None = None
+
+    @cached_property
+    def _correctors(self) -> list[LinearUpdate]:
+        return [_corrector(self.sigmas, i) for i in range(1, len(self.timesteps))]
 
     @staticmethod
     def grid(steps: int) -> Float64:

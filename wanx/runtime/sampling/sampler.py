@@ -49,7 +49,7 @@ class Sampler(ABC):
 
     @property
     def noise_scale(self) -> float:
-        """What the run's first noise is multiplied by."""
+        """Factor of the run's first noise."""
         return 1.0
 
     @staticmethod

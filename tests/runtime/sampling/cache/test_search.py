@@ -68,3 +68,17 @@ def test_steps_of_one_branch_are_cheaper() -> None:
     """Where a step of one forward costs as much as one of two, those of one are computed."""
     steps, _ = best_steps(lambda *_: 1.0, [2, 2, 2, 1, 1, 1], 5)
     assert steps == (0, 3, 4, 5)
+
+
+@pytest.mark.parametrize("required", [[3], [1, 2, 3], [10], [5, 15]])
+def test_required_steps(required: list[int]) -> None:
+    forwards = [1] * 20
+
+    def cost(step: int, *_: object) -> float:
+        return math.inf if step in required else 1.0
+
+    fewest = fewest_forwards(forwards, required)
+    steps, error = best_steps(cost, forwards, fewest)
+    assert math.isfinite(error)
+    assert set(required) <= set(steps)
+    assert best_steps(cost, forwards, fewest - 1)[1] == math.inf

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
@@ -21,7 +20,7 @@ class StepCache(ABC):
 
     @abstractmethod
     def skips(self, step: int, latent: Float32) -> bool:
-        """Whether the velocities of a step, from 0, are predicted; asked once a step."""
+        """Decision on a step, from 0: True predicts its velocities. It is asked once a step."""
 
     @abstractmethod
     def note(self, step: int, latent: Float32, velocities: Velocities) -> None:
@@ -36,8 +35,7 @@ class ScheduledCache(StepCache):
     """Steps that are known before the run; velocities are extrapolated.
 
     What is extrapolated is the noise that the model predicts, ``ε = x + (1 - σ)·velocity``, from
-    the last two computed steps: ``ε_last + w·(ε_last - ε_first)``. Of the clean latent, the noise
-    and the velocity it is the one that is nearest to the network (docs/numerics.md).
+    the last two computed steps: ``ε_last + w·(ε_last - ε_first)`` (docs/numerics.md).
     """
 
     def __init__(
@@ -57,17 +55,19 @@ class ScheduledCache(StepCache):
         self._sigmas = [float(sigma) for sigma in sigmas]
         self._levels = [log_snr(sigma) for sigma in self._sigmas]
         self._computed = frozenset(computed)
-        self._known: dict[Branch, list[tuple[int, Float32]]] = defaultdict(list)
+        self._known: dict[Branch, list[tuple[int, Float32]]] = {}
 
     def skips(self, step: int, latent: Float32) -> bool:
-        """Whether the step is not among those that are computed."""
+        """True for the steps that are not among the computed ones."""
         return step not in self._computed
 
     def note(self, step: int, latent: Float32, velocities: Velocities) -> None:
-        """Keep the last two predictions of the noise."""
-        for branch, velocity in velocities.items():
-            noise = latent + np.float32(1 - self._sigmas[step]) * velocity
-            self._known[branch] = [*self._known[branch][-1:], (step, noise)]
+        """Keep the last two predictions of the noise; none of a branch that was left out."""
+        share = np.float32(1 - self._sigmas[step])
+        self._known = {
+            branch: [*self._known.get(branch, [])[-1:], (step, latent + share * velocity)]
+            for branch, velocity in velocities.items()
+        }
 
     def predict(self, step: int, latent: Float32, branch: Branch) -> Float32:
         """Extrapolate the noise, and take the velocity from it."""

@@ -36,25 +36,22 @@ class EasyCache(StepCache):
         self._velocities: dict[Branch, Float32] = {}
 
     def skips(self, step: int, latent: Float32) -> bool:
-        """Whether the change that has accumulated is below the threshold."""
+        """True while the change that has accumulated is below the threshold."""
         previous, self._previous = self._previous, latent
         if not FIRST_STEPS <= step < self._steps - 1 or self._rate is None:
-            self._error = 0.0
             return False
         assert previous is not None
         change = _mean(latent - previous) / _mean(self._decisive(self._velocities))
         self._error += self._rate * change
-        if self._error < self._threshold:
-            return True
-        self._error = 0.0
-        return False
+        return self._error < self._threshold
 
     def note(self, step: int, latent: Float32, velocities: Velocities) -> None:
         """Measure how much the output changes with the latent."""
         if self._latent is not None:
             change = self._decisive(velocities) - self._decisive(self._velocities)
             self._rate = _mean(change) / _mean(latent - self._latent)
-        self._latent, self._velocities = latent, {**self._velocities, **velocities}
+        self._previous = self._latent = latent
+        self._velocities, self._error = dict(velocities), 0.0
 
     def predict(self, step: int, latent: Float32, branch: Branch) -> Float32:
         """The latent and what the network made of the last one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 Cost = Callable[[int, int, int | None], float]
 MAX_GAP = 8  # steps in a row that are skipped
@@ -50,10 +50,12 @@ def best_steps(cost: Cost, forwards: Sequence[int], budget: int) -> tuple[tuple[
     return best
 
 
-def fewest_forwards(forwards: Sequence[int]) -> int:
-    """Forwards of the schedule with the fewest."""
-    count, used = len(forwards), {0: forwards[0]}
-    for step in range(1, count):
-        reached = [used[before] for before in range(max(0, step - MAX_GAP - 1), step)]
-        used[step] = min(reached) + forwards[step]
-    return min(used[step] for step in range(max(0, count - MAX_GAP - 1), count))
+def fewest_forwards(forwards: Sequence[int], required: Collection[int] = ()) -> int:
+    """Forwards of the schedule with the fewest; ``required`` steps are computed in each."""
+    count, used, earliest = len(forwards), {0: forwards[0]}, 0
+    for step in range(1, count + 1):
+        reached = [used[before] for before in range(max(earliest, step - MAX_GAP - 1), step)]
+        used[step] = min(reached) + (forwards[step] if step < count else 0)
+        if step in required:
+            earliest = step
+    return used[count]

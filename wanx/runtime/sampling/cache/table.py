@@ -8,13 +8,12 @@ error does to the result was measured too: some steps were skipped alone, and th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from wanx.runtime.sampling.cache.base import StepCache, Velocities, log_snr
-from wanx.runtime.sampling.guidance import Branch
+from wanx.runtime.sampling.cache.base import Velocities, log_snr
 from wanx.runtime.sampling.sampler import Float32, Float64
 
 
@@ -39,7 +38,7 @@ class StepTable:
     samples: int
 
     def costs(self, sigmas: Sequence[float], scales: Sequence[float]) -> SkipCosts:
-        """What skipping steps of a run costs.
+        """Costs of skipping steps of a run.
 
         Args:
             sigmas: noise levels of the run's steps.
@@ -92,6 +91,17 @@ class SkipCosts:
         length = change[last] - change[before]
         return float((change[step] - change[last]) / length) if length > 0 else 0.0
 
+    def slopes(self, computed: Sequence[int]) -> dict[int, float]:
+        """Weights of the predictions of the steps that are skipped.
+
+        Args:
+            computed: the other steps, ascending, the first among them.
+        """
+        return {
+            step: self.slope(step, last, before)
+            for step, last, before in skipped_steps(computed, len(self._norms))
+        }
+
     def cost(self, step: int, last: int, before: int | None) -> float:
         """Squared relative error of the result where a step is skipped; arguments of `error`."""
         return float(self._sensitivity[step] ** 2) * self.error(step, last, before)
@@ -109,6 +119,14 @@ class SkipCosts:
         weights = np.array([-1.0, 1.0 + slope, -slope])
         error = float(weights @ self._noise[step][np.ix_(at, at)] @ weights)
         return max(error, 0.0) / self._norms[step] if self._norms[step] > 0 else 0.0
+
+
+def skipped_steps(computed: Sequence[int], count: int) -> Iterator[tuple[int, int, int | None]]:
+    """Steps of ``count`` that are skipped, each with the last two computed before it."""
+    for step in range(count):
+        if step not in computed:
+            *others, last = [known for known in computed if known < step]
+            yield step, last, others[-1] if others else None
 
 
 def _by_branch(scale: float) -> Float64:
@@ -144,23 +162,12 @@ class TableRecorder:
         )  # fmt: skip
 
 
-class Trajectory(StepCache):
-    """One trajectory, which skips nothing: keeps its predictions, to multiply them with later ones.
-
-    It is handed to a run as its step cache.
-    """
+class Trajectory:
+    """One trajectory: keeps its predictions, to multiply them with later ones."""
 
     def __init__(self, sigmas: Float64, noise: Float64, velocity: Float64) -> None:
         self._sigmas, self._noise, self._velocity = sigmas, noise, velocity
         self._seen: list[tuple[Float32, Float32]] = []
-
-    def skips(self, step: int, latent: Float32) -> bool:
-        """Never."""
-        return False
-
-    def predict(self, step: int, latent: Float32, branch: Branch) -> Float32:
-        """Nothing is skipped."""
-        raise AssertionError("no step is skipped")
 
     def note(self, step: int, latent: Float32, velocities: Velocities) -> None:
         """Add a step; a branch that is missing is that of the other."""

@@ -7,7 +7,7 @@ threshold; there the step is computed. So the schedule is known before the run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -49,22 +49,27 @@ def changes(embedded: Float32, polynomial: Sequence[float]) -> list[float]:
     return [0.0, *map(float, np.polyval(polynomial, relative.astype(np.float64)))]
 
 
-def computed_steps(predicted: Sequence[float], threshold: float) -> tuple[int, ...]:
+def computed_steps(
+    predicted: Sequence[float], threshold: float, required: Collection[int] = ()
+) -> tuple[int, ...]:
     """Steps at which the change since the last computed one reaches a threshold.
 
-    The first step and the last are computed too.
+    The first step, the last and those that are ``required`` are computed too.
     """
     steps, error = [], 0.0
     for step, change in enumerate(predicted):
         error += change
-        if step in (0, len(predicted) - 1) or error >= threshold:
+        if step in (0, len(predicted) - 1, *required) or error >= threshold:
             steps.append(step)
             error = 0.0
     return tuple(steps)
 
 
 def steps_within(
-    predicted: Sequence[float], forwards: Sequence[int], budget: int
+    predicted: Sequence[float],
+    forwards: Sequence[int],
+    budget: int,
+    required: Collection[int] = (),
 ) -> tuple[int, ...] | None:
     """Steps of the lowest threshold that stays within a budget; None where none does.
 
@@ -72,10 +77,11 @@ def steps_within(
         predicted: change of each step.
         forwards: of the network at each step.
         budget: most forwards.
+        required: steps that are computed in any case.
     """
 
     def fitting(threshold: float) -> tuple[int, ...] | None:
-        steps = computed_steps(predicted, threshold)
+        steps = computed_steps(predicted, threshold, required)
         return steps if sum(forwards[step] for step in steps) <= budget else None
 
     low, high = 0.0, 1.0 + sum(abs(change) for change in predicted)
