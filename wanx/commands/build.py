@@ -6,7 +6,18 @@ from pathlib import Path
 from typing import Annotated
 
 from wanx.commands.completion import complete_target
-from wanx.commands.options import BundlePath, Json, Quiet, bundle_facts, option, print_json
+from wanx.commands.options import (
+    BundlePath,
+    CalibrateCache,
+    CalibrationFrames,
+    CalibrationPrompts,
+    CalibrationSize,
+    Json,
+    Quiet,
+    bundle_facts,
+    option,
+    print_json,
+)
 from wanx.interruption import exit_on_sigint
 
 
@@ -61,21 +72,14 @@ def build(
         int | None,
         option(help="TensorRT: 0 to 5; more tries more kernels.", show_default="TensorRT's own"),
     ] = None,
-    calibrate_cache: Annotated[
-        bool,
-        option(
-            "--calibrate-cache", help="Measure what skipping steps costs, for wanx run --speedup."
-        ),
-    ] = False,
+    calibrate_cache: CalibrateCache = False,
     calibration: Annotated[
         Path | None,
         option(help="For that: JSON Lines of prompts.", show_default="a shipped set"),
     ] = None,
-    calibration_prompts: Annotated[int, option(help="How many of them.")] = 4,
-    calibration_size: Annotated[
-        str | None, option(help="Width x height.", show_default="small")
-    ] = None,
-    calibration_frames: Annotated[int | None, option(help="Frames.", show_default="few")] = None,
+    calibration_prompts: CalibrationPrompts = 4,
+    calibration_size: CalibrationSize = None,
+    calibration_frames: CalibrationFrames = None,
     no_graph_cache: Annotated[
         bool, option("--no-graph-cache", help="cuda: trace every graph anew, and keep none.")
     ] = False,

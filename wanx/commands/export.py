@@ -16,7 +16,17 @@ from wanx.commands.completion import (
     complete_target,
     complete_task,
 )
-from wanx.commands.options import Json, Quiet, bundle_facts, option, print_json
+from wanx.commands.options import (
+    CalibrateCache,
+    CalibrationFrames,
+    CalibrationPrompts,
+    CalibrationSize,
+    Json,
+    Quiet,
+    bundle_facts,
+    option,
+    print_json,
+)
 from wanx.interruption import exit_on_sigint
 
 if TYPE_CHECKING:
@@ -146,12 +156,10 @@ def export(
         Path | None,
         option(help="JSON Lines of prompts to calibrate with.", show_default="a shipped set"),
     ] = None,
-    calibration_prompts: Annotated[int, option(help="How many of them.")] = 4,
+    calibration_prompts: CalibrationPrompts = 4,
     calibration_steps: Annotated[int, option(help="Denoising steps for each.")] = 6,
-    calibration_size: Annotated[
-        str | None, option(help="Width x height.", show_default="small")
-    ] = None,
-    calibration_frames: Annotated[int | None, option(help="Frames.", show_default="few")] = None,
+    calibration_size: CalibrationSize = None,
+    calibration_frames: CalibrationFrames = None,
     fresh_calibration: Annotated[
         bool, option("--fresh-calibration", help="Ignore what was calibrated before.")
     ] = False,
@@ -169,12 +177,7 @@ def export(
             autocompletion=complete_preset,
         ),
     ] = None,
-    calibrate_cache: Annotated[
-        bool,
-        option(
-            "--calibrate-cache", help="Measure what skipping steps costs, for wanx run --speedup."
-        ),
-    ] = False,
+    calibrate_cache: CalibrateCache = False,
     no_graph_cache: Annotated[
         bool, option("--no-graph-cache", help="Trace every graph anew, and keep none.")
     ] = False,

@@ -40,6 +40,13 @@ Provider = Annotated[
 Fallback = Annotated[
     bool, option("--fallback", help="Go on on the processor where the provider fails.")
 ]
+CalibrationPrompts = Annotated[int, option(help="How many of them.")]
+CalibrationSize = Annotated[str | None, option(help="Width x height.", show_default="small")]
+CalibrationFrames = Annotated[int | None, option(help="Frames.", show_default="few")]
+CalibrateCache = Annotated[
+    bool,
+    option("--calibrate-cache", help="Measure what skipping steps costs, for wanx run --speedup."),
+]
 BundlePath = Annotated[
     str,
     typer.Argument(
